@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# cuda13 or tpu: the accelerator that jax is installed for.
+ACCELERATOR ?=
+comma := ,
+EXTRAS = $(1)$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
+
+.DEFAULT_GOAL := help
+.PHONY: help mnist test check lint bench format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+mnist: $(call STAMP,experiments) ## train the Flax CNN on MNIST with jadam.adam
+	$(RUN) -m experiments.mnist
+
+test: $(call STAMP,test) ## run all tests
+	$(RUN) -m pytest -n auto
+
+lint: $(call STAMP,dev) ## ruff, ruff format and pyright
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+check: lint test ## what continuous integration runs: lint, then test
+
+format: $(call STAMP,dev) ## format the code and mend what ruff can mend
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean: ## remove the environment, caches and results
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or \
+	  sys.exit(f"jadam needs Python 3.11 or newer, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-%: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(subst -,$(comma),$*)]"
+	@touch $@

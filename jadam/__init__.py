@@ -1,0 +1,16 @@
+"""Adam and its family for JAX: exact, small, fast, and a drop-in for `optax.adam`."""
+
+from jadam._state import AdamState as AdamState
+from jadam._transform import adam as adam
+from jadam._transform import adamax as adamax
+from jadam._transform import adamaxw as adamaxw
+from jadam._transform import adamw as adamw
+from jadam._transform import amsgrad as amsgrad
+from jadam._transform import nadam as nadam
+from jadam._transform import nadamw as nadamw
+from jadam._transform import radam as radam
+from jadam._transform import scale_by_adam as scale_by_adam
+from jadam._update import init as init
+from jadam._update import update as update
+
+__version__ = "0.1.0"

@@ -1,0 +1,286 @@
+"""The equations, each once, for one array.
+
+Every member of the family is a function of the step number t and its hyperparameters that
+returns the member's equations `(g, *moments) -> (direction, moments)`. What depends on t alone
+is computed before, once for all leaves. The parameter moves by -learning_rate * direction.
+
+All arrays come in float32 or wider. A hyperparameter is a Python number, whose `1 - b` and
+`log b` are then taken in float64, or an array of any float dtype.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jadam._types import Leaf, Real, Scalar
+
+Equations: TypeAlias = Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
+
+
+def widen(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that numbers of `dtype` are computed in: itself, at least float32."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+class Decay(NamedTuple):
+    """A decay rate b, as the equations need it."""
+
+    rate: Scalar
+    complement: Scalar
+    log: Scalar
+
+    @classmethod
+    def of(cls, b: Scalar, dtype: jnp.dtype) -> "Decay":
+        """b, 1 - b and log b: from float64 for a Python number, else from b's own dtype."""
+        if isinstance(b, (int, float)):
+            return cls(b, 1.0 - b, math.log(max(b, 1e-300)))
+        b = jnp.asarray(b, widen(b.dtype))
+        log = jnp.log1p(jnp.maximum(b, jnp.finfo(b.dtype).tiny) - 1)
+        return cls(*(x.astype(dtype) for x in (b, 1 - b, log)))
+
+
+def _times(scalar: Scalar, x: Leaf) -> Leaf:
+    """scalar * x in the dtype of x."""
+    return jnp.asarray(scalar, x.dtype) * x
+
+
+def divide(x: Leaf, y: Real) -> Leaf:
+    """x / y for real y: a complex x is divided part by part, exactly as two real numbers."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(x.real / y, x.imag / y)
+    return x / y
+
+
+def limit_range(g: Leaf) -> Leaf:
+    """g with its finite values in ±2⁶³ (float32) or ±2⁵¹¹ (float64), so that g² and v are finite.
+
+    Past √max no second moment can be stored. A gradient of constant size keeps the right update
+    there, since m and √v are limited alike. Infinities and NaN pass, to be seen.
+    """
+    if jnp.iscomplexobj(g):
+        return lax.complex(limit_range(g.real), limit_range(g.imag))
+    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
+    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -limit, limit))
+
+
+def square(g: Leaf) -> Real:
+    """|g|²."""
+    return g.real**2 + g.imag**2 if jnp.iscomplexobj(g) else g * g
+
+
+def average(m: Leaf, x: Leaf, b: Decay) -> Leaf:
+    """b·m + (1-b)·x as m + (1-b)·(x - m), which needs no rounded b."""
+    return m + _times(b.complement, x - m)
+
+
+def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+    """1 - bᵗ as (1-b) - b·(bᵗ⁻¹ - 1), without cancellation and exact at t = 1."""
+    return b.complement - b.rate * jnp.expm1((t - 1) * b.log)
+
+
+def safe_divide(x: Leaf, y: Real) -> Leaf:
+    """x / y for y >= 0, with 0 and derivative 0 where y is 0."""
+    positive = y != 0
+    quotient = divide(x, jnp.where(positive, y, 1))
+    return jnp.where(positive, quotient, jnp.zeros_like(quotient))
+
+
+def safe_sqrt(v: Real) -> Real:
+    """√v with derivative 0 where v is 0, so that gradients through an update are finite."""
+    positive = v != 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0)
+
+
+def ratio(m: Leaf, c1: Real, v_hat: Real, eps: Scalar, eps_root: Scalar) -> Leaf:
+    """m̂ / (√(v̂ + eps_root) + eps) with m̂ = m/c1, the direction of Algorithm 1.
+
+    c1 multiplies the denominator: one division and one rounding less than m/c1 first.
+    """
+    eps, eps_root = (jnp.asarray(x, v_hat.dtype) for x in (eps, eps_root))
+    return safe_divide(m, c1 * (safe_sqrt(v_hat + eps_root) + eps))
+
+
+def adam(
+    t: Float[Array, ""], *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar
+) -> Equations:
+    """Adam, Kingma & Ba (2015), Algorithm 1.
+
+    m = b1·m + (1-b1)·g,  v = b2·v + (1-b2)·g²,  m̂ = m/(1-b1ᵗ),  v̂ = v/(1-b2ᵗ)
+    """
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
+
+    def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
+        m = average(m, g, d1)
+        v = average(v, square(g), d2)
+        return ratio(m, c1, v / c2, eps, eps_root), (m, v)
+
+    return equations
+
+
+class Momentum(NamedTuple):
+    """The weights of m and of g in Nesterov's look-ahead m̂ = m_weight·m + g_weight·g."""
+
+    m_weight: Float[Array, ""]
+    g_weight: Float[Array, ""]
+
+    def __call__(self, g: Leaf, m: Leaf) -> Leaf:
+        """m̂."""
+        return _times(self.m_weight, m) + _times(self.g_weight, g)
+
+
+def nesterov(b1: Decay, t: Float[Array, ""]) -> Momentum:
+    """Dozat (2016) with constant momentum: m̂ = b1·m/(1-b1ᵗ⁺¹) + (1-b1)·g/(1-b1ᵗ)."""
+    return Momentum(b1.rate / bias_correction(b1, t + 1), b1.complement / bias_correction(b1, t))
+
+
+def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: float) -> Momentum:
+    """Dozat (2016), Algorithm 2, with its schedule μᵢ = b1·(1 - ½·0.96^(i·momentum_decay)).
+
+    m̂ = μₜ₊₁·m/(1-M(t+1)) + (1-μₜ)·g/(1-M(t)) with M(t) = μ₁·…·μₜ.
+
+    No product is kept in the state: with x = 0.96^momentum_decay, log(1 - ½xⁱ) = -Σₖ xⁱᵏ/(k·2ᵏ),
+    and the sum over i is geometric, log M(t) = t·log b1 - Σₖ xᵏ·(1-xᵏᵗ)/(1-xᵏ)/(k·2ᵏ). Terms
+    past k = 48 are below float64's rounding.
+    """
+    log_x = momentum_decay * math.log(0.96)
+    k = range(1, 49)
+    weights = jnp.asarray(
+        [math.exp(j * log_x) / -math.expm1(j * log_x) / (j * 2.0**j) for j in k], t.dtype
+    )
+    rates = jnp.asarray([j * log_x for j in k], t.dtype)
+
+    def mu(i: Float[Array, ""]) -> Float[Array, ""]:
+        return b1.rate * (1 - 0.5 * jnp.exp(i * log_x))
+
+    def one_minus_product(i: Float[Array, ""]) -> Float[Array, ""]:
+        return -jnp.expm1(i * b1.log + jnp.sum(weights * jnp.expm1(i * rates)))
+
+    return Momentum(mu(t + 1) / one_minus_product(t + 1), (1 - mu(t)) / one_minus_product(t))
+
+
+def nadam(
+    t: Float[Array, ""],
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    momentum_decay: float | None = None,
+) -> Equations:
+    """Adam with Nesterov's momentum, Dozat (2016), without Algorithm 2's extra b2 in v̂."""
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    look_ahead = nesterov(d1, t) if momentum_decay is None else dozat(d1, t, momentum_decay)
+    c2 = bias_correction(d2, t)
+
+    def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
+        m = average(m, g, d1)
+        v = average(v, square(g), d2)
+        return ratio(look_ahead(g, m), jnp.ones_like(t), v / c2, eps, eps_root), (m, v)
+
+    return equations
+
+
+def amsgrad(
+    t: Float[Array, ""],
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    maximum: Literal["raw", "corrected"],
+    bias_correction_mu: bool,
+    bias_correction_nu: bool,
+) -> Equations:
+    """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2, with Adam's bias corrections.
+
+    raw:        v_max = max(v_max, v),          v̂ = v_max/(1-b2ᵗ)
+    corrected:  v_max = max(v_max, v/(1-b2ᵗ)),  v̂ = v_max
+    """
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    one = jnp.ones_like(t)
+    c1 = bias_correction(d1, t) if bias_correction_mu else one
+    c2 = bias_correction(d2, t) if bias_correction_nu else one
+    before, after = (c2, one) if maximum == "corrected" else (one, c2)
+
+    def equations(g: Leaf, m: Leaf, v: Real, v_max: Real) -> tuple[Leaf, tuple[Leaf, Real, Real]]:
+        m = average(m, g, d1)
+        v = average(v, square(g), d2)
+        v_max = jnp.maximum(v_max, v / before)
+        return ratio(m, c1, v_max / after, eps, eps_root), (m, v, v_max)
+
+    return equations
+
+
+def adamax(t: Float[Array, ""], *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
+    """AdaMax, Kingma & Ba (2015), Algorithm 2, with eps beside |g| as in torch and optax.
+
+    u = max(b2·u, |g| + eps),  direction = m/(1-b1ᵗ)/u
+    """
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    c1 = bias_correction(d1, t)
+
+    def equations(g: Leaf, m: Leaf, u: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
+        m = average(m, g, d1)
+        u = jnp.maximum(u - d2.complement * u, jnp.abs(g) + jnp.asarray(eps, u.dtype))
+        return safe_divide(divide(m, c1), u), (m, u)
+
+    return equations
+
+
+def sma_length(b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+    """ρₜ = ρ∞ - 2t·b2ᵗ/(1-b2ᵗ) with ρ∞ = 2/(1-b2) - 1, Liu et al. (2020), Algorithm 2.
+
+    With y = -t·log b2 it is ρ∞ - 2t/(eʸ-1), which cancels almost wholly for small y. There the
+    series of 1/(eʸ-1) gives t·(1 - y/6·(1 - y²/60·(1 - y²/42·(1 - y²/40)))) + (ρ∞ + 2/log b2).
+    """
+    y = -t * b2.log
+    limit = 2 / b2.complement - 1
+    if isinstance(b2.log, float):
+        gap = limit + 2 / b2.log
+    else:
+        d = b2.complement
+        gap = d * (1 / 6 + d * (1 / 12 + d * (19 / 360 + d * (3 / 80 + d * (863 / 30240)))))
+    y2 = y * y
+    small = t * (1 - y / 6 * (1 - y2 / 60 * (1 - y2 / 42 * (1 - y2 / 40)))) + gap
+    return jnp.where(y < 0.25, small, limit - 2 * t / jnp.expm1(jnp.maximum(y, 0.25)))
+
+
+def rectification(rho: Float[Array, ""], limit: Scalar) -> Float[Array, ""]:
+    """rₜ² = (ρₜ-4)(ρₜ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρₜ), Liu et al. (2020), Algorithm 2."""
+    return (rho - 4) / (limit - 4) * ((rho - 2) / (limit - 2)) * (limit / rho)
+
+
+def radam(
+    t: Float[Array, ""],
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    threshold: float,
+    nesterov_momentum: bool,
+) -> Equations:
+    """Rectified Adam, Liu et al. (2020), Algorithm 2.
+
+    direction = rₜ·m̂/(√(v̂ + eps_root) + eps) where ρₜ >= threshold, else m̂
+    """
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
+    look_ahead = nesterov(d1, t)
+    rho = sma_length(d2, t)
+    tractable = rho >= threshold
+    r = jnp.sqrt(jnp.where(tractable, rectification(rho, 2 / d2.complement - 1), 1))
+
+    def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
+        m = average(m, g, d1)
+        v = average(v, square(g), d2)
+        m_hat = look_ahead(g, m) if nesterov_momentum else divide(m, c1)
+        adaptive = _times(r, ratio(m_hat, jnp.ones_like(t), v / c2, eps, eps_root))
+        return jnp.where(tractable, adaptive, m_hat), (m, v)
+
+    return equations

@@ -1,0 +1,54 @@
+"""Rounding to 16-bit dtypes that loses nothing over time.
+
+A moment that moves by less than half a unit in the last place rounds back to itself for ever.
+So each rounding is dithered: up or down, so often up as the value lies above the lower neighbour.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+from jadam._types import Count, Real
+
+# 2³²/φ and 2³²/ρ, φ the golden and ρ the plastic number, as odd integers: multiples of an
+# irrational number fill the unit interval evenly (Weyl), and these two do so most evenly.
+_STEP = np.uint32(0x9E3779B9)
+_LANE = np.uint32(0xC13FA9A9)
+_LANES = 128
+
+
+def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*shape"]:
+    """A dither in [0, 2³²) for each element at step t: salt + lane·2³²/ρ + t·2³²/φ mod 2³².
+
+    Over time it fills the interval evenly, so the error of a sum of roundings stays bounded where
+    that of random rounding grows with √t. It needs no key and no state. The lane is the position
+    along the last axis modulo 128, so the bits do not depend on how an array is sharded as long as
+    shards of the last axis start at multiples of 128.
+    """
+    phase = t.astype(jnp.uint32) * _STEP + np.uint32(salt)
+    if not shape:
+        return phase
+    lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) % np.uint32(_LANES)
+    return lane * _LANE + phase
+
+
+def spacing(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The distance of neighbouring numbers of `dtype` around float32 x."""
+    info = jnp.finfo(dtype)
+    exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return jnp.maximum(power * float(info.eps), float(info.smallest_subnormal))
+
+
+def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[Array, "*shape"]:
+    """x in a narrower `dtype`, to one of its two neighbours there, unbiased over time.
+
+    Rounds x + (u - ½)·spacing to nearest, u the Weyl dither in [0, 1). The largest finite number
+    stays finite; infinities and NaN pass.
+    """
+    x = x.astype(jnp.float32)
+    u = (weyl(x.shape, t, salt) >> 8).astype(jnp.float32) * 2.0**-24
+    largest = float(jnp.finfo(dtype).max)
+    dithered = jnp.clip(x + (u - 0.5) * spacing(x, dtype), -largest, largest)
+    return jnp.where(jnp.abs(x) <= largest, dithered, x).astype(dtype)

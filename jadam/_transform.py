@@ -1,0 +1,410 @@
+"""The family as optax gradient transformations.
+
+Each is the pure pair with its hyperparameters bound. Its state is laid out as that of its optax
+namesake, an `AdamState` where optax has its `ScaleBy...State`, so that a program which reaches
+into the state finds everything in its place.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from jadam import _math, _validate
+from jadam._state import AdamState
+from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
+from jadam._update import Rule, advance, increment, initializer, rule
+
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+def _transformation(
+    rule: Rule,
+    learning_rate: ScalarOrSchedule,
+    *,
+    mu_dtype: DType | None,
+    nu_dtype: DType | None,
+    decay: tuple[ScalarOrSchedule, Mask] | None = None,
+    maximum: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule followed by decay and learning rate, all in one step; optax gives their states."""
+    learning_rate = _validate.schedulable("learning_rate", learning_rate)
+    followers = [optax.scale_by_learning_rate(learning_rate)]
+    weight_decay, mask = (0.0, None) if decay is None else decay
+    weight_decay = _validate.schedulable("weight_decay", weight_decay)
+    if decay is not None:
+        followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
+    init = initializer(mu_dtype, nu_dtype, maximum=maximum)
+
+    def init_fn(params: PyTree) -> tuple[Any, ...]:
+        return init(params), *(follower.init(params) for follower in followers)
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, tuple[Any, ...]]:
+        del extra_args
+        if not (isinstance(state, tuple) and len(state) == 1 + len(followers)):
+            raise TypeError(
+                f"state: expected the tuple of {1 + len(followers)} states that init made, got "
+                f"{type(state).__name__}"
+            )
+        adam_state, *schedules = state
+        updates, adam_state = advance(
+            rule,
+            updates,
+            adam_state,
+            params,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            mask=mask,
+        )
+        # A schedule's state is its count, or nothing.
+        return updates, (adam_state, *jax.tree.map(increment, schedules))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    *,
+    nu_dtype: DType | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction m̂/(√(v̂ + eps_root) + eps) alone, to build chains with.
+
+    Its state is a bare `AdamState`. Arguments as in `adam`.
+
+    >>> import jadam, optax
+    >>> tx = optax.chain(
+    ...     optax.clip_by_global_norm(1.0), jadam.scale_by_adam(), optax.scale(-1e-3)
+    ... )
+    """
+    member = _math.nadam if nesterov else _math.adam
+    bound = rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, AdamState]:
+        del extra_args
+        return advance(bound, updates, state, params, learning_rate=-1.0)
+
+    return optax.GradientTransformationExtraArgs(initializer(mu_dtype, nu_dtype), update_fn)
+
+
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    *,
+    nu_dtype: DType | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, Kingma & Ba (2015), Algorithm 1.
+
+    m = b1·m + (1-b1)·g,  v = b2·v + (1-b2)·g²,
+    update = -learning_rate·m̂/(√(v̂ + eps_root) + eps),  m̂ = m/(1-b1ᵗ),  v̂ = v/(1-b2ᵗ)
+
+    Takes the place of `optax.adam` in an unchanged program. Without eps no step is longer than
+    7.27 learning rates at the default b1 and b2, and than one in the first step.
+
+    Args:
+        learning_rate: a number, a scalar array, or a schedule of the number of updates made.
+        b1: the decay rate of m, in [0, 1). A Python number is used in float64: .99999 is not
+            rounded to float32 before 1 - b is taken.
+        b2: the decay rate of v, in [0, 1).
+        eps: added to the root, in the gradient's units, not negative. 0 is allowed.
+        eps_root: added under the root, in the squared gradient's units, not negative. Not needed
+            for gradients through the update: those are finite without.
+        mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
+        nu_dtype: the same for v. 16-bit storage is dithered, so that it goes on moving.
+        nesterov: NAdam, the same as `nadam`.
+
+    Returns:
+        A transformation that works wherever optax's do. Its updates have the gradients' dtypes.
+
+    Raises:
+        TypeError: an argument or a leaf is of a wrong type.
+        ValueError: an argument is out of range, or trees do not match.
+
+    >>> import jax.numpy as jnp, jadam, optax
+    >>> tx = jadam.adam(1e-3)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": jnp.array([0.5, -3.0])}, state)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params["w"].tolist()
+    [0.9990000128746033, 2.000999927520752]
+    """
+    member = _math.nadam if nesterov else _math.adam
+    return _transformation(
+        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nu_dtype: DType | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with decoupled weight decay, Loshchilov & Hutter (2019), Algorithm 2.
+
+    update = -learning_rate·(m̂/(√(v̂ + eps_root) + eps) + weight_decay·param)
+
+    The decay is multiplied by the learning rate, as in optax and torch (the paper's η alone
+    scales both). Other arguments as in `adam`.
+
+    Args:
+        weight_decay: a number, a scalar array, or a schedule; not negative.
+        mask: which leaves decay: a tree of booleans like the parameters or a prefix of it, or a
+            function of the parameters that makes one. Default: all.
+
+    >>> import jax, jax.numpy as jnp, jadam
+    >>> tx = jadam.adamw(1.0, weight_decay=0.5, mask={"w": True, "b": False})
+    >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    >>> abs(updates["w"]).tolist(), abs(updates["b"]).tolist()
+    ([0.5, 0.5], [0.0, 0.0])
+    """
+    member = _math.nadam if nesterov else _math.adam
+    return _transformation(
+        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        decay=(weight_decay, mask),
+    )
+
+
+def nadam(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    *,
+    nu_dtype: DType | None = None,
+    momentum_decay: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with Nesterov's momentum, Dozat (2016).
+
+    m̂ = μₜ₊₁·m/(1 - μ₁·…·μₜ₊₁) + (1-μₜ)·g/(1 - μ₁·…·μₜ),  the rest as in `adam`
+
+    Constant momentum μ = b1, the default, is optax's NAdam and `adam(..., nesterov=True)`. Other
+    arguments as in `adam`.
+
+    Args:
+        momentum_decay: Dozat's schedule μᵢ = b1·(1 - ½·0.96^(i·momentum_decay)), a positive
+            number. 0.004 is the paper's and torch's, 1.0 is Keras's.
+
+    >>> import jadam
+    >>> tx = jadam.nadam(2e-3, momentum_decay=0.004)
+    """
+    return _transformation(
+        _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
+
+
+def nadamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nu_dtype: DType | None = None,
+    momentum_decay: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`nadam` with the decoupled weight decay of `adamw`.
+
+    >>> import jadam
+    >>> tx = jadam.nadamw(2e-3, weight_decay=1e-2)
+    """
+    return _transformation(
+        _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        decay=(weight_decay, mask),
+    )
+
+
+def _nadam_rule(
+    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, momentum_decay: float | None
+) -> Rule:
+    if momentum_decay is not None:
+        momentum_decay = _validate.positive_number("momentum_decay", momentum_decay)
+    return rule(
+        _math.nadam, b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
+    )
+
+
+def amsgrad(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    nu_dtype: DType | None = None,
+    maximum: Literal["raw", "corrected"] = "raw",
+) -> optax.GradientTransformationExtraArgs:
+    """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2: v̂ never falls.
+
+    raw:        v_max = max(v_max, v),          v̂ = v_max/(1-b2ᵗ)   (torch, Keras)
+    corrected:  v_max = max(v_max, v/(1-b2ᵗ)),  v̂ = v_max            (optax)
+
+    The two are different algorithms: the corrected maximum remembers the large first v̂ of a noisy
+    start for ever. The paper corrects neither moment. Other arguments as in `adam`.
+
+    Args:
+        bias_correction_mu: divide m by 1-b1ᵗ. False is the paper.
+        bias_correction_nu: divide v by 1-b2ᵗ, before or after the maximum. False is the paper.
+        maximum: what the maximum is taken of.
+
+    >>> import jadam
+    >>> like_torch = jadam.amsgrad(1e-3)
+    >>> like_optax = jadam.amsgrad(1e-3, maximum="corrected")
+    >>> like_paper = jadam.amsgrad(1e-3, bias_correction_mu=False, bias_correction_nu=False)
+    """
+    return _transformation(
+        rule(
+            _math.amsgrad,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            maximum=_validate.choice("maximum", maximum, ("raw", "corrected")),
+            bias_correction_mu=bias_correction_mu,
+            bias_correction_nu=bias_correction_nu,
+        ),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        maximum=True,
+    )
+
+
+def adamax(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaMax, Kingma & Ba (2015), Algorithm 2: Adam with the infinity norm.
+
+    u = max(b2·u, |g| + eps),  update = -learning_rate·m/(1-b1ᵗ)/u
+
+    eps stands where torch and optax have it (the paper has none, Keras adds it to u). The state's
+    `nu` holds u. Other arguments as in `adam`.
+
+    >>> import jadam
+    >>> tx = jadam.adamax(2e-3)
+    """
+    return _transformation(
+        rule(_math.adamax, b1=b1, b2=b2, eps=eps),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
+
+
+def adamaxw(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`adamax` with the decoupled weight decay of `adamw`.
+
+    >>> import jadam
+    >>> tx = jadam.adamaxw(2e-3, weight_decay=1e-2)
+    """
+    return _transformation(
+        rule(_math.adamax, b1=b1, b2=b2, eps=eps),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        decay=(weight_decay, mask),
+    )
+
+
+def radam(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: float = 5.0,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rectified Adam, Liu et al. (2020), Algorithm 2: no warm-up needed.
+
+    update = -learning_rate·rₜ·m̂/(√(v̂ + eps_root) + eps) where ρₜ >= threshold, else
+    -learning_rate·m̂, with rₜ = √((ρₜ-4)(ρₜ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρₜ)),
+    ρₜ = ρ∞ - 2t·b2ᵗ/(1-b2ᵗ), ρ∞ = 2/(1-b2) - 1
+
+    eps is added after the bias correction, as in optax (torch adds it before). Other arguments
+    as in `adam`.
+
+    Args:
+        threshold: from which length ρₜ of the moving average on v̂ is trusted, at least 4. The
+            paper has 4, optax and torch have 5.
+
+    >>> import jadam
+    >>> tx = jadam.radam(1e-3)
+    """
+    threshold = _validate.positive_number("threshold", threshold, at_least=4.0)
+    return _transformation(
+        rule(
+            _math.radam,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            threshold=threshold,
+            nesterov_momentum=nesterov,
+        ),
+        learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )

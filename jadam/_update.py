@@ -1,0 +1,223 @@
+"""The pure pair on trees: `init` makes a state, `update` makes one step of it.
+
+`advance` is the one engine under both and under the whole family: it walks the leaves, and
+knows nothing of which equations it applies.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jadam import _codec, _math, _validate
+from jadam._state import AdamState
+from jadam._types import Count, DType, Leaf, PyTree, Scalar, ScalarOrSchedule
+
+Rule = Callable[[jax.Array], _math.Equations]
+"""A member of the family with its hyperparameters: the step number t ↦ its equations."""
+
+_MOMENTS = ("mu", "nu", "nu_max")
+
+
+def init(
+    params: PyTree, *, mu_dtype: DType | None = None, nu_dtype: DType | None = None
+) -> AdamState:
+    """The state before the first update: count 0 and zero moments.
+
+    Args:
+        params: a tree of floating-point or complex arrays.
+        mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
+        nu_dtype: the same for v, which is real also for complex parameters. A dtype of 16 bits is
+            rounded with a dither, so that it goes on moving where rounding to nearest would stick.
+
+    Raises:
+        TypeError: a leaf is not floating-point or complex; a dtype is not floating-point.
+
+    >>> import jax.numpy as jnp, jadam
+    >>> state = jadam.init({"w": jnp.ones(3, jnp.bfloat16)})
+    >>> state.mu["w"].dtype, state.nu["w"].dtype
+    (dtype('float32'), dtype('float32'))
+    """
+    return initializer(mu_dtype, nu_dtype)(params)
+
+
+def initializer(
+    mu_dtype: DType | None, nu_dtype: DType | None, *, maximum: bool = False
+) -> Callable[..., AdamState]:
+    """`init` with its dtypes, which are checked, and with `nu_max` where a maximum is kept."""
+    chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype)
+    chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype)
+
+    def first(p: Any) -> jax.Array:
+        return jnp.zeros_like(p, dtype=_codec.storage(jnp.result_type(p), chosen_mu))
+
+    def second(p: Any) -> jax.Array:
+        real = jnp.finfo(jnp.result_type(p)).dtype
+        return jnp.zeros_like(p, dtype=_codec.storage(real, chosen_nu))
+
+    def init_fn(params: PyTree) -> AdamState:
+        _validate.inexact_leaves("params", params)
+        return AdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(first, params),
+            nu=jax.tree.map(second, params),
+            nu_max=jax.tree.map(second, params) if maximum else None,
+        )
+
+    return init_fn
+
+
+def update(
+    grads: PyTree,
+    state: AdamState,
+    params: PyTree = None,
+    *,
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    nesterov: bool = False,
+) -> tuple[PyTree, AdamState]:
+    """One step of Adam: the updates to add to the parameters, and the next state.
+
+    m = b1·m + (1-b1)·g,  v = b2·v + (1-b2)·g²,
+    update = -learning_rate·(m̂/(√(v̂ + eps_root) + eps) + weight_decay·param)
+    with m̂ = m/(1-b1ᵗ), v̂ = v/(1-b2ᵗ) and t counting from 1. Kingma & Ba (2015), Algorithm 1;
+    the decay is that of Loshchilov & Hutter (2019), Algorithm 2, line 12.
+
+    All is computed in float32 or wider. Each update has its gradient's dtype, each moment keeps
+    its own. Finite gradients past ±2⁶³ (9.2e18; float64: ±2⁵¹¹) count as ±2⁶³, since v = g² would
+    not be finite. Where both m and v are 0 the direction is 0, also with eps = 0.
+
+    Args:
+        grads: a tree like the parameters that the state was made for.
+        state: from `init` or the update before.
+        params: the parameters, needed where they decay.
+        learning_rate: a number, a scalar array, or a schedule of the number of updates made.
+        b1: the decay rate of m, in [0, 1).
+        b2: the decay rate of v, in [0, 1).
+        eps: added to the root, not negative.
+        eps_root: added under the root, not negative.
+        weight_decay: decoupled, as a number, a scalar array, or a schedule.
+        mask: which leaves decay: a tree of booleans like the parameters or a prefix of it, or a
+            function of the parameters that makes one. Default: all.
+        nesterov: NAdam's look-ahead m̂ = b1·m/(1-b1ᵗ⁺¹) + (1-b1)·g/(1-b1ᵗ).
+
+    Raises:
+        TypeError: a leaf or an argument is of a wrong type.
+        ValueError: an argument is out of range, the trees do not match, or `params` is missing.
+
+    >>> import jax.numpy as jnp, jadam
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> state = jadam.init(params)
+    >>> updates, state = jadam.update({"w": jnp.array([0.5, -3.0])}, state)
+    >>> updates["w"].tolist()
+    [-0.0010000000474974513, 0.0010000000474974513]
+    """
+    member = _math.nadam if nesterov else _math.adam
+    return advance(
+        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        grads,
+        state,
+        params,
+        learning_rate=_validate.schedulable("learning_rate", learning_rate),
+        weight_decay=_validate.schedulable("weight_decay", weight_decay),
+        mask=mask,
+    )
+
+
+def rule(member: Callable[..., _math.Equations], **hyperparameters: Any) -> Rule:
+    """A member of the family with hyperparameters, which are checked."""
+    for name, value in hyperparameters.items():
+        if name in ("b1", "b2"):
+            hyperparameters[name] = _validate.decay_rate(name, value)
+        elif name in ("eps", "eps_root"):
+            hyperparameters[name] = _validate.non_negative(name, value)
+    return functools.partial(member, **hyperparameters)
+
+
+def advance(
+    rule: Rule,
+    grads: PyTree,
+    state: AdamState,
+    params: PyTree,
+    *,
+    learning_rate: ScalarOrSchedule,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> tuple[PyTree, AdamState]:
+    """One step of a rule: update = -learning_rate·(direction + weight_decay·param)."""
+    decays = not (isinstance(weight_decay, float) and weight_decay == 0)
+    _check(grads, state, params, decays)
+    learning_rate = at_count("learning_rate", learning_rate, state.count)
+    weight_decay = at_count("weight_decay", weight_decay, state.count)
+    count = increment(state.count)
+    equations = functools.cache(lambda dtype: rule(count.astype(dtype)))
+
+    def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:
+        g = jnp.asarray(g)
+        dtype = functools.reduce(jnp.promote_types, (_math.widen(x.dtype) for x in (g, *stored)))
+        real = jnp.finfo(dtype).dtype
+        moments = (_codec.load(x, dtype if i == 0 else real) for i, x in enumerate(stored))
+        gradient = _math.limit_range(g.astype(dtype))
+        direction, moments = equations(real)(gradient, *moments)
+        if p is not None:
+            direction += jnp.asarray(weight_decay, dtype) * jnp.asarray(p).astype(dtype)
+        step = -jnp.asarray(learning_rate, dtype) * direction
+        kept = (
+            _codec.store(x, like.dtype, count, salt)
+            for salt, (x, like) in enumerate(zip(moments, stored, strict=True))
+        )
+        return step.astype(g.dtype), *kept
+
+    leaves, structure = jax.tree.flatten(grads)
+    decaying = _decaying(params, mask) if decays else [None] * len(leaves)
+    stored = [jax.tree.leaves(moment) for moment in state[1:] if moment is not None]
+    results = [leaf(*args) for args in zip(leaves, decaying, *stored, strict=True)]
+    columns = zip(*results, strict=True) if results else ((),) * (1 + len(stored))
+    updates, *moments = (jax.tree.unflatten(structure, column) for column in columns)
+    return updates, AdamState(count, *moments)
+
+
+def increment(count: Count) -> Count:
+    """count + 1, which stays at 2³¹-1."""
+    largest = np.iinfo(np.int32).max
+    return jnp.where(count < largest, count + 1, largest)
+
+
+def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
+    """A hyperparameter's value after `count` updates."""
+    return _validate.scalar(f"{name}(count)", value(count)) if callable(value) else value
+
+
+def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) -> list[Any]:
+    """The parameter of each leaf that decays, None for the others."""
+    if mask is None:
+        return jax.tree.leaves(params)
+    chosen = mask(params) if callable(mask) else mask
+    try:
+        kept = jax.tree.map(lambda keep, p: jax.tree.map(lambda x: (keep, x), p), chosen, params)
+    except ValueError as error:
+        raise ValueError(f"mask: expected a tree like params or a prefix of it; {error}") from None
+    pairs = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
+    return [p if keep else None for keep, p in pairs]
+
+
+def _check(grads: PyTree, state: AdamState, params: PyTree, decays: bool) -> None:
+    if not isinstance(state, AdamState):
+        raise TypeError(f"state: expected the AdamState that init made, got {type(state).__name__}")
+    _validate.inexact_leaves("grads", grads)
+    for name, moment in zip(_MOMENTS, state[1:], strict=True):
+        if moment is not None:
+            _validate.same_structure("grads", grads, f"state.{name}", moment)
+    if decays:
+        if params is None:
+            raise ValueError("params: expected the parameters, which weight_decay needs; got None")
+        _validate.inexact_leaves("params", params)
+        _validate.same_structure("params", params, "grads", grads)

@@ -1,0 +1,154 @@
+"""What is refused, with the argument's name or the leaf's path, what was expected and what came.
+
+Everything here looks at types, dtypes, shapes and known values only, so it runs while tracing
+and costs nothing in the compiled program.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jadam._types import DType, PyTree, Scalar
+
+
+def scalar(name: str, value: Any) -> Scalar:
+    """`value` as a float64 Python number where it is known on the host, else as the array it is.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not a scalar.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(f"{name}: expected a real number or a scalar array, got {value!r}")
+    if value.shape:
+        raise ValueError(f"{name}: expected a scalar, got an array of shape {value.shape}")
+    if value.dtype.kind not in "fiu" and not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}")
+    if isinstance(value, jax.Array):
+        return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+    return float(value)
+
+
+def _known(value: Scalar) -> float | None:
+    """The value, or None while it is being traced or lies on devices of other processes."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return float(value)
+
+
+def decay_rate(name: str, value: Any) -> Scalar:
+    """A decay rate in [0, 1)."""
+    value = scalar(name, value)
+    known = _known(value)
+    if known is not None and not 0 <= known < 1:
+        dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
+        raise ValueError(f"{name}: expected 0 <= {name} < 1, got {known}{dtype}")
+    return value
+
+
+def non_negative(name: str, value: Any) -> Scalar:
+    """A finite number that is not negative."""
+    value = scalar(name, value)
+    known = _known(value)
+    if known is not None and not 0 <= known < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {known}")
+    return value
+
+
+def schedulable(name: str, value: Any) -> Any:
+    """A schedule, which is checked when it is called, or a finite number that is not negative."""
+    return value if callable(value) else non_negative(name, value)
+
+
+def positive_number(name: str, value: Any, *, at_least: float = 0.0) -> float:
+    """A finite Python or NumPy number above 0 and not under `at_least`."""
+    known = scalar(name, value)
+    if not isinstance(known, float):
+        raise TypeError(f"{name}: expected a Python number, got {value!r}")
+    if not (0 < known < math.inf and known >= at_least):
+        bound = f"finite number >= {at_least}" if at_least else "finite number > 0"
+        raise ValueError(f"{name}: expected a {bound}, got {known}")
+    return known
+
+
+def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
+    """One of the named options."""
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def storage_dtype(name: str, value: DType | None) -> np.dtype | None:
+    """A real floating-point dtype, or None for the default."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value!r}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def inexact_leaves(name: str, tree: PyTree) -> None:
+    """Every leaf holds real or complex numbers.
+
+    Raises:
+        TypeError: a leaf is of another dtype, or no array at all.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        where = name + jax.tree_util.keystr(path)
+        try:
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(f"{where}: expected an array, got {type(leaf).__name__}") from None
+        if dtype == jax.dtypes.float0:
+            raise TypeError(
+                f"{where}: expected a floating-point or complex dtype, got float0, the gradient "
+                "with respect to an integer or boolean; differentiate floating-point leaves only"
+            )
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{where}: expected a floating-point or complex dtype, got {dtype} of shape "
+                f"{np.shape(leaf)}; keep such leaves out with optax.masked, optax.partition or "
+                "equinox.is_inexact_array"
+            )
+
+
+def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
+    """`tree` has the nodes and the leaf shapes of `reference`.
+
+    Raises:
+        ValueError: names the first leaf that is missing, not expected or of another shape.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    expected, expected_structure = jax.tree_util.tree_flatten_with_path(reference)
+    if structure != expected_structure:
+        paths = [jax.tree_util.keystr(path) for path, _ in flat]
+        expected_paths = [jax.tree_util.keystr(path) for path, _ in expected]
+        for path in expected_paths:
+            if path not in paths:
+                raise ValueError(f"{name}{path} is missing: {reference_name}{path} exists")
+        for path in paths:
+            if path not in expected_paths:
+                raise ValueError(f"{name}{path} is not expected: no {reference_name}{path} exists")
+        raise ValueError(
+            f"{name}: expected the tree structure of {reference_name}, {expected_structure}, "
+            f"got {structure}"
+        )
+    for (path, leaf), (_, other) in zip(flat, expected, strict=True):
+        if np.shape(leaf) != np.shape(other):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected shape {np.shape(other)} of "
+                f"{reference_name}{jax.tree_util.keystr(path)}, got {np.shape(leaf)}"
+            )
