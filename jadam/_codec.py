@@ -1,6 +1,7 @@
 """How a moment is stored between two updates."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Inexact
 
 from jadam._math import widen
@@ -16,11 +17,7 @@ def storage(param_dtype: jnp.dtype, chosen: jnp.dtype | None) -> jnp.dtype:
     wide = widen(param_dtype)
     if chosen is None:
         return wide
-    return (
-        jnp.promote_types(wide, widen(chosen))
-        if jnp.issubdtype(wide, jnp.complexfloating)
-        else chosen
-    )
+    return np.result_type(wide, widen(chosen)) if wide.kind == "c" else chosen
 
 
 def load(stored: Inexact[Array, "*shape"], dtype: jnp.dtype) -> Leaf:

@@ -34,21 +34,27 @@ def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*sha
 
 
 def spacing(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """The distance of neighbouring numbers of `dtype` around float32 x."""
+    """The distance to the next number of `dtype` beyond float32 x, at least 2⁻¹²⁶."""
     info = jnp.finfo(dtype)
     exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
     power = lax.bitcast_convert_type(exponent, jnp.float32)
-    return jnp.maximum(power * float(info.eps), float(info.smallest_subnormal))
+    # Devices flush float32's subnormal numbers to 0.
+    smallest = max(float(info.smallest_subnormal), 2.0**-126)
+    return jnp.maximum(power * float(info.eps), smallest)
 
 
 def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[Array, "*shape"]:
     """x in a narrower `dtype`, to one of its two neighbours there, unbiased over time.
 
-    Rounds x + (u - ½)·spacing to nearest, u the Weyl dither in [0, 1). The largest finite number
-    stays finite; infinities and NaN pass.
+    |x| becomes ⌊|x|/s + u⌋·s with s the spacing and u the Weyl dither in [0, 1), on as many bits
+    as x has below s: the sum is exact, and a number that `dtype` has stays. The largest finite
+    number stays finite; infinities and NaN pass.
     """
+    info = jnp.finfo(dtype)
+    bits = jnp.finfo(jnp.float32).nmant - info.nmant
     x = x.astype(jnp.float32)
-    u = (weyl(x.shape, t, salt) >> 8).astype(jnp.float32) * 2.0**-24
-    largest = float(jnp.finfo(dtype).max)
-    dithered = jnp.clip(x + (u - 0.5) * spacing(x, dtype), -largest, largest)
-    return jnp.where(jnp.abs(x) <= largest, dithered, x).astype(dtype)
+    s = spacing(x, dtype)
+    u = (weyl(x.shape, t, salt) >> (32 - bits)).astype(jnp.float32) * 2.0**-bits
+    magnitude = jnp.minimum(jnp.floor(jnp.abs(x) / s + u) * s, float(info.max))
+    in_range = jnp.abs(x) <= float(info.max)
+    return jnp.where(in_range, jnp.copysign(magnitude, x), x).astype(dtype)

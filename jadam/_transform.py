@@ -58,6 +58,7 @@ def _transformation(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             mask=mask,
+            maximum=maximum,
         )
         # A schedule's state is its count, or nothing.
         return updates, (adam_state, *jax.tree.map(increment, schedules))

@@ -151,10 +151,11 @@ def advance(
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    maximum: bool = False,
 ) -> tuple[PyTree, AdamState]:
     """One step of a rule: update = -learning_rate·(direction + weight_decay·param)."""
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
-    _check(grads, state, params, decays)
+    _check(grads, state, params, decays, maximum)
     learning_rate = at_count("learning_rate", learning_rate, state.count)
     weight_decay = at_count("weight_decay", weight_decay, state.count)
     count = increment(state.count)
@@ -162,7 +163,7 @@ def advance(
 
     def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:
         g = jnp.asarray(g)
-        dtype = functools.reduce(jnp.promote_types, (_math.widen(x.dtype) for x in (g, *stored)))
+        dtype = np.result_type(*(_math.widen(x.dtype) for x in (g, *stored)))
         real = jnp.finfo(dtype).dtype
         moments = (_codec.load(x, dtype if i == 0 else real) for i, x in enumerate(stored))
         gradient = _math.limit_range(g.astype(dtype))
@@ -174,6 +175,8 @@ def advance(
             _codec.store(x, like.dtype, count, salt)
             for salt, (x, like) in enumerate(zip(moments, stored, strict=True))
         )
+        if not jnp.iscomplexobj(g):
+            step = step.real
         return step.astype(g.dtype), *kept
 
     leaves, structure = jax.tree.flatten(grads)
@@ -193,31 +196,49 @@ def increment(count: Count) -> Count:
 
 def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
     """A hyperparameter's value after `count` updates."""
-    return _validate.scalar(f"{name}(count)", value(count)) if callable(value) else value
+    if not callable(value):
+        return value
+    # optax's schedules mix integers and floats, which JAX's strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return _validate.scalar(f"{name}(count)", value(count))
 
 
 def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) -> list[Any]:
     """The parameter of each leaf that decays, None for the others."""
+    leaves = jax.tree.leaves(params)
     if mask is None:
-        return jax.tree.leaves(params)
+        return leaves
     chosen = mask(params) if callable(mask) else mask
+
+    def spread(path: Any, keep: Any, subtree: PyTree) -> PyTree:
+        if np.shape(keep) or np.asarray(keep).dtype != bool:
+            where = f"mask{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where}: expected True or False, got {keep!r}")
+        return jax.tree.map(lambda _: bool(keep), subtree)
+
     try:
-        kept = jax.tree.map(lambda keep, p: jax.tree.map(lambda x: (keep, x), p), chosen, params)
+        kept = jax.tree_util.tree_map_with_path(spread, chosen, params)
     except ValueError as error:
         raise ValueError(f"mask: expected a tree like params or a prefix of it; {error}") from None
-    pairs = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
-    return [p if keep else None for keep, p in pairs]
+    return [p if keep else None for keep, p in zip(jax.tree.leaves(kept), leaves, strict=True)]
 
 
-def _check(grads: PyTree, state: AdamState, params: PyTree, decays: bool) -> None:
+def _check(grads: PyTree, state: Any, params: PyTree, decays: bool, maximum: bool) -> None:
     if not isinstance(state, AdamState):
         raise TypeError(f"state: expected the AdamState that init made, got {type(state).__name__}")
+    if (state.nu_max is not None) != maximum:
+        expected = "nu_max" if maximum else "no nu_max"
+        raise TypeError(
+            f"state: expected {expected}, got the state of another member of the family"
+        )
     _validate.inexact_leaves("grads", grads)
     for name, moment in zip(_MOMENTS, state[1:], strict=True):
         if moment is not None:
             _validate.same_structure("grads", grads, f"state.{name}", moment)
+    _validate.real_where("grads", grads, "state.mu", state.mu)
     if decays:
         if params is None:
             raise ValueError("params: expected the parameters, which weight_decay needs; got None")
         _validate.inexact_leaves("params", params)
         _validate.same_structure("params", params, "grads", grads)
+        _validate.real_where("params", params, "grads", grads)

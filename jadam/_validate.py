@@ -152,3 +152,19 @@ def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTr
                 f"{name}{jax.tree_util.keystr(path)}: expected shape {np.shape(other)} of "
                 f"{reference_name}{jax.tree_util.keystr(path)}, got {np.shape(leaf)}"
             )
+
+
+def real_where(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
+    """No leaf of `tree` is complex where that of `reference` is real.
+
+    Raises:
+        TypeError: names the first leaf whose imaginary part would be lost.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for (path, leaf), other in zip(flat, jax.tree.leaves(reference), strict=True):
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other):
+            path = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"{name}{path}: expected a real dtype like {reference_name}{path}'s, "
+                f"{jnp.result_type(other)}, got {jnp.result_type(leaf)}"
+            )

@@ -1,0 +1,258 @@
+"""Whatever is wrong is said: the argument or the leaf's path, what was expected, what came."""
+
+import functools
+
+import equinox as eqx
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+
+import jadam
+
+PARAMS = {"encoder": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+GRADS = jax.tree.map(jnp.ones_like, PARAMS)
+MEMBERS = [
+    jadam.adam,
+    jadam.adamw,
+    jadam.nadam,
+    jadam.nadamw,
+    jadam.amsgrad,
+    jadam.adamax,
+    jadam.adamaxw,
+    jadam.radam,
+]
+each_factory = pytest.mark.parametrize("factory", MEMBERS, ids=lambda f: f.__name__)
+
+
+def one_step(**options):
+    return jadam.update(GRADS, jadam.init(PARAMS), PARAMS, **options)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+@pytest.mark.parametrize(
+    "value", [-0.1, 1.0, 1.5, float("nan"), np.float32(1), jnp.float32(2), np.array(-1.0)]
+)
+def test_a_decay_rate_out_of_range(name, value):
+    """In the pure pair when tracing, in the family already when it is made."""
+    with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < 1, got"):
+        one_step(**{name: value})
+    for factory in MEMBERS:
+        with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < 1, got"):
+            factory(1e-3, **{name: value})
+
+
+def test_a_decay_rate_that_bfloat16_rounds_to_one():
+    """inject_hyperparams casts .999 to the parameters' bfloat16, which is 1: said, not NaN."""
+    with pytest.raises(ValueError, match=r"b2: expected 0 <= b2 < 1, got 1.0 in bfloat16"):
+        jadam.adam(1e-3, b2=jnp.bfloat16(0.999))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "eps", "eps_root", "weight_decay"])
+@pytest.mark.parametrize("value", [-1e-3, float("inf"), float("nan"), jnp.float32(-1)])
+def test_a_negative_or_infinite_hyperparameter(name, value):
+    """None of them may be negative: to climb, negate the gradients."""
+    with pytest.raises(ValueError, match=rf"{name}: expected a finite number >= 0, got"):
+        one_step(**{name: value})
+    with pytest.raises(ValueError, match=rf"{name}: expected a finite number >= 0, got"):
+        jadam.adamw(**{"learning_rate": 1e-3, name: value})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"])
+@pytest.mark.parametrize("value", ["0.1", None, True, 1j, [0.1], jnp.array(True), jnp.array(1j)])
+def test_a_hyperparameter_that_is_no_number(name, value):
+    """Strings, None, booleans, lists and complex numbers are refused by name."""
+    with pytest.raises(TypeError, match=rf"{name}: expected a real number"):
+        one_step(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"])
+def test_a_hyperparameter_that_is_a_vector(name):
+    """Also while it is being traced."""
+    for value in (np.full(3, 0.1), jnp.full((1,), 0.1)):
+        with pytest.raises(ValueError, match=rf"{name}: expected a scalar, got an array of shape"):
+            one_step(**{name: value})
+    with pytest.raises(ValueError, match=rf"{name}: expected a scalar, got an array of shape \(3,"):
+        jax.jit(lambda value: one_step(**{name: value}))(jnp.full(3, 0.1))
+
+
+def test_a_schedule_that_returns_a_vector_or_nothing():
+    """The schedule is named, and the shape that it returned."""
+    tx = jadam.adam(lambda count: jnp.ones(3))
+    with pytest.raises(
+        ValueError, match=r"learning_rate\(count\): expected a scalar, got an array of shape \(3,\)"
+    ):
+        tx.update(GRADS, tx.init(PARAMS))
+    tx = jadam.adamw(1e-3, weight_decay=lambda count: None)
+    with pytest.raises(TypeError, match=r"weight_decay\(count\): expected a real number"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+@each_factory
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+@pytest.mark.parametrize("value", [jnp.int32, "complex64", "no dtype", 3])
+def test_a_storage_dtype_that_is_not_floating_point(factory, name, value):
+    with pytest.raises(TypeError, match=rf"{name}: expected a floating-point dtype, got"):
+        factory(1e-3, **{name: value})
+
+
+def test_options_of_single_members():
+    with pytest.raises(ValueError, match="maximum: expected one of 'raw', 'corrected', got 'hat'"):
+        jadam.amsgrad(1e-3, maximum="hat")
+    with pytest.raises(ValueError, match=r"momentum_decay: expected a finite number > 0, got 0.0"):
+        jadam.nadam(1e-3, momentum_decay=0.0)
+    with pytest.raises(ValueError, match=r"threshold: expected a finite number >= 4.0, got 3.0"):
+        jadam.radam(1e-3, threshold=3.0)
+    with pytest.raises(TypeError, match=r"momentum_decay: expected a Python number"):
+        jadam.nadam(1e-3, momentum_decay=jnp.float32(1))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "came"),
+    [
+        (jnp.ones(3, jnp.int32), r"got int32 of shape \(3,\)"),
+        (jnp.ones(3, bool), r"got bool of shape \(3,\)"),
+        (np.ones(2, np.uint8), r"got uint8 of shape \(2,\)"),
+        (jax.random.key(0), r"got key<fry>"),
+        (7, r"got int32"),
+        ("text", r"expected an array, got str"),
+    ],
+)
+def test_a_parameter_that_is_no_number_with_a_fraction(leaf, came):
+    """Integer, boolean and key leaves: named with their path, as is the way to keep them out."""
+    params = {"encoder": {"kernel": jnp.ones(3), "table": leaf}}
+    with pytest.raises(TypeError, match=rf"params\['encoder'\]\['table'\]: .*{came}"):
+        jadam.init(params)
+    for factory in MEMBERS:
+        with pytest.raises(TypeError, match=rf"params\['encoder'\]\['table'\]: .*{came}"):
+            factory(1e-3).init(params)
+
+
+def test_the_path_of_an_attribute():
+    """Equinox modules and dataclasses are named by attribute."""
+
+    class Model(eqx.Module):
+        weight: jax.Array
+        steps: jax.Array
+
+    with pytest.raises(TypeError, match=r"params\.steps: expected a floating-point"):
+        jadam.init(Model(jnp.ones(2), jnp.zeros(2, int)))
+
+
+def test_a_float0_gradient():
+    """What jax.grad(allow_int=True) gives for an integer is no gradient."""
+    grads = jax.grad(lambda p: jnp.sum(p["w"].astype(float)), allow_int=True)({"w": jnp.arange(3)})
+    state = jadam.init({"w": jnp.ones(3)})
+    with pytest.raises(TypeError, match=r"grads\['w'\]: expected .* got float0"):
+        jadam.update(grads, state)
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ({"encoder": {"kernel": jnp.ones((2, 3))}}, r"grads\['encoder'\]\['bias'\] is missing: "),
+        (
+            {"encoder": {**GRADS["encoder"], "scale": jnp.ones(3)}},
+            r"grads\['encoder'\]\['scale'\] is not expected: no state.mu\['encoder'\]\['scale'\]",
+        ),
+        (
+            {"encoder": {**GRADS["encoder"], "bias": jnp.ones((1, 3))}},
+            r"grads\['encoder'\]\['bias'\]: expected shape \(3,\) of state.mu.*, got \(1, 3\)",
+        ),
+        (
+            {"encoder": {**GRADS["encoder"], "bias": None}},
+            r"grads\['encoder'\]\['bias'\] is missing",
+        ),
+        (None, r"grads\['encoder'\]\['bias'\] is missing"),
+        (
+            {"encoder": {**GRADS["encoder"], "bias": jnp.ones(3, complex)}},
+            r"grads\['encoder'\]\['bias'\]: expected a real dtype like state.mu.*, got c",
+        ),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_gradients_that_do_not_fit_the_state(grads, message, jit):
+    """Another structure, another shape or a complex gradient, by hand and while tracing."""
+    update = jax.jit(jadam.update) if jit else jadam.update
+    with pytest.raises((ValueError, TypeError), match=message):
+        update(grads, jadam.init(PARAMS))
+
+
+def test_gradients_in_other_nodes():
+    """The same paths in other containers are another tree."""
+    state = jadam.init([jnp.ones(2), jnp.ones(3)])
+    with pytest.raises(ValueError, match=r"grads: expected the tree structure of state.mu"):
+        jadam.update((jnp.ones(2), jnp.ones(3)), state)
+
+
+def test_params_that_are_missing_or_do_not_fit():
+    """Decay needs the parameters, of the gradients' shape."""
+    state = jadam.init(PARAMS)
+    for call in (
+        lambda params: jadam.update(GRADS, state, params, weight_decay=0.1),
+        lambda params: jadam.adamw(1e-3).update(GRADS, jadam.adamw(1e-3).init(PARAMS), params),
+    ):
+        with pytest.raises(
+            ValueError, match=r"params: expected the parameters, which weight_decay"
+        ):
+            call(None)
+        with pytest.raises(ValueError, match=r"params\['encoder'\]\['bias'\] is missing"):
+            call({"encoder": {"kernel": jnp.ones((2, 3))}})
+        with pytest.raises(ValueError, match=r"params\['encoder'\]\['bias'\]: expected shape \(3,"):
+            call({"encoder": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(4)}})
+
+
+def test_a_mask_that_does_not_fit():
+    """A mask for another tree is refused by name, and so is one that holds no booleans."""
+    for mask in ({"decoder": True}, lambda p: {"encoder": {"kernel": True}}):
+        with pytest.raises(ValueError, match="mask: expected a tree like params or a prefix"):
+            one_step(weight_decay=0.1, mask=mask)
+    with pytest.raises(TypeError, match=r"mask\['encoder'\]: expected True or False, got 'all'"):
+        one_step(weight_decay=0.1, mask={"encoder": "all"})
+
+
+def test_a_state_that_is_not_adams():
+    """Another optimizer's state, or a chain's where a single one is expected."""
+    tx = jadam.adam(1e-3)
+    with pytest.raises(TypeError, match="state: expected the AdamState that init made, got tuple"):
+        jadam.update(GRADS, tx.init(PARAMS))
+    with pytest.raises(TypeError, match="state: expected the tuple of 2 states that init made"):
+        tx.update(GRADS, jadam.init(PARAMS)[:1])
+    with pytest.raises(TypeError, match="state: expected the AdamState that init made, got Empty"):
+        tx.update(GRADS, tx.init(PARAMS)[::-1])
+    with pytest.raises(TypeError, match=r"state: expected nu_max"):
+        jadam.amsgrad(1e-3).update(GRADS, tx.init(PARAMS))
+    with pytest.raises(TypeError, match=r"state: expected no nu_max"):
+        tx.update(GRADS, jadam.amsgrad(1e-3).init(PARAMS))
+
+
+leaves = st.sampled_from([(), (1,), (0,), (2, 3), (0, 2)]).map(lambda s: np.ones(s, np.float32))
+trees = st.recursive(
+    leaves | st.none() | st.just({}) | st.just(()),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.tuples(children, children)
+        | st.dictionaries(st.sampled_from("abc"), children, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis_settings(max_examples=60)
+@given(params=trees, other=trees)
+def test_any_tree_works_and_any_other_tree_is_refused(params, other):
+    """Nested, empty, None, 0-d and zero-size: a step with its own tree, an error with another."""
+    state = jadam.init(params)
+    updates, new = jadam.update(params, state, params, weight_decay=0.1)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    shapes = functools.partial(jax.tree.map, np.shape)
+    fits = jax.tree.structure(other) == jax.tree.structure(params) and shapes(other) == shapes(
+        params
+    )
+    if not fits:
+        with pytest.raises(ValueError, match="grads"):
+            jadam.update(other, state)

@@ -1,0 +1,78 @@
+"""Dithered rounding: to a neighbour, unbiased, deterministic, and harmless at the edges."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+from jadam import _rounding
+
+NARROW = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@given(
+    x=st.floats(width=32, allow_subnormal=False),
+    t=st.integers(0, 2**31 - 1),
+    salt=st.integers(0, 2),
+)
+def test_rounds_to_one_of_the_two_neighbours(dtype, x, t, salt):
+    """Never farther than the next number of the dtype; exact numbers, inf and NaN stay."""
+    rounded = _rounding.round_dithered(jnp.float32(x), jnp.dtype(dtype), jnp.int32(t), salt)
+    assert rounded.dtype == dtype
+    value = float(rounded)
+    largest = float(jnp.finfo(dtype).max)
+    if np.isnan(x) or np.isinf(x):
+        np.testing.assert_equal(value, x)
+    elif abs(x) > largest:
+        assert abs(value) >= largest  # it overflows to inf as a plain conversion does
+    else:
+        nearest = float(jnp.float32(x).astype(dtype))
+        if nearest == x and abs(x) >= 2**-118:
+            assert value == x
+        # Below 2⁻¹¹⁸ the grid of bfloat16 is as coarse as float32's smallest normal number.
+        spacing = float(_rounding.spacing(jnp.float32(x), jnp.dtype(dtype)))
+        assert abs(value - x) < spacing
+        assert abs(value) <= largest
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("x", [1.003, -0.7391, 3.14159e-3, 1.9999])
+def test_is_unbiased_over_time_and_over_lanes(dtype, x):
+    """The mean over n steps is x to one spacing over n: a low discrepancy, not 1/√n."""
+    n = 1000
+    xs = jnp.full((n, 64), x, jnp.float32)
+    rounded = jax.vmap(lambda x, t: _rounding.round_dithered(x, jnp.dtype(dtype), t))(
+        xs, jnp.arange(n)
+    )
+    spacing = float(_rounding.spacing(jnp.float32(x), jnp.dtype(dtype)))
+    over_time = np.mean(np.asarray(rounded, np.float64), axis=0) - float(np.float32(x))
+    # The golden ratio's discrepancy after n points is under (1 + log n)/n ≈ 8/n.
+    assert np.abs(over_time).max() <= 8 / n * spacing
+    over_lanes = np.mean(np.asarray(rounded, np.float64), axis=1) - float(np.float32(x))
+    assert np.abs(over_lanes).max() <= 8 / 64 * spacing
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_spacing_is_that_of_the_dtype(dtype):
+    """The unit in the last place, at powers of two and between, down to the subnormals."""
+    if dtype == "bfloat16":
+        x = 2.0 ** np.arange(-120, 120, 7) * 1.2345
+        expected = np.maximum(2.0 ** (np.floor(np.log2(x)) - 7), 2.0**-126)
+    else:
+        x = 2.0 ** np.arange(-30, 16).astype(np.float64)
+        expected = np.spacing(x.astype(np.float16)).astype(np.float64)
+    value = _rounding.spacing(jnp.asarray(x, jnp.float32), jnp.dtype(dtype))
+    np.testing.assert_array_equal(np.asarray(value, np.float64), expected)
+
+
+def test_the_dither_does_not_depend_on_how_an_array_is_cut():
+    """Shards that begin at multiples of 128 on the last axis get the bits of the whole."""
+    whole = _rounding.weyl((4, 512), jnp.int32(7))
+    part = _rounding.weyl((2, 128), jnp.int32(7))
+    for row in (0, 2):
+        for column in range(0, 512, 128):
+            np.testing.assert_array_equal(whole[row : row + 2, column : column + 128], part)
+    assert _rounding.weyl((), jnp.int32(7)) == part[0, 0]
