@@ -27,6 +27,9 @@ lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 
 check: lint test ## what continuous integration runs: lint, then test
 
+bench: $(call STAMP,experiments) ## accuracy and speed beside optax, as tables and JSON
+	$(RUN) -m experiments.bench
+
 format: $(call STAMP,dev) ## format the code and mend what ruff can mend
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .

@@ -1,6 +1,7 @@
 """Adam and its family for JAX: exact, small, fast, and a drop-in for `optax.adam`."""
 
 from jadam._state import AdamState as AdamState
+from jadam._state import AmsgradState as AmsgradState
 from jadam._transform import adam as adam
 from jadam._transform import adamax as adamax
 from jadam._transform import adamaxw as adamaxw

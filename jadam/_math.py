@@ -1,8 +1,8 @@
 """The equations, each once, for one array.
 
-Every member of the family is a function of the step number t and its hyperparameters that
-returns the member's equations `(g, *moments) -> (direction, moments)`. What depends on t alone
-is computed before, once for all leaves. The parameter moves by -learning_rate * direction.
+Every member of the family is a function of the step and its hyperparameters that returns the
+member's equations `(g, *moments) -> (direction, moments)`. What depends on the step alone is
+computed before, once for all leaves. The parameter moves by -learning_rate * direction.
 
 All arrays come in float32 or wider. A hyperparameter is a Python number, whose `1 - b` and
 `log b` are then taken in float64, or an array of any float dtype.
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jadam._types import Leaf, Real, Scalar
+from jadam._rounding import spacing, weyl
+from jadam._types import Count, Leaf, Real, Scalar
 
 Equations: TypeAlias = Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
 
@@ -24,6 +25,19 @@ Equations: TypeAlias = Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
 def widen(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype that numbers of `dtype` are computed in: itself, at least float32."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+class Step(NamedTuple):
+    """The step number t, counting from 1, and this step's dither in (-½, ½)."""
+
+    t: Float[Array, ""]
+    dither: Float[Array, ""]
+
+    @classmethod
+    def of(cls, count: Count, dtype: jnp.dtype) -> "Step":
+        """t = count in `dtype`, with a Weyl dither for float32 and none for float64."""
+        u = (weyl((), count) >> 8).astype(dtype) * 2.0**-24 - (0.5 - 2.0**-25)
+        return cls(count.astype(dtype), u if dtype == jnp.float32 else jnp.zeros_like(u))
 
 
 class Decay(NamedTuple):
@@ -77,6 +91,19 @@ def average(m: Leaf, x: Leaf, b: Decay) -> Leaf:
     return m + _times(b.complement, x - m)
 
 
+def second_moment(v: Real, g: Leaf, b: Decay, step: Step) -> Real:
+    """b·v + (1-b)·|g|², in float32 with a dithered rounding.
+
+    Rounded to nearest, v stops short of |g|² once (1-b)·(|g|²-v) is under half a unit in v's last
+    place: by up to 2⁻²⁴/(1-b), 0.3% at b = .99999. Under a dither of one unit it goes on moving.
+    """
+    toward = square(g) - v
+    if v.dtype == jnp.float32:
+        # A number times a power of two is exact: no fused product rounds it in another way.
+        toward += step.dither / b.complement * spacing(v)
+    return jnp.maximum(v + _times(b.complement, toward), 0)
+
+
 def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
     """1 - bᵗ as (1-b) - b·(bᵗ⁻¹ - 1), without cancellation and exact at t = 1."""
     return b.complement - b.rate * jnp.expm1((t - 1) * b.log)
@@ -104,19 +131,18 @@ def ratio(m: Leaf, c1: Real, v_hat: Real, eps: Scalar, eps_root: Scalar) -> Leaf
     return safe_divide(m, c1 * (safe_sqrt(v_hat + eps_root) + eps))
 
 
-def adam(
-    t: Float[Array, ""], *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar
-) -> Equations:
+def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -> Equations:
     """Adam, Kingma & Ba (2015), Algorithm 1.
 
     m = b1·m + (1-b1)·g,  v = b2·v + (1-b2)·g²,  m̂ = m/(1-b1ᵗ),  v̂ = v/(1-b2ᵗ)
     """
+    t = step.t
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
 
     def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
         m = average(m, g, d1)
-        v = average(v, square(g), d2)
+        v = second_moment(v, g, d2, step)
         return ratio(m, c1, v / c2, eps, eps_root), (m, v)
 
     return equations
@@ -138,7 +164,7 @@ def nesterov(b1: Decay, t: Float[Array, ""]) -> Momentum:
     return Momentum(b1.rate / bias_correction(b1, t + 1), b1.complement / bias_correction(b1, t))
 
 
-def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: float) -> Momentum:
+def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: Scalar) -> Momentum:
     """Dozat (2016), Algorithm 2, with its schedule μᵢ = b1·(1 - ½·0.96^(i·momentum_decay)).
 
     m̂ = μₜ₊₁·m/(1-M(t+1)) + (1-μₜ)·g/(1-M(t)) with M(t) = μ₁·…·μₜ.
@@ -147,46 +173,44 @@ def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: float) -> Momentum:
     and the sum over i is geometric, log M(t) = t·log b1 - Σₖ xᵏ·(1-xᵏᵗ)/(1-xᵏ)/(k·2ᵏ). Terms
     past k = 48 are below float64's rounding.
     """
-    log_x = momentum_decay * math.log(0.96)
-    k = range(1, 49)
-    weights = jnp.asarray(
-        [math.exp(j * log_x) / -math.expm1(j * log_x) / (j * 2.0**j) for j in k], t.dtype
-    )
-    rates = jnp.asarray([j * log_x for j in k], t.dtype)
+    log_x = jnp.asarray(momentum_decay * math.log(0.96), t.dtype)
+    k = jnp.arange(1, 49, dtype=t.dtype)
+    weights = jnp.exp(k * log_x) / -jnp.expm1(k * log_x) / (k * 2**k)
 
     def mu(i: Float[Array, ""]) -> Float[Array, ""]:
         return b1.rate * (1 - 0.5 * jnp.exp(i * log_x))
 
     def one_minus_product(i: Float[Array, ""]) -> Float[Array, ""]:
-        return -jnp.expm1(i * b1.log + jnp.sum(weights * jnp.expm1(i * rates)))
+        return -jnp.expm1(i * b1.log + jnp.sum(weights * jnp.expm1(i * k * log_x)))
 
     return Momentum(mu(t + 1) / one_minus_product(t + 1), (1 - mu(t)) / one_minus_product(t))
 
 
 def nadam(
-    t: Float[Array, ""],
+    step: Step,
     *,
     b1: Scalar,
     b2: Scalar,
     eps: Scalar,
     eps_root: Scalar,
-    momentum_decay: float | None = None,
+    momentum_decay: Scalar | None = None,
 ) -> Equations:
     """Adam with Nesterov's momentum, Dozat (2016), without Algorithm 2's extra b2 in v̂."""
+    t = step.t
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     look_ahead = nesterov(d1, t) if momentum_decay is None else dozat(d1, t, momentum_decay)
     c2 = bias_correction(d2, t)
 
     def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
         m = average(m, g, d1)
-        v = average(v, square(g), d2)
+        v = second_moment(v, g, d2, step)
         return ratio(look_ahead(g, m), jnp.ones_like(t), v / c2, eps, eps_root), (m, v)
 
     return equations
 
 
 def amsgrad(
-    t: Float[Array, ""],
+    step: Step,
     *,
     b1: Scalar,
     b2: Scalar,
@@ -201,6 +225,7 @@ def amsgrad(
     raw:        v_max = max(v_max, v),          v̂ = v_max/(1-b2ᵗ)
     corrected:  v_max = max(v_max, v/(1-b2ᵗ)),  v̂ = v_max
     """
+    t = step.t
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     one = jnp.ones_like(t)
     c1 = bias_correction(d1, t) if bias_correction_mu else one
@@ -209,18 +234,19 @@ def amsgrad(
 
     def equations(g: Leaf, m: Leaf, v: Real, v_max: Real) -> tuple[Leaf, tuple[Leaf, Real, Real]]:
         m = average(m, g, d1)
-        v = average(v, square(g), d2)
+        v = second_moment(v, g, d2, step)
         v_max = jnp.maximum(v_max, v / before)
         return ratio(m, c1, v_max / after, eps, eps_root), (m, v, v_max)
 
     return equations
 
 
-def adamax(t: Float[Array, ""], *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
+def adamax(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
     """AdaMax, Kingma & Ba (2015), Algorithm 2, with eps beside |g| as in torch and optax.
 
     u = max(b2·u, |g| + eps),  direction = m/(1-b1ᵗ)/u
     """
+    t = step.t
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     c1 = bias_correction(d1, t)
 
@@ -256,29 +282,30 @@ def rectification(rho: Float[Array, ""], limit: Scalar) -> Float[Array, ""]:
 
 
 def radam(
-    t: Float[Array, ""],
+    step: Step,
     *,
     b1: Scalar,
     b2: Scalar,
     eps: Scalar,
     eps_root: Scalar,
-    threshold: float,
+    threshold: Scalar,
     nesterov_momentum: bool,
 ) -> Equations:
     """Rectified Adam, Liu et al. (2020), Algorithm 2.
 
     direction = rₜ·m̂/(√(v̂ + eps_root) + eps) where ρₜ >= threshold, else m̂
     """
+    t = step.t
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
     look_ahead = nesterov(d1, t)
     rho = sma_length(d2, t)
-    tractable = rho >= threshold
+    tractable = rho >= jnp.asarray(threshold, t.dtype)
     r = jnp.sqrt(jnp.where(tractable, rectification(rho, 2 / d2.complement - 1), 1))
 
     def equations(g: Leaf, m: Leaf, v: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
         m = average(m, g, d1)
-        v = average(v, square(g), d2)
+        v = second_moment(v, g, d2, step)
         m_hat = look_ahead(g, m) if nesterov_momentum else divide(m, c1)
         adaptive = _times(r, ratio(m_hat, jnp.ones_like(t), v / c2, eps, eps_root))
         return jnp.where(tractable, adaptive, m_hat), (m, v)

@@ -33,27 +33,24 @@ def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*sha
     return lane * _LANE + phase
 
 
-def spacing(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """The distance to the next number of `dtype` beyond float32 x, at least 2⁻¹²⁶."""
-    info = jnp.finfo(dtype)
+def spacing(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The distance to the next float32 beyond float32 x; 0 for 0 and the smallest numbers."""
     exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
-    # Devices flush float32's subnormal numbers to 0.
-    smallest = max(float(info.smallest_subnormal), 2.0**-126)
-    return jnp.maximum(power * float(info.eps), smallest)
+    return lax.bitcast_convert_type(exponent, jnp.float32) * float(jnp.finfo(jnp.float32).eps)
 
 
 def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[Array, "*shape"]:
     """x in a narrower `dtype`, to one of its two neighbours there, unbiased over time.
 
-    |x| becomes ⌊|x|/s + u⌋·s with s the spacing and u the Weyl dither in [0, 1), on as many bits
-    as x has below s: the sum is exact, and a number that `dtype` has stays. The largest finite
-    number stays finite; infinities and NaN pass.
+    |x| becomes ⌊|x|/s + u⌋·s with s the spacing in `dtype` and u the Weyl dither in [0, 1), on as
+    many bits as x has below s: the sum is exact, and a number that `dtype` has stays. The largest
+    finite number stays finite; infinities and NaN pass.
     """
     info = jnp.finfo(dtype)
     bits = jnp.finfo(jnp.float32).nmant - info.nmant
     x = x.astype(jnp.float32)
-    s = spacing(x, dtype)
+    # Devices flush float32's subnormal numbers to 0: the grid ends at its smallest normal one.
+    s = jnp.maximum(spacing(x) * 2.0**bits, max(float(info.smallest_subnormal), 2.0**-126))
     u = (weyl(x.shape, t, salt) >> (32 - bits)).astype(jnp.float32) * 2.0**-bits
     magnitude = jnp.minimum(jnp.floor(jnp.abs(x) / s + u) * s, float(info.max))
     in_range = jnp.abs(x) <= float(info.max)

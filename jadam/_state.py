@@ -1,4 +1,4 @@
-"""The state of every member of the family."""
+"""The states of the family."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,31 @@ from jadam._types import Count, PyTree
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers between two updates, with optax's field names.
+    """What Adam remembers between two updates, field by field optax's `ScaleByAdamState`.
 
     Attributes:
         count: the number of updates made, int32, stays at 2³¹-1 once there.
         mu: the first moments m, a tree like the parameters.
         nu: the second moments v (AdaMax: the norms u), a tree like the parameters. Real also for
             complex parameters.
-        nu_max: AMSGrad's maxima of v, a tree like the parameters; None for the others.
     """
 
     count: Count  # pyright: ignore[reportIncompatibleMethodOverride]  (optax has this name)
     mu: PyTree
     nu: PyTree
-    nu_max: PyTree = None
+
+
+class AmsgradState(NamedTuple):
+    """What AMSGrad remembers, field by field optax's `ScaleByAmsgradState`.
+
+    Attributes:
+        count: as in `AdamState`.
+        mu: as in `AdamState`.
+        nu: as in `AdamState`.
+        nu_max: the largest v so far (raw or corrected), a tree like the parameters.
+    """
+
+    count: Count  # pyright: ignore[reportIncompatibleMethodOverride]  (optax has this name)
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree

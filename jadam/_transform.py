@@ -1,8 +1,8 @@
 """The family as optax gradient transformations.
 
 Each is the pure pair with its hyperparameters bound. Its state is laid out as that of its optax
-namesake, an `AdamState` where optax has its `ScaleBy...State`, so that a program which reaches
-into the state finds everything in its place.
+namesake, an `AdamState` where optax has its `ScaleByAdamState`, so that a program which reaches
+into the state finds everything in its place, and a checkpoint of one restores into the other.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import jax
 import optax
 
 from jadam import _math, _validate
-from jadam._state import AdamState
+from jadam._state import AdamState, AmsgradState
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Rule, advance, increment, initializer, rule
+from jadam._update import Rule, State, advance, increment, initializer, rule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
@@ -26,7 +26,7 @@ def _transformation(
     mu_dtype: DType | None,
     nu_dtype: DType | None,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
-    maximum: bool = False,
+    kind: type[State] = AdamState,
 ) -> optax.GradientTransformationExtraArgs:
     """A rule followed by decay and learning rate, all in one step; optax gives their states."""
     learning_rate = _validate.schedulable("learning_rate", learning_rate)
@@ -35,7 +35,7 @@ def _transformation(
     weight_decay = _validate.schedulable("weight_decay", weight_decay)
     if decay is not None:
         followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
-    init = initializer(mu_dtype, nu_dtype, maximum=maximum)
+    init = initializer(mu_dtype, nu_dtype, kind)
 
     def init_fn(params: PyTree) -> tuple[Any, ...]:
         return init(params), *(follower.init(params) for follower in followers)
@@ -44,7 +44,7 @@ def _transformation(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, tuple[Any, ...]]:
         del extra_args
-        if not (isinstance(state, tuple) and len(state) == 1 + len(followers)):
+        if not (isinstance(state, (tuple, list)) and len(state) == 1 + len(followers)):
             raise TypeError(
                 f"state: expected the tuple of {1 + len(followers)} states that init made, got "
                 f"{type(state).__name__}"
@@ -58,7 +58,7 @@ def _transformation(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             mask=mask,
-            maximum=maximum,
+            kind=kind,
         )
         # A schedule's state is its count, or nothing.
         return updates, (adam_state, *jax.tree.map(increment, schedules))
@@ -204,7 +204,7 @@ def nadam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
-    momentum_decay: float | None = None,
+    momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with Nesterov's momentum, Dozat (2016).
 
@@ -239,7 +239,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: DType | None = None,
-    momentum_decay: float | None = None,
+    momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`nadam` with the decoupled weight decay of `adamw`.
 
@@ -256,10 +256,10 @@ def nadamw(
 
 
 def _nadam_rule(
-    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, momentum_decay: float | None
+    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, momentum_decay: Scalar | None
 ) -> Rule:
     if momentum_decay is not None:
-        momentum_decay = _validate.positive_number("momentum_decay", momentum_decay)
+        momentum_decay = _validate.in_range("momentum_decay", momentum_decay, above=0.0)
     return rule(
         _math.nadam, b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
     )
@@ -310,7 +310,7 @@ def amsgrad(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
-        maximum=True,
+        kind=AmsgradState,
     )
 
 
@@ -372,7 +372,7 @@ def radam(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    threshold: float = 5.0,
+    threshold: Scalar = 5.0,
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
@@ -394,7 +394,7 @@ def radam(
     >>> import jadam
     >>> tx = jadam.radam(1e-3)
     """
-    threshold = _validate.positive_number("threshold", threshold, at_least=4.0)
+    threshold = _validate.in_range("threshold", threshold, at_least=4.0)
     return _transformation(
         rule(
             _math.radam,

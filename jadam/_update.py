@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam import _codec, _math, _validate
-from jadam._state import AdamState
+from jadam._state import AdamState, AmsgradState
 from jadam._types import Count, DType, Leaf, PyTree, Scalar, ScalarOrSchedule
 
-Rule = Callable[[jax.Array], _math.Equations]
-"""A member of the family with its hyperparameters: the step number t ↦ its equations."""
+State = AdamState | AmsgradState
 
-_MOMENTS = ("mu", "nu", "nu_max")
+Rule = Callable[[_math.Step], _math.Equations]
+"""A member of the family with its hyperparameters: the step ↦ its equations."""
 
 
 def init(
@@ -45,9 +45,9 @@ def init(
 
 
 def initializer(
-    mu_dtype: DType | None, nu_dtype: DType | None, *, maximum: bool = False
-) -> Callable[..., AdamState]:
-    """`init` with its dtypes, which are checked, and with `nu_max` where a maximum is kept."""
+    mu_dtype: DType | None, nu_dtype: DType | None, kind: type[State] = AdamState
+) -> Callable[..., Any]:
+    """`init` with its dtypes, which are checked, for a kind of state."""
     chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype)
     chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype)
 
@@ -58,14 +58,10 @@ def initializer(
         real = jnp.finfo(jnp.result_type(p)).dtype
         return jnp.zeros_like(p, dtype=_codec.storage(real, chosen_nu))
 
-    def init_fn(params: PyTree) -> AdamState:
+    def init_fn(params: PyTree) -> State:
         _validate.inexact_leaves("params", params)
-        return AdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(first, params),
-            nu=jax.tree.map(second, params),
-            nu_max=jax.tree.map(second, params) if maximum else None,
-        )
+        seconds = (jax.tree.map(second, params) for _ in kind._fields[2:])
+        return kind(jnp.zeros((), jnp.int32), jax.tree.map(first, params), *seconds)
 
     return init_fn
 
@@ -145,21 +141,21 @@ def rule(member: Callable[..., _math.Equations], **hyperparameters: Any) -> Rule
 def advance(
     rule: Rule,
     grads: PyTree,
-    state: AdamState,
+    state: Any,
     params: PyTree,
     *,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    maximum: bool = False,
-) -> tuple[PyTree, AdamState]:
+    kind: type[State] = AdamState,
+) -> tuple[PyTree, Any]:
     """One step of a rule: update = -learning_rate·(direction + weight_decay·param)."""
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
-    _check(grads, state, params, decays, maximum)
+    _check(grads, state, params, decays, kind)
     learning_rate = at_count("learning_rate", learning_rate, state.count)
     weight_decay = at_count("weight_decay", weight_decay, state.count)
     count = increment(state.count)
-    equations = functools.cache(lambda dtype: rule(count.astype(dtype)))
+    equations = functools.cache(lambda dtype: rule(_math.Step.of(count, dtype)))
 
     def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:
         g = jnp.asarray(g)
@@ -181,11 +177,11 @@ def advance(
 
     leaves, structure = jax.tree.flatten(grads)
     decaying = _decaying(params, mask) if decays else [None] * len(leaves)
-    stored = [jax.tree.leaves(moment) for moment in state[1:] if moment is not None]
+    stored = [jax.tree.leaves(moment) for moment in state[1:]]
     results = [leaf(*args) for args in zip(leaves, decaying, *stored, strict=True)]
     columns = zip(*results, strict=True) if results else ((),) * (1 + len(stored))
     updates, *moments = (jax.tree.unflatten(structure, column) for column in columns)
-    return updates, AdamState(count, *moments)
+    return updates, kind(count, *moments)
 
 
 def increment(count: Count) -> Count:
@@ -223,18 +219,13 @@ def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) 
     return [p if keep else None for keep, p in zip(jax.tree.leaves(kept), leaves, strict=True)]
 
 
-def _check(grads: PyTree, state: Any, params: PyTree, decays: bool, maximum: bool) -> None:
-    if not isinstance(state, AdamState):
-        raise TypeError(f"state: expected the AdamState that init made, got {type(state).__name__}")
-    if (state.nu_max is not None) != maximum:
-        expected = "nu_max" if maximum else "no nu_max"
-        raise TypeError(
-            f"state: expected {expected}, got the state of another member of the family"
-        )
+def _check(grads: PyTree, state: Any, params: PyTree, decays: bool, kind: type[State]) -> None:
+    if not isinstance(state, kind):
+        expected = f"the {kind.__name__} that init made"
+        raise TypeError(f"state: expected {expected}, got {type(state).__name__}")
     _validate.inexact_leaves("grads", grads)
-    for name, moment in zip(_MOMENTS, state[1:], strict=True):
-        if moment is not None:
-            _validate.same_structure("grads", grads, f"state.{name}", moment)
+    for name in kind._fields[1:]:
+        _validate.same_structure("grads", grads, f"state.{name}", getattr(state, name))
     _validate.real_where("grads", grads, "state.mu", state.mu)
     if decays:
         if params is None:

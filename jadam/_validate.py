@@ -45,39 +45,46 @@ def _known(value: Scalar) -> float | None:
     return float(value)
 
 
-def decay_rate(name: str, value: Any) -> Scalar:
-    """A decay rate in [0, 1)."""
+def in_range(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Scalar:
+    """A finite scalar in the range; a traced one is taken at its word.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not a scalar, or is out of the range.
+    """
     value = scalar(name, value)
     known = _known(value)
-    if known is not None and not 0 <= known < 1:
+    if known is not None and not (at_least <= known < below and known > above):
+        bounds = [
+            f"{text} {bound:g}"
+            for text, bound in ((">=", at_least), (">", above), ("<", below))
+            if math.isfinite(bound)
+        ]
         dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
-        raise ValueError(f"{name}: expected 0 <= {name} < 1, got {known}{dtype}")
+        raise ValueError(f"{name}: expected a number {' and '.join(bounds)}, got {known}{dtype}")
     return value
+
+
+def decay_rate(name: str, value: Any) -> Scalar:
+    """A decay rate in [0, 1)."""
+    return in_range(name, value, at_least=0.0, below=1.0)
 
 
 def non_negative(name: str, value: Any) -> Scalar:
     """A finite number that is not negative."""
-    value = scalar(name, value)
-    known = _known(value)
-    if known is not None and not 0 <= known < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {known}")
-    return value
+    return in_range(name, value, at_least=0.0)
 
 
 def schedulable(name: str, value: Any) -> Any:
     """A schedule, which is checked when it is called, or a finite number that is not negative."""
     return value if callable(value) else non_negative(name, value)
-
-
-def positive_number(name: str, value: Any, *, at_least: float = 0.0) -> float:
-    """A finite Python or NumPy number above 0 and not under `at_least`."""
-    known = scalar(name, value)
-    if not isinstance(known, float):
-        raise TypeError(f"{name}: expected a Python number, got {value!r}")
-    if not (0 < known < math.inf and known >= at_least):
-        bound = f"finite number >= {at_least}" if at_least else "finite number > 0"
-        raise ValueError(f"{name}: expected a {bound}, got {known}")
-    return known
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

@@ -38,16 +38,18 @@ def one_step(**options):
 )
 def test_a_decay_rate_out_of_range(name, value):
     """In the pure pair when tracing, in the family already when it is made."""
-    with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < 1, got"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0 and < 1, got"):
         one_step(**{name: value})
     for factory in MEMBERS:
-        with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < 1, got"):
+        with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0 and < 1, got"):
             factory(1e-3, **{name: value})
 
 
 def test_a_decay_rate_that_bfloat16_rounds_to_one():
     """inject_hyperparams casts .999 to the parameters' bfloat16, which is 1: said, not NaN."""
-    with pytest.raises(ValueError, match=r"b2: expected 0 <= b2 < 1, got 1.0 in bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"b2: expected a number >= 0 and < 1, got 1.0 in bfloat16"
+    ):
         jadam.adam(1e-3, b2=jnp.bfloat16(0.999))
 
 
@@ -55,9 +57,9 @@ def test_a_decay_rate_that_bfloat16_rounds_to_one():
 @pytest.mark.parametrize("value", [-1e-3, float("inf"), float("nan"), jnp.float32(-1)])
 def test_a_negative_or_infinite_hyperparameter(name, value):
     """None of them may be negative: to climb, negate the gradients."""
-    with pytest.raises(ValueError, match=rf"{name}: expected a finite number >= 0, got"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0, got"):
         one_step(**{name: value})
-    with pytest.raises(ValueError, match=rf"{name}: expected a finite number >= 0, got"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0, got"):
         jadam.adamw(**{"learning_rate": 1e-3, name: value})
 
 
@@ -102,12 +104,12 @@ def test_a_storage_dtype_that_is_not_floating_point(factory, name, value):
 def test_options_of_single_members():
     with pytest.raises(ValueError, match="maximum: expected one of 'raw', 'corrected', got 'hat'"):
         jadam.amsgrad(1e-3, maximum="hat")
-    with pytest.raises(ValueError, match=r"momentum_decay: expected a finite number > 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"momentum_decay: expected a number > 0, got 0.0"):
         jadam.nadam(1e-3, momentum_decay=0.0)
-    with pytest.raises(ValueError, match=r"threshold: expected a finite number >= 4.0, got 3.0"):
+    with pytest.raises(ValueError, match=r"threshold: expected a number >= 4, got 3.0"):
         jadam.radam(1e-3, threshold=3.0)
-    with pytest.raises(TypeError, match=r"momentum_decay: expected a Python number"):
-        jadam.nadam(1e-3, momentum_decay=jnp.float32(1))
+    with pytest.raises(TypeError, match=r"momentum_decay: expected a real number"):
+        jadam.nadam(1e-3, momentum_decay="fast")
 
 
 @pytest.mark.parametrize(
@@ -223,9 +225,9 @@ def test_a_state_that_is_not_adams():
         tx.update(GRADS, jadam.init(PARAMS)[:1])
     with pytest.raises(TypeError, match="state: expected the AdamState that init made, got Empty"):
         tx.update(GRADS, tx.init(PARAMS)[::-1])
-    with pytest.raises(TypeError, match=r"state: expected nu_max"):
+    with pytest.raises(TypeError, match=r"state: expected the AmsgradState .* got AdamState"):
         jadam.amsgrad(1e-3).update(GRADS, tx.init(PARAMS))
-    with pytest.raises(TypeError, match=r"state: expected no nu_max"):
+    with pytest.raises(TypeError, match=r"state: expected the AdamState .* got AmsgradState"):
         tx.update(GRADS, jadam.amsgrad(1e-3).init(PARAMS))
 
 

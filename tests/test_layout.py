@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "jadam"
 ORDER = [
     "_types",
     "_validate",
-    "_math",
     "_rounding",
+    "_math",
     "_codec",
     "_state",
     "_update",
     "_transform",
+    "_weights",
     "__init__",
 ]
-MAY_IMPORT_OPTAX = {"_transform"}
+MAY_IMPORT_OPTAX = {"_transform", "_weights"}
 
 
 def imported(module: str) -> set[str]:

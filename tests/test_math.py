@@ -75,14 +75,13 @@ def test_first_step_of_a_constant_gradient_is_the_learning_rate(b2, learning_rat
     assert ulps(step(jnp.asarray(g), jadam.init(g)), expected).max() <= 2
 
 
-@pytest.mark.parametrize(("b2", "tolerance"), [(0.999, 1e-4), (0.9999, 4e-4), (0.99999, 1e-4)])
-def test_a_constant_gradient_keeps_the_step_at_the_learning_rate(b2, tolerance):
-    """-lr·sign(g) within 1e-4 for 100,000 steps at eps = 0.
+@pytest.mark.parametrize("b2", B2)
+def test_a_constant_gradient_keeps_the_step_at_the_learning_rate(b2):
+    """-lr·sign(g) for 100,000 steps at eps = 0, at any b2.
 
-    What is left is the float32 accumulator: v stops short of g² where (1-b2)·(g²-v) is under half
-    a unit in its last place, up to 2⁻²⁴/(1-b2) below, half of that in the root. Measured: 2.9e-5
-    (.999), 2.7e-4 (.9999, whose 10 time constants end in that stop), 1.5e-5 (.99999, which in
-    100,000 steps has passed one time constant only).
+    A float32 accumulator rounded to nearest stops 2⁻²⁴/(1-b2) short: 2.7e-4 at b2 = .9999 here,
+    2.9e-3 after a million steps at .99999. With the dither what is left is 1,000 or so dithered
+    roundings that mostly cancel, measured at most 6e-6 (b2 = .9999 and .99999).
     """
     rng = np.random.default_rng(2)
     g = jnp.asarray(
@@ -94,7 +93,7 @@ def test_a_constant_gradient_keeps_the_step_at_the_learning_rate(b2, tolerance):
         return state, jnp.max(jnp.abs(updates + 1))
 
     _, error = jax.jit(lambda s: jax.lax.scan(step, s, length=100_000))(jadam.init(g))
-    assert error.max() <= tolerance
+    assert error.max() <= 1e-5
 
 
 STEPS_OF_BOUND = 48

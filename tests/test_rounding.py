@@ -33,7 +33,7 @@ def test_rounds_to_one_of_the_two_neighbours(dtype, x, t, salt):
         if nearest == x and abs(x) >= 2**-118:
             assert value == x
         # Below 2⁻¹¹⁸ the grid of bfloat16 is as coarse as float32's smallest normal number.
-        spacing = float(_rounding.spacing(jnp.float32(x), jnp.dtype(dtype)))
+        spacing = grid(x, dtype)
         assert abs(value - x) < spacing
         assert abs(value) <= largest
 
@@ -47,7 +47,7 @@ def test_is_unbiased_over_time_and_over_lanes(dtype, x):
     rounded = jax.vmap(lambda x, t: _rounding.round_dithered(x, jnp.dtype(dtype), t))(
         xs, jnp.arange(n)
     )
-    spacing = float(_rounding.spacing(jnp.float32(x), jnp.dtype(dtype)))
+    spacing = grid(x, dtype)
     over_time = np.mean(np.asarray(rounded, np.float64), axis=0) - float(np.float32(x))
     # The golden ratio's discrepancy after n points is under (1 + log n)/n ≈ 8/n.
     assert np.abs(over_time).max() <= 8 / n * spacing
@@ -55,17 +55,18 @@ def test_is_unbiased_over_time_and_over_lanes(dtype, x):
     assert np.abs(over_lanes).max() <= 8 / 64 * spacing
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-def test_spacing_is_that_of_the_dtype(dtype):
-    """The unit in the last place, at powers of two and between, down to the subnormals."""
-    if dtype == "bfloat16":
-        x = 2.0 ** np.arange(-120, 120, 7) * 1.2345
-        expected = np.maximum(2.0 ** (np.floor(np.log2(x)) - 7), 2.0**-126)
-    else:
-        x = 2.0 ** np.arange(-30, 16).astype(np.float64)
-        expected = np.spacing(x.astype(np.float16)).astype(np.float64)
-    value = _rounding.spacing(jnp.asarray(x, jnp.float32), jnp.dtype(dtype))
-    np.testing.assert_array_equal(np.asarray(value, np.float64), expected)
+def grid(x, dtype):
+    """The distance of the numbers of `dtype` around x; as coarse as float32's smallest below."""
+    digits = {"bfloat16": 7, "float16": 10}[dtype]
+    smallest = {"bfloat16": 2.0**-126, "float16": 2.0**-24}[dtype]
+    return max(2.0 ** (np.floor(np.log2(abs(x))) - digits), smallest) if x else smallest
+
+
+def test_spacing_is_float32s():
+    """The unit in the last place, at powers of two and between; 0 at 0."""
+    x = np.asarray([*2.0 ** np.arange(-100, 120, 7), 1.9999999, 3.14e-7, 1e30], np.float32)
+    np.testing.assert_array_equal(_rounding.spacing(jnp.asarray(x)), np.spacing(x))
+    assert _rounding.spacing(jnp.float32(0)) == 0
 
 
 def test_the_dither_does_not_depend_on_how_an_array_is_cut():

@@ -1,0 +1,1 @@
+"""Accuracy, speed and memory, side by side with peers: `python -m experiments.bench`."""

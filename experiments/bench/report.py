@@ -1,0 +1,66 @@
+"""Where a figure comes from, and how it is written down."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[2] / "README.md"
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax")
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    answer = subprocess.run(git, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Command, device, machine, versions and commit of a measurement."""
+    return {
+        "command": command,
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """A file's new text in one step: a reader finds the old file or the new one, whole."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    """Results as JSON under results/."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    _replace(path, json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def readme_block(name: str) -> tuple[str, str, str]:
+    """The project's README before, in and after the block between a name's two markers."""
+    before, rest = README.read_text().split(f"<!-- {name}: begin -->\n")
+    block, after = rest.split(f"<!-- {name}: end -->\n")
+    return f"{before}<!-- {name}: begin -->\n", block, f"<!-- {name}: end -->\n{after}"
+
+
+def update_readme(name: str, block: str) -> None:
+    """Put a table into the project's README, between its markers."""
+    before, _, after = readme_block(name)
+    _replace(README, f"{before}{block}\n{after}")

@@ -1,0 +1,594 @@
+"""jadam in the place of optax: an unchanged program around it does what it did.
+
+Each program is written once and run twice, with `lib` jadam and with `lib` optax. In float64 both
+must agree to the last digits, parameters and whole state, so that no rounding hides a difference.
+In float32 under strict promotion jadam's state must keep its types and the step compile once.
+"""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from helpers import FAMILY, gradients_like
+
+import jadam
+
+LR = 0.1
+WEIGHTS = (1.0, 2.0, 0.5, 1.0, -1.0, 3.0, 0.1, 1.0, 1.0, 2.0)
+NOT_FINITE_TWICE = (1.0, 2.0, 0.5, np.inf, -1.0, 3.0, np.nan, 1.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A transformation that a user builds from `lib`, and the training loop around it.
+
+    `weights` scale the loss from step to step. `wrap` and `unwrap` are for parameters that are
+    kept in another form. `extra` is what `update` is given beside the gradients. `not_strict`
+    names the function of optax that mixes dtypes, so that the program needs JAX's default.
+    """
+
+    name: str
+    build: Callable[[ModuleType], Any]
+    weights: tuple[float, ...] = WEIGHTS
+    wrap: Callable[[Any], Any] = lambda params: params
+    unwrap: Callable[[Any], Any] = lambda params: params
+    extra: Callable[..., dict[str, Any]] = lambda value, value_fn: {}
+    not_strict: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def not_scalars(params: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.ndim(p) > 0, params)
+
+
+def labels(params: Any) -> Any:
+    return jax.tree.map(lambda p: "matrix" if jnp.ndim(p) > 1 else "other", params)
+
+
+def halved(count: jax.Array) -> jax.Array:
+    """A schedule that mixes no dtypes."""
+    return jnp.asarray(LR, float) * jnp.asarray(0.5, float) ** (count // 4).astype(float)
+
+
+NO_SCALE = {"dense": True, "scale": False}
+
+PROGRAMS = [
+    Program("alone", lambda lib: lib.adam(LR)),
+    Program("positional", lambda lib: lib.adam(LR, 0.8, 0.95, 1e-3, 1e-4, None, nesterov=True)),
+    Program("arrays", lambda lib: lib.adam(jnp.asarray(LR, float), b1=np.float64(0.8))),
+    Program("schedule", lambda lib: lib.adam(halved)),
+    Program("adamw", lambda lib: lib.adamw(halved, weight_decay=halved, mask=not_scalars)),
+    Program("chain", lambda lib: optax.chain(optax.clip_by_global_norm(0.5), lib.adam(LR))),
+    Program(
+        "named_chain",
+        lambda lib: optax.named_chain(("clip", optax.clip(0.5)), ("adam", lib.adam(LR))),
+    ),
+    Program(
+        "scale_by_adam",
+        lambda lib: optax.chain(lib.scale_by_adam(b2=0.9), optax.scale_by_learning_rate(halved)),
+    ),
+    Program(
+        "lamb",
+        lambda lib: optax.chain(
+            lib.scale_by_adam(),
+            optax.add_decayed_weights(0.1),
+            optax.scale_by_trust_ratio(),
+            optax.scale_by_learning_rate(LR),
+        ),
+    ),
+    Program(
+        "ema",
+        lambda lib: optax.chain(lib.adam(LR), optax.ema(0.5)),
+        not_strict="tree_bias_correction",
+    ),
+    Program("masked", lambda lib: optax.masked(lib.adam(LR), not_scalars)),
+    Program("masked_adamw", lambda lib: optax.masked(lib.adamw(LR, mask=not_scalars), NO_SCALE)),
+    Program(
+        "partition",
+        lambda lib: optax.partition({"matrix": lib.adam(LR), "other": optax.sgd(LR)}, labels),
+    ),
+    Program(
+        "multi_transform",
+        lambda lib: optax.multi_transform({"matrix": lib.adam(LR), "other": lib.adamw(LR)}, labels),
+    ),
+    Program(
+        "selective_transform",
+        lambda lib: optax.selective_transform(
+            lib.adam(LR), freeze_mask={"dense": False, "scale": True}
+        ),
+    ),
+    Program(
+        "MultiSteps",
+        lambda lib: optax.MultiSteps(lib.adam(LR), every_k_schedule=3, accumulator_dtype=float),
+        not_strict="MultiSteps",
+    ),
+    Program(
+        "MultiSteps_skip_not_finite",
+        lambda lib: optax.MultiSteps(
+            lib.adam(LR), 2, should_skip_update_fn=optax.skip_not_finite, accumulator_dtype=float
+        ).gradient_transformation(),
+        weights=NOT_FINITE_TWICE,
+        not_strict="MultiSteps",
+    ),
+    Program(
+        "apply_if_finite",
+        lambda lib: optax.apply_if_finite(lib.adam(LR), 3),
+        weights=NOT_FINITE_TWICE,
+    ),
+    Program(
+        "conditionally_mask",
+        lambda lib: optax.conditionally_mask(lib.adam(LR), lambda step, **_: step % 2 == 0),
+    ),
+    Program("flatten", lambda lib: optax.flatten(lib.adam(LR))),
+    Program(
+        "inject_hyperparams",
+        lambda lib: optax.inject_hyperparams(lib.adam)(learning_rate=halved, b1=0.8),
+    ),
+    Program(
+        "inject_adamw",
+        lambda lib: optax.inject_hyperparams(lib.adamw, static_args=("mask",))(
+            LR, weight_decay=0.1, mask=not_scalars
+        ),
+    ),
+    Program(
+        "lookahead",
+        lambda lib: optax.lookahead(lib.adam(LR), 3, slow_step_size=0.5, reset_state=True),
+        wrap=optax.LookaheadParams.init_synced,
+        unwrap=lambda params: params.fast,
+        not_strict="_lookahead_update",
+    ),
+    Program(
+        "schedule_free",
+        lambda lib: optax.contrib.schedule_free(lib.adam(LR, b1=0.0), learning_rate=LR),
+    ),
+    Program(
+        "sam",
+        lambda lib: optax.contrib.sam(
+            lib.adam(LR), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+        ),
+        not_strict="sam",
+    ),
+    Program(
+        "sam_opaque",
+        lambda lib: optax.contrib.sam(lib.adam(LR), lib.adam(0.1), opaque_mode=True),
+        extra=lambda value, value_fn: {"grad_fn": lambda params, _: jax.grad(value_fn)(params)},
+    ),
+    Program(
+        "reduce_on_plateau",
+        lambda lib: optax.chain(lib.adam(LR), optax.contrib.reduce_on_plateau(patience=2)),
+        extra=lambda value, value_fn: {"value": value},
+        not_strict="reduce_on_plateau",
+    ),
+    Program(
+        "extra_args",
+        lambda lib: optax.chain(optax.with_extra_args_support(lib.adam(LR)), optax.trace(0.5)),
+        extra=lambda value, value_fn: {"value": value, "unknown": "ignored"},
+    ),
+]
+
+
+def problem() -> dict[str, Any]:
+    """Parameters of rank 2, 1 and 0, in the default float dtype."""
+    rng = np.random.default_rng(0)
+    return {
+        "dense": {
+            "kernel": jnp.asarray(rng.standard_normal((3, 2)), float),
+            "bias": jnp.asarray(rng.standard_normal(2), float),
+        },
+        "scale": jnp.asarray(rng.standard_normal(), float),
+    }
+
+
+def loss(params: Any, weight: Any) -> jax.Array:
+    """Not convex, and each leaf's gradient depends on all leaves."""
+    terms = [jnp.sum(jnp.square(p - 1) + jnp.sin(3 * p)) for p in jax.tree.leaves(params)]
+    return weight * jnp.log1p(jnp.square(sum(terms)))
+
+
+class Trained(NamedTuple):
+    params: Any
+    states: list[Any]
+    compilations: int
+
+
+def train(program: Program, lib: ModuleType) -> Trained:
+    """The user's loop, one step for each weight."""
+    tx = program.build(lib)
+
+    @jax.jit
+    def step(params: Any, state: Any, weight: Any) -> tuple[Any, Any]:
+        def value_fn(params: Any) -> jax.Array:
+            return loss(params, weight)
+
+        value, grads = jax.value_and_grad(value_fn)(program.unwrap(params))
+        updates, state = tx.update(grads, state, params, **program.extra(value, value_fn))
+        return optax.apply_updates(params, updates), state
+
+    params = program.wrap(problem())
+    states = [tx.init(params)]
+    for weight in program.weights:
+        params, state = step(params, states[-1], jnp.asarray(weight, float))
+        states.append(state)
+    return Trained(params, states, step._cache_size())
+
+
+def as_optax(state: Any) -> Any:
+    """A state with optax's classes in the place of jadam's."""
+
+    peers = {
+        jadam.AdamState: optax.ScaleByAdamState,
+        jadam.AmsgradState: optax.ScaleByAmsgradState,
+    }
+
+    def translate(node: Any) -> Any:
+        return peers[type(node)](*node) if type(node) in peers else node
+
+    return jax.tree.map(translate, state, is_leaf=lambda node: type(node) in peers)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """The same tree of the same numbers, which are float64.
+
+    1e-12: ten steps round at 1e-16 each, and optax's 1 - b2**t loses three digits at t = 1. A
+    wrong constant, count or order of operations shows at 1e-8 (eps) or above.
+    """
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12, err_msg=where)
+
+
+each_program = pytest.mark.parametrize("program", PROGRAMS, ids=str)
+# optax.adam itself mixes dtypes, in tree_bias_correction.
+beside_optax = pytest.mark.usefixtures("x64", "standard_promotion")
+
+
+@beside_optax
+@each_program
+def test_a_program_does_with_jadam_what_it_did_with_optax(program):
+    """Drop-in: the parameters and the whole state, the wrappers' included, are those of optax."""
+    ours, theirs = train(program, jadam), train(program, optax)
+    assert any(
+        np.any(p != q)
+        for p, q in zip(*map(jax.tree.leaves, (ours.params, program.wrap(problem()))), strict=True)
+    )
+    assert_same(ours.params, theirs.params)
+    assert_same(as_optax(ours.states[-1]), theirs.states[-1])
+
+
+@each_program
+def test_a_program_compiles_once_and_its_state_keeps_its_types(program, request):
+    """No aval of the state changes, weak types included; under strict promotion if optax can."""
+    if program.not_strict:
+        request.getfixturevalue("standard_promotion")
+    trained = train(program, jadam)
+    avals = [jax.tree.map(jax.typeof, state) for state in trained.states]
+    assert all(later == avals[0] for later in avals)
+    assert not any(aval.weak_type for aval in jax.tree.leaves(avals[0]))
+    assert trained.compilations == 1
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.not_strict], ids=str)
+def test_where_strict_promotion_fails_it_is_in_optax(program):
+    """`not_strict` is true: it excuses a function of optax, and must go when optax mends it."""
+    with pytest.raises(jax.dtypes.TypePromotionError) as error:
+        train(program, jadam)
+    codes = [entry.frame.code.raw for entry in error.traceback]
+    raised_in = [code for code in codes if "/jax/" not in code.co_filename][-1]
+    assert "/optax/" in raised_in.co_filename
+    assert raised_in.co_qualname.split(".")[0] == program.not_strict
+
+
+@beside_optax
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.constant_schedule(0.1),
+        optax.cosine_decay_schedule(0.1, 8, alpha=0.1),
+        optax.exponential_decay(0.1, 3, 0.5, staircase=True),
+        optax.linear_onecycle_schedule(10, 0.1),
+        optax.piecewise_constant_schedule(0.1, {3: 0.5, 7: 0.1}),
+        optax.polynomial_schedule(0.1, 0.01, 2, 8),
+        optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 9, 0.01),
+        optax.sgdr_schedule(
+            [
+                {"init_value": 0.0, "peak_value": v, "decay_steps": 5, "warmup_steps": 2}
+                for v in (0.1, 0.05)
+            ]
+        ),
+        optax.join_schedules([optax.linear_schedule(0.0, 0.1, 4), lambda count: 0.1], [4]),
+        lambda count: 0.1,
+        lambda count: 1 - count % 2,
+    ],
+    ids=lambda schedule: schedule.__qualname__.split(".")[0].strip("<>"),
+)
+def test_a_schedule_is_asked_for_the_same_steps(schedule):
+    """All of optax's schedules, a Python number and an integer, at counts from 0."""
+
+    def updates(lib: ModuleType) -> tuple[Any, Any]:
+        tx = lib.adamw(schedule, weight_decay=0.01)
+
+        def step(state: Any, grads: jax.Array) -> tuple[Any, jax.Array]:
+            updates, state = tx.update(grads, state, grads)
+            return state, updates
+
+        grads = jnp.asarray(np.random.default_rng(0).standard_normal((12, 4)))
+        return jax.jit(lambda: jax.lax.scan(step, tx.init(grads[0]), grads))()
+
+    (our_state, ours), (their_state, theirs) = updates(jadam), updates(optax)
+    assert_same(ours, theirs)
+    assert_same(as_optax(our_state), their_state)
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY if case.peer], ids=str)
+@pytest.mark.parametrize("learning_rate", [LR, halved], ids=["number", "schedule"])
+def test_the_state_is_laid_out_as_that_of_optax(case, learning_rate):
+    """A program that reaches into the state finds everything in its place."""
+    options = {"weight_decay": halved, "mask": not_scalars} if case.weight_decay else {}
+    ours = jax.eval_shape(case.make(learning_rate, **case.options | options).init, problem())
+    own = case.options if case.peer_options is None else case.peer_options
+    theirs = jax.eval_shape(case.peer(learning_rate, **own | options).init, problem())
+    assert as_optax(ours) == theirs
+
+
+NOT_TAKEN = {
+    "nadam": {"nesterov"},  # a NAdam without Nesterov's momentum is adam
+    "nadamw": {"nesterov"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({case.make.__name__ for case in FAMILY} | {"scale_by_adam"})
+)
+def test_every_argument_of_optax_is_taken_with_its_place_and_default(name):
+    """`optax.X(...)` and `jadam.X(...)` bind the same arguments to the same values."""
+    ours = inspect.signature(getattr(jadam, name)).parameters
+    theirs = inspect.signature(getattr(optax, name)).parameters
+    expected = [p for p in theirs.values() if p.name not in NOT_TAKEN.get(name, ())]
+    found = [ours[p.name] for p in expected]
+    assert [(p.default, p.kind) for p in found] == [(p.default, p.kind) for p in expected]
+    positional = [p.name for p in expected if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(positional)] == positional
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[len(positional) :])
+
+
+def first_step(tx: Any, params: Any, grads: Any) -> tuple[Any, Any]:
+    """Parameters and state after one step; the trees are constants of the compiled program."""
+
+    @jax.jit
+    def step() -> tuple[Any, Any]:
+        updates, state = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates), as_optax(state)
+
+    return step()
+
+
+def trained_state(tx: Any) -> Any:
+    """The state after two steps."""
+
+    @jax.jit
+    def steps(params: Any) -> Any:
+        _, state = tx.update(params, tx.init(params), params)
+        return tx.update(params, state, params)[1]
+
+    return steps(problem())
+
+
+def test_the_state_is_read_and_changed_by_the_names_that_optax_has():
+    """Indexing, unpacking, and optax.tree.get, set and get_all_with_path on a chain's state."""
+    state = trained_state(optax.chain(optax.clip(1.0), jadam.adam(halved)))
+    adam_state, schedule_state = state[1]
+    assert int(adam_state.count) == int(schedule_state.count) == 2
+    assert optax.tree.get(state, "mu") is adam_state.mu is state[1][0].mu
+    assert optax.tree.get(state, "nu") is adam_state.nu
+    of_mu = optax.tree.get(state, "kernel", filtering=lambda path, _: "mu" in str(path))
+    assert of_mu is adam_state.mu["dense"]["kernel"]
+    assert optax.tree.get(state, "AdamState") is adam_state
+    assert len(optax.tree.get_all_with_path(state, "count")) == 2
+
+    changed = optax.tree.set(state, mu=None, count=jnp.int32(7))
+    assert changed[1][0].mu is None
+    assert int(changed[1][0].count) == int(changed[1][1].count) == 7
+    assert changed[1][0].nu is adam_state.nu
+
+
+@pytest.mark.parametrize("case", FAMILY, ids=str)
+def test_map_params_reaches_every_moment(case):
+    """optax.tree.map_params builds partition specs: moments get the parameters', the rest None."""
+    tx = optax.masked(case(halved), {"dense": True, "scale": True})
+    params = problem()
+    specs = jax.tree.map(lambda p: f"spec of rank {p.ndim}", params)
+    state = tx.init(params)
+    found = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
+    )
+    assert found.inner_state[0]._asdict() == {
+        name: None if name == "count" else specs for name in state.inner_state[0]._fields
+    }
+    assert jax.tree.leaves(found.inner_state[1:]) == []
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY if case.peer], ids=str)
+def test_injected_hyperparameters_take_every_member(case):
+    """inject_hyperparams passes each number as an array: it changes nothing but the rounding."""
+    params = problem()
+    grads = gradients_like(params, 0)
+    plain, injected = case(LR), optax.inject_hyperparams(case.make)(LR, **case.options)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    updates, _ = jax.jit(injected.update)(grads, injected.init(params), params)
+    # 1e-5: float32 roundings. That 1 - b2 of a float32 b2 is off by 3e-5 divides out at t = 1.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, expected)
+
+
+def test_an_injected_learning_rate_changes_without_compiling():
+    """optax.tree.get and set, and the dictionary itself, on `learning_rate` between steps."""
+    tx = optax.inject_hyperparams(jadam.adam)(learning_rate=LR)
+    params, state = problem(), trained_state(tx)
+    grads = gradients_like(params, 3)
+    update = jax.jit(tx.update)
+    first, _ = update(grads, state, params)
+    assert float(optax.tree.get(state, "learning_rate")) == np.float32(LR)
+
+    doubled, changed = update(
+        grads, optax.tree.set(state, learning_rate=2 * state.hyperparams["learning_rate"]), params
+    )
+    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+    stopped, _ = update(grads, state, params)
+    assert update._cache_size() == 1
+    assert float(optax.tree.get(changed, "learning_rate")) == 2 * np.float32(LR)
+    # Exact: multiplying by 2 and by 0 does not round.
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), doubled, first)
+    assert not any(np.any(x) for x in jax.tree.leaves(stopped))
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+    name: str = field(metadata={"static": True})
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+def vector(seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(3), float)
+
+
+TREES = {
+    "array": lambda: vector(0),
+    "scalar": lambda: vector(0)[0],
+    "empty": dict,
+    "nones": lambda: {"a": None, "b": (None, None)},
+    "containers": lambda: {
+        "dataclass": Layer(vector(1), None, "first"),
+        "named": Pair((vector(2), None), [Layer(vector(3), {}, "second")]),
+        "empty": [(), [], {}, None, Pair(None, ())],
+        "no_elements": jnp.zeros((0, 4)),
+    },
+}
+
+
+@beside_optax
+@pytest.mark.parametrize("make", TREES.values(), ids=TREES.keys())
+def test_any_tree_of_parameters(make):
+    """None, tuples, dataclasses, empty containers, a bare array: whatever optax takes."""
+
+    def run(lib: ModuleType) -> tuple[Any, Any]:
+        tx = optax.chain(lib.adam(LR), lib.adamw(LR, weight_decay=0.1))
+
+        def step(carry: Any, seed: Any) -> tuple[Any, None]:
+            params, state = carry
+            grads = jax.tree.map(lambda p: jnp.sin(3 * p + seed), params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = make()
+        return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(5.0))[0])()
+
+    (our_params, our_state), (their_params, their_state) = run(jadam), run(optax)
+    assert_same(our_params, their_params)
+    assert_same(as_optax(our_state), their_state)
+
+
+@beside_optax
+def test_no_parameters_at_all():
+    """None as the whole tree, what equinox.filter leaves of a layer without parameters."""
+
+    def run(lib: ModuleType) -> Any:
+        tx = lib.adam(LR)
+        return tx.update(None, tx.init(None))
+
+    (our_updates, our_state), (their_updates, their_state) = run(jadam), run(optax)
+    assert our_updates is their_updates is None
+    assert as_optax(our_state) == their_state
+
+
+@beside_optax
+def test_leaves_that_are_no_jax_arrays():
+    """Python numbers and NumPy arrays as parameters and as gradients."""
+    params, grads = {"a": 1.0, "b": np.ones(2)}, {"a": 0.5, "b": np.array([2.0, -1.0])}
+    assert_same(
+        first_step(jadam.adam(LR), params, grads), first_step(optax.adam(LR), params, grads)
+    )
+
+
+@beside_optax
+def test_integer_leaves_are_held_out_by_masked():
+    """A tree with a step counter in it trains with its floating-point leaves only."""
+    params = {"w": vector(0), "steps": jnp.int32(3)}
+    grads = {"w": vector(1), "steps": jnp.int32(0)}
+    ours, theirs = (
+        optax.masked(lib.adam(LR), {"w": True, "steps": False}) for lib in (jadam, optax)
+    )
+    assert_same(first_step(ours, params, grads), first_step(theirs, params, grads))
+
+
+@beside_optax
+def test_a_population_under_vmap():
+    """init and update mapped over an axis of members train each as optax does."""
+    population = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), problem())
+    ours, theirs = (
+        optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+        for tx in (jadam.adam(LR), optax.adam(LR))
+    )
+    assert_same(
+        first_step(ours, population, population), first_step(theirs, population, population)
+    )
+
+
+@pytest.mark.parametrize("make", [jadam.adamw, jadam.amsgrad])
+@pytest.mark.parametrize("jit_init", [False, True], ids=["eager_init", "jit_init"])
+def test_parameters_and_state_can_be_donated(make, jit_init):
+    """donate_argnums works from the first step: no two leaves share a buffer, all are reused."""
+    tx = make(LR)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = problem()
+    state = (jax.jit(tx.init) if jit_init else tx.init)(params)
+    grads = gradients_like(params, 0)
+    kept = jax.jit(step)(params, state, grads)
+    given = jax.jit(step, donate_argnums=(0, 1))(params, state, grads)
+    assert all(x.is_deleted() for x in jax.tree.leaves((params, state)))
+    jax.tree.map(np.testing.assert_array_equal, given, kept)
+
+
+@pytest.mark.parametrize("case", FAMILY, ids=str)
+def test_a_copied_or_pickled_state_is_the_state(case):
+    """copy and pickle keep classes, types and every bit."""
+    state = trained_state(case(halved))
+    for through in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        restored = through(state)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        assert jax.tree.map(jax.typeof, restored) == jax.tree.map(jax.typeof, state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_averaged_parameters():
+    """optax.incremental_update on what apply_updates returns keeps the parameters' types."""
+    average = problem()
+    params, _ = first_step(jadam.adam(LR), average, gradients_like(average, 0))
+    averaged = optax.incremental_update(params, average, step_size=0.25)
+    assert jax.tree.map(jax.typeof, averaged) == jax.tree.map(jax.typeof, average)
+    for a, p, q in zip(*map(jax.tree.leaves, (averaged, params, average)), strict=True):
+        # Four float32 roundings of terms of size 1.
+        np.testing.assert_allclose(a, 0.25 * p + 0.75 * q, rtol=0, atol=4 * 2.0**-24)

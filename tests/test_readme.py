@@ -1,0 +1,44 @@
+"""The README: its code runs as written, and its figures are the committed measurements."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import accuracy, report
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PRINTED = [None, r"loss 0\.0000\d+ after 1000 updates", r"\[0\.\d+ .*\]", r"loss \d\.\d+e-\d+"]
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_the_code_runs_as_written(block, capsys, standard_promotion):
+    """Each block by itself, as a reader would paste it, under JAX's defaults."""
+    exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {})
+    printed = capsys.readouterr().out
+    if PRINTED[block]:
+        assert re.fullmatch(PRINTED[block] + r"\n", printed)
+
+
+def test_the_figures_are_the_committed_ones():
+    """No figure in the accuracy table was typed by hand."""
+    results = json.loads((report.RESULTS / "accuracy.json").read_text())
+    assert report.readme_block("accuracy")[1] == accuracy.markdown(results) + "\n"
+
+
+LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason
+
+
+def test_the_committed_figures_are_what_the_code_computes():
+    """Every row that holds for jadam in the committed table holds now."""
+    committed = json.loads((report.RESULTS / "accuracy.json").read_text())["rows"]
+    for row in accuracy.ROWS:
+        now, then = accuracy.measured(row, accuracy.jadam), committed[row.name]["jadam"]
+        if isinstance(now, str) or isinstance(row.exact, str):
+            assert now == then == row.exact, row.name
+        else:
+            # Three digits of the exact value, or an error under 1e-4.
+            limit = LIMITS.get(row.name, 1e-4)
+            assert now == pytest.approx(row.exact, rel=5e-3, abs=limit), row.name
