@@ -13,5 +13,10 @@ from jadam._transform import radam as radam
 from jadam._transform import scale_by_adam as scale_by_adam
 from jadam._update import init as init
 from jadam._update import update as update
+from jadam._weights import CompensatedWeightsState as CompensatedWeightsState
+from jadam._weights import StochasticRoundingState as StochasticRoundingState
+from jadam._weights import compensated_weights as compensated_weights
+from jadam._weights import master_weights as master_weights
+from jadam._weights import stochastic_rounding as stochastic_rounding
 
 __version__ = "0.1.0"

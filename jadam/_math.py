@@ -10,16 +10,15 @@ All arrays come in float32 or wider. A hyperparameter is a Python number, whose 
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from jadam._rounding import spacing, weyl
 from jadam._types import Count, Leaf, Real, Scalar
-
-Equations: TypeAlias = Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
 
 
 def widen(dtype: jnp.dtype) -> jnp.dtype:
@@ -38,6 +37,66 @@ class Step(NamedTuple):
         """t = count in `dtype`, with a Weyl dither for float32 and none for float64."""
         u = (weyl((), count) >> 8).astype(dtype) * 2.0**-24 - (0.5 - 2.0**-25)
         return cls(count.astype(dtype), u if dtype == jnp.float32 else jnp.zeros_like(u))
+
+
+def _reciprocal(x: Real) -> Real:
+    """1/x for positive float32 x, by Newton's iteration from a guess with the exponent negated.
+
+    XLA:CPU keeps a quotient that is used twice in memory; products and sums it computes again.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    y = lax.bitcast_convert_type(np.int32(0x7EF311C7) - bits, jnp.float32)
+    for _ in range(3):
+        y = y * (2 - x * y)
+    return y
+
+
+class Ratio(NamedTuple):
+    """m/√v (AdaMax: m/u): its size for gradients of noise, its limit, its bound at this step.
+
+    The limit is the bound's for t → ∞, or 200 times the noise where that is less.
+    """
+
+    noise: Scalar
+    limit: Scalar
+    bound: Scalar
+
+    @property
+    def _curve(self) -> tuple[Scalar, Scalar]:
+        return 3 * self.noise, 1 + 3 * self.noise / self.limit
+
+    def expand(self, x: Real) -> Real:
+        """x in [-1, 1] to r = a·x/(s - |x|), a = 3·noise, s = 1 + a/limit: fine near 0."""
+        a, s = self._curve
+        return a * x * _reciprocal(s - jnp.abs(x))
+
+    def compress(self, r: Real, u: Real) -> Real:
+        """r to -63..63, the code 63·x with r = expand(x), dithered by u in [0, 1).
+
+        No code is beyond the bound. The dither is even in x; that r is not, is 4e-5 of bias at most
+        where moments are.
+        """
+        a, s = self._curve
+
+        def code(r: Any) -> Any:
+            return 63 * s * r / (a + r)
+
+        highest = jnp.floor(jnp.minimum(code(self.bound), 63))
+        return jnp.copysign(jnp.minimum(jnp.floor(code(jnp.abs(r)) + u), highest), r)
+
+
+class Equations(NamedTuple):
+    """A member's equations at one step, and what the codes of its moments need to know of them.
+
+    Attributes:
+        step: `(g, *moments) -> (direction, moments)`.
+        ratio: how m compares with the root of the second moment.
+        power: 2 where the second moment is v, 1 where it is AdaMax's u.
+    """
+
+    step: Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
+    ratio: Ratio
+    power: int = 2
 
 
 class Decay(NamedTuple):
@@ -99,9 +158,11 @@ def second_moment(v: Real, g: Leaf, b: Decay, step: Step) -> Real:
     """
     toward = square(g) - v
     if v.dtype == jnp.float32:
-        # A number times a power of two is exact: no fused product rounds it in another way.
-        toward += step.dither / b.complement * spacing(v)
-    return jnp.maximum(v + _times(b.complement, toward), 0)
+        # A number times a power of two is exact: no fused product rounds it in another way. From
+        # b = ½ on v cannot come below 0; under it the sum does not stop short.
+        c = b.complement
+        toward += jnp.where(c <= 0.5, step.dither / c, 0) * spacing(v)
+    return v + _times(b.complement, toward)
 
 
 def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
@@ -109,26 +170,50 @@ def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
     return b.complement - b.rate * jnp.expm1((t - 1) * b.log)
 
 
-def safe_divide(x: Leaf, y: Real) -> Leaf:
-    """x / y for y >= 0, with 0 and derivative 0 where y is 0."""
-    positive = y != 0
-    quotient = divide(x, jnp.where(positive, y, 1))
-    return jnp.where(positive, quotient, jnp.zeros_like(quotient))
-
-
-def safe_sqrt(v: Real) -> Real:
-    """√v with derivative 0 where v is 0, so that gradients through an update are finite."""
-    positive = v != 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0)
-
-
 def ratio(m: Leaf, c1: Real, v_hat: Real, eps: Scalar, eps_root: Scalar) -> Leaf:
     """m̂ / (√(v̂ + eps_root) + eps) with m̂ = m/c1, the direction of Algorithm 1.
 
-    c1 multiplies the denominator: one division and one rounding less than m/c1 first.
+    c1 multiplies the denominator: one division and one rounding less than m/c1 first. The root's
+    argument is kept from 0 by 2⁻¹⁰³ (float64: 2⁻⁹⁷⁰), so that derivatives are finite, and so is
+    the direction at eps = 0; gradients under 3e-16 then count as 0, since their squares are lost.
     """
+    info = jnp.finfo(v_hat.dtype)
     eps, eps_root = (jnp.asarray(x, v_hat.dtype) for x in (eps, eps_root))
-    return safe_divide(m, c1 * (safe_sqrt(v_hat + eps_root) + eps))
+    root = jnp.sqrt(jnp.maximum(v_hat + eps_root, float(info.tiny / info.eps)))
+    return divide(m, c1 * (root + eps))
+
+
+def moment_ratio(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Ratio:
+    """For m and v: |m| <= C·√v with C² = (1-b1)²/(1-b2)·(1-ρᵗ)/(1-ρ), ρ = b1²/b2.
+
+    By Cauchy and Schwarz, and step by step: C² becomes ρ·C² + (1-b1)²/(1-b2).
+    """
+    log_rho = _not_zero(jnp.asarray(2 * b1.log - b2.log, t.dtype))
+    first = b1.complement / jnp.sqrt(jnp.asarray(b2.complement, t.dtype))
+    bound = first * jnp.sqrt(jnp.expm1(t * log_rho) / jnp.expm1(log_rho))
+    forever = first / jnp.sqrt(jnp.maximum(-jnp.expm1(log_rho), 1e-30))
+    return _with_noise(b1, bound, forever, 1.0)
+
+
+def norm_ratio(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Ratio:
+    """For m and AdaMax's u: |m| <= C·u with C = (1-b1)·(1-ρᵗ)/(1-ρ), ρ = b1/b2."""
+    log_rho = _not_zero(jnp.asarray(b1.log - b2.log, t.dtype))
+    bound = b1.complement * jnp.expm1(t * log_rho) / jnp.expm1(log_rho)
+    forever = b1.complement / jnp.maximum(-jnp.expm1(log_rho), 1e-30)
+    # Of noise the largest of many is about three times the root mean square.
+    return _with_noise(b1, bound, forever, 1 / 3)
+
+
+def _not_zero(log_rho: Float[Array, ""]) -> Float[Array, ""]:
+    """log ρ kept from 0, where (1-ρᵗ)/(1-ρ) is t, and from where 1-ρ overflows."""
+    return jnp.minimum(jnp.where(jnp.abs(log_rho) < 1e-6, 1e-6, log_rho), 80)
+
+
+def _with_noise(b1: Decay, bound: Scalar, forever: Scalar, share: float) -> Ratio:
+    """m of noise has the root mean square √((1-b1)/(1+b1)), in units of the gradient's."""
+    square = jnp.asarray(b1.complement / (1 + b1.rate), jnp.result_type(bound))
+    noise = share * jnp.sqrt(square)
+    return Ratio(noise, jnp.minimum(forever, 200 * noise), bound)
 
 
 def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -> Equations:
@@ -145,7 +230,7 @@ def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -
         v = second_moment(v, g, d2, step)
         return ratio(m, c1, v / c2, eps, eps_root), (m, v)
 
-    return equations
+    return Equations(equations, moment_ratio(d1, d2, t))
 
 
 class Momentum(NamedTuple):
@@ -206,7 +291,7 @@ def nadam(
         v = second_moment(v, g, d2, step)
         return ratio(look_ahead(g, m), jnp.ones_like(t), v / c2, eps, eps_root), (m, v)
 
-    return equations
+    return Equations(equations, moment_ratio(d1, d2, t))
 
 
 def amsgrad(
@@ -238,7 +323,7 @@ def amsgrad(
         v_max = jnp.maximum(v_max, v / before)
         return ratio(m, c1, v_max / after, eps, eps_root), (m, v, v_max)
 
-    return equations
+    return Equations(equations, moment_ratio(d1, d2, t))
 
 
 def adamax(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
@@ -253,9 +338,9 @@ def adamax(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
     def equations(g: Leaf, m: Leaf, u: Real) -> tuple[Leaf, tuple[Leaf, Real]]:
         m = average(m, g, d1)
         u = jnp.maximum(u - d2.complement * u, jnp.abs(g) + jnp.asarray(eps, u.dtype))
-        return safe_divide(divide(m, c1), u), (m, u)
+        return divide(m, c1 * jnp.where(u == 0, 1, u)), (m, u)
 
-    return equations
+    return Equations(equations, norm_ratio(d1, d2, t), power=1)
 
 
 def sma_length(b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
@@ -310,4 +395,4 @@ def radam(
         adaptive = _times(r, ratio(m_hat, jnp.ones_like(t), v / c2, eps, eps_root))
         return jnp.where(tractable, adaptive, m_hat), (m, v)
 
-    return equations
+    return Equations(equations, moment_ratio(d1, d2, t))

@@ -25,6 +25,7 @@ def _transformation(
     *,
     mu_dtype: DType | None,
     nu_dtype: DType | None,
+    min_size: int,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
     kind: type[State] = AdamState,
 ) -> optax.GradientTransformationExtraArgs:
@@ -35,7 +36,7 @@ def _transformation(
     weight_decay = _validate.schedulable("weight_decay", weight_decay)
     if decay is not None:
         followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
-    init = initializer(mu_dtype, nu_dtype, kind)
+    init = initializer(mu_dtype, nu_dtype, min_size, kind)
 
     def init_fn(params: PyTree) -> tuple[Any, ...]:
         return init(params), *(follower.init(params) for follower in followers)
@@ -74,6 +75,7 @@ def scale_by_adam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction m̂/(√(v̂ + eps_root) + eps) alone, to build chains with.
@@ -94,7 +96,9 @@ def scale_by_adam(
         del extra_args
         return advance(bound, updates, state, params, learning_rate=-1.0)
 
-    return optax.GradientTransformationExtraArgs(initializer(mu_dtype, nu_dtype), update_fn)
+    return optax.GradientTransformationExtraArgs(
+        initializer(mu_dtype, nu_dtype, min_size), update_fn
+    )
 
 
 def adam(
@@ -106,6 +110,7 @@ def adam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam, Kingma & Ba (2015), Algorithm 1.
@@ -126,6 +131,8 @@ def adam(
             for gradients through the update: those are finite without.
         mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
         nu_dtype: the same for v. 16-bit storage is dithered, so that it goes on moving.
+            `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter (`init`).
+        min_size: leaves with fewer elements, or with a last axis under 32, keep float32 then.
         nesterov: NAdam, the same as `nadam`.
 
     Returns:
@@ -150,6 +157,7 @@ def adam(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
     )
 
 
@@ -164,6 +172,7 @@ def adamw(
     mask: Mask = None,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, Loshchilov & Hutter (2019), Algorithm 2.
@@ -191,6 +200,7 @@ def adamw(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
         decay=(weight_decay, mask),
     )
 
@@ -204,6 +214,7 @@ def nadam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with Nesterov's momentum, Dozat (2016).
@@ -225,6 +236,7 @@ def nadam(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
     )
 
 
@@ -239,6 +251,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`nadam` with the decoupled weight decay of `adamw`.
@@ -251,6 +264,7 @@ def nadamw(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
         decay=(weight_decay, mask),
     )
 
@@ -276,6 +290,7 @@ def amsgrad(
     bias_correction_nu: bool = True,
     *,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     maximum: Literal["raw", "corrected"] = "raw",
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2: v̂ never falls.
@@ -310,6 +325,7 @@ def amsgrad(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
         kind=AmsgradState,
     )
 
@@ -322,6 +338,7 @@ def adamax(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax, Kingma & Ba (2015), Algorithm 2: Adam with the infinity norm.
 
@@ -338,6 +355,7 @@ def adamax(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
     )
 
 
@@ -351,6 +369,7 @@ def adamaxw(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamax` with the decoupled weight decay of `adamw`.
 
@@ -362,6 +381,7 @@ def adamaxw(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
         decay=(weight_decay, mask),
     )
 
@@ -376,6 +396,7 @@ def radam(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
+    min_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rectified Adam, Liu et al. (2020), Algorithm 2: no warm-up needed.
@@ -408,4 +429,5 @@ def radam(
         learning_rate,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        min_size=min_size,
     )

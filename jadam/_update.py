@@ -23,7 +23,11 @@ Rule = Callable[[_math.Step], _math.Equations]
 
 
 def init(
-    params: PyTree, *, mu_dtype: DType | None = None, nu_dtype: DType | None = None
+    params: PyTree,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+    min_size: int = 4096,
 ) -> AdamState:
     """The state before the first update: count 0 and zero moments.
 
@@ -32,6 +36,10 @@ def init(
         mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
         nu_dtype: the same for v, which is real also for complex parameters. A dtype of 16 bits is
             rounded with a dither, so that it goes on moving where rounding to nearest would stick.
+            `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter: `mu` then
+            holds uint16 codes of both, `nu` one int16 for each 128 of them.
+        min_size: leaves with fewer elements are stored in float32 instead of codes, as are those
+            with a last axis under 32.
 
     Raises:
         TypeError: a leaf is not floating-point or complex; a dtype is not floating-point.
@@ -41,27 +49,43 @@ def init(
     >>> state.mu["w"].dtype, state.nu["w"].dtype
     (dtype('float32'), dtype('float32'))
     """
-    return initializer(mu_dtype, nu_dtype)(params)
+    return initializer(mu_dtype, nu_dtype, min_size)(params)
 
 
 def initializer(
-    mu_dtype: DType | None, nu_dtype: DType | None, kind: type[State] = AdamState
+    mu_dtype: DType | None,
+    nu_dtype: DType | None,
+    min_size: int,
+    kind: type[State] = AdamState,
 ) -> Callable[..., Any]:
-    """`init` with its dtypes, which are checked, for a kind of state."""
-    chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype)
-    chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype)
+    """`init` with its storage, which is checked, for a kind of state."""
+    chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype, code="int8")
+    chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype, code="uint8")
+    coded = _validate.both_coded(chosen_mu, chosen_nu)
+    min_size = _validate.size("min_size", min_size)
+
+    def is_coded(p: Any) -> bool:
+        return coded and _codec.gains(np.shape(p), jnp.result_type(p), min_size)
 
     def first(p: Any) -> jax.Array:
-        return jnp.zeros_like(p, dtype=_codec.storage(jnp.result_type(p), chosen_mu))
+        dtype = jnp.uint16 if is_coded(p) else _codec.storage(jnp.result_type(p), chosen_mu)
+        return jnp.zeros_like(p, dtype=dtype)
 
     def second(p: Any) -> jax.Array:
+        if is_coded(p):
+            # Cut from zeros like p, so that the tops lie where p's blocks lie.
+            return jnp.zeros_like(p, dtype=jnp.int16)[..., :: _codec.BLOCK]
         real = jnp.finfo(jnp.result_type(p)).dtype
         return jnp.zeros_like(p, dtype=_codec.storage(real, chosen_nu))
 
+    def third(p: Any) -> jax.Array:
+        return jnp.zeros_like(p, dtype=jnp.uint8) if is_coded(p) else second(p)
+
     def init_fn(params: PyTree) -> State:
         _validate.inexact_leaves("params", params)
-        seconds = (jax.tree.map(second, params) for _ in kind._fields[2:])
-        return kind(jnp.zeros((), jnp.int32), jax.tree.map(first, params), *seconds)
+        moments = zip(kind._fields[1:], (first, second, third), strict=False)
+        trees = (jax.tree.map(zeros, params) for _, zeros in moments)
+        return kind(jnp.zeros((), jnp.int32), *trees)
 
     return init_fn
 
@@ -157,20 +181,33 @@ def advance(
     count = increment(state.count)
     equations = functools.cache(lambda dtype: rule(_math.Step.of(count, dtype)))
 
-    def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:
-        g = jnp.asarray(g)
+    def float_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
         dtype = np.result_type(*(_math.widen(x.dtype) for x in (g, *stored)))
         real = jnp.finfo(dtype).dtype
         moments = (_codec.load(x, dtype if i == 0 else real) for i, x in enumerate(stored))
         gradient = _math.limit_range(g.astype(dtype))
-        direction, moments = equations(real)(gradient, *moments)
-        if p is not None:
-            direction += jnp.asarray(weight_decay, dtype) * jnp.asarray(p).astype(dtype)
-        step = -jnp.asarray(learning_rate, dtype) * direction
-        kept = (
+        direction, moments = equations(real).step(gradient, *moments)
+        kept = [
             _codec.store(x, like.dtype, count, salt)
             for salt, (x, like) in enumerate(zip(moments, stored, strict=True))
-        )
+        ]
+        return direction, kept
+
+    def coded_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
+        now = equations(jnp.dtype(jnp.float32))
+        gradient = _math.limit_range(g.astype(jnp.float32))
+        codes = _codec.Codes(*stored)
+        direction, moments = now.step(gradient, *codes.decode(now))
+        return direction, list(codes.encode(moments, g, now, count))[: len(stored)]
+
+    def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:
+        g = jnp.asarray(g)
+        moved = coded_moments if _codec.is_coded(stored[0]) else float_moments
+        direction, kept = moved(g, *stored)
+        if p is not None:
+            p = jnp.asarray(p).astype(direction.dtype)
+            direction += jnp.asarray(weight_decay, direction.dtype) * p
+        step = -jnp.asarray(learning_rate, direction.dtype) * direction
         if not jnp.iscomplexobj(g):
             step = step.real
         return step.astype(g.dtype), *kept
@@ -219,13 +256,21 @@ def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) 
     return [p if keep else None for keep, p in zip(jax.tree.leaves(kept), leaves, strict=True)]
 
 
+def _unblocked(mu: Any, nu: Any) -> Any:
+    """A leaf of `nu`; where it holds a number for each block of `mu`, that leaf of `mu`."""
+    return mu if _codec.is_coded(mu) and nu.shape == _codec.tops_shape(mu.shape) else nu
+
+
 def _check(grads: PyTree, state: Any, params: PyTree, decays: bool, kind: type[State]) -> None:
     if not isinstance(state, kind):
         expected = f"the {kind.__name__} that init made"
         raise TypeError(f"state: expected {expected}, got {type(state).__name__}")
     _validate.inexact_leaves("grads", grads)
     for name in kind._fields[1:]:
-        _validate.same_structure("grads", grads, f"state.{name}", getattr(state, name))
+        expected = getattr(state, name)
+        if name == "nu":
+            expected = jax.tree.map(_unblocked, state.mu, expected)
+        _validate.same_structure("grads", grads, f"state.{name}", expected)
     _validate.real_where("grads", grads, "state.mu", state.mu)
     if decays:
         if params is None:

@@ -94,17 +94,44 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     return value
 
 
-def storage_dtype(name: str, value: DType | None) -> np.dtype | None:
-    """A real floating-point dtype, or None for the default."""
+def storage_dtype(name: str, value: DType | None, *, code: str) -> np.dtype | None:
+    """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
     if value is None:
         return None
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value!r}") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+        dtype = None
+    if dtype == code:
+        return dtype
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        came = repr(value) if dtype is None else dtype
+        raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def both_coded(mu_dtype: np.dtype | None, nu_dtype: np.dtype | None) -> bool:
+    """Whether both moments are coded.
+
+    Raises:
+        ValueError: one of them alone is.
+    """
+    coded = [dtype is not None and dtype.kind in "iu" for dtype in (mu_dtype, nu_dtype)]
+    if coded[0] != coded[1]:
+        raise ValueError(
+            "mu_dtype, nu_dtype: expected both codes, 'int8' and 'uint8', or none, since m is "
+            f"stored relative to the stored v; got {mu_dtype} and {nu_dtype}"
+        )
+    return all(coded)
+
+
+def size(name: str, value: Any) -> int:
+    """A number of elements."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    return int(value)
 
 
 def inexact_leaves(name: str, tree: PyTree) -> None:

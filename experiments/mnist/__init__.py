@@ -1,0 +1,1 @@
+"""A small convolutional network learns MNIST with `jadam.adam`; see README.md."""

@@ -1,0 +1,89 @@
+"""Times the main job against PyTorch: `python -m experiments.mnist.compare_torch`."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from .data import load
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains the CNN with jadam and with PyTorch in turn, and writes what each epoch took."""
+
+    rounds: int = 3
+    """Runs of each; the first of a round changes."""
+    epochs: int = 2
+    """Epochs of each run."""
+    batch_size: int = 64
+    """Images in a step, for both."""
+    torch_python: Path = Path(sys.executable)
+    """A Python that has torch."""
+    out: Path = HERE / "results" / "compare_torch.json"
+    """The JSON file for the numbers."""
+
+
+def main(config: Config) -> None:
+    """Each run is a process of its own: the two thread pools would disturb each other."""
+    runs: dict[str, list[dict]] = {"jadam": [], "torch": []}
+    with tempfile.TemporaryDirectory() as folder:
+        arrays, out = Path(folder, "mnist.npz"), Path(folder, "result.json")
+        np.savez(arrays, **load()._asdict())
+        for number in range(config.rounds):
+            seed, epochs, batch = str(number), str(config.epochs), str(config.batch_size)
+            options = ["--seed", seed, "--epochs", epochs, "--batch-size", batch, "--out", out]
+            script = [arrays, epochs, batch, seed, out]
+            commands = {
+                "jadam": [sys.executable, "-m", "experiments.mnist", *options],
+                "torch": [config.torch_python, HERE / "torch_cnn.py", *script],
+            }
+            for name in sorted(commands, reverse=number % 2 == 1):
+                load_average = os.getloadavg()[0]  # above the cores: disturbed by others
+                subprocess.run(commands[name], cwd=HERE.parents[1], check=True)
+                runs[name].append(json.loads(out.read_text()) | {"load_average": load_average})
+
+    summary = {}
+    for name, results in runs.items():
+        seconds = [epoch["seconds"] for result in results for epoch in result["epochs"]]
+        summary[name] = {
+            "epoch_seconds": {
+                "median": float(np.median(seconds)),
+                "min": min(seconds),
+                "max": max(seconds),
+            },
+            "test_accuracy": [result["test"]["accuracy"] for result in results],
+        }
+        print(name, summary[name])
+    report = {
+        "command": shlex.join([Path(sys.executable).name, "-m", __spec__.name, *sys.argv[1:]]),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+        },
+        "versions": runs["jadam"][0]["versions"] | runs["torch"][0]["versions"],
+        "summary": summary,
+        "runs": runs,
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.mnist.compare_torch"))

@@ -1,0 +1,360 @@
+"""Moments in 8 bits: never beyond Adam's bound, never stale, and at home wherever float32 is."""
+
+import functools
+from types import SimpleNamespace
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import reference
+import test_drop_in
+from helpers import each_member, gradients_like
+from hypothesis import given, settings
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+
+EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+
+
+@functools.partial(jax.jit, static_argnames=("b1", "b2", "eps"))
+def run(gradients, b1=0.9, b2=0.999, eps=0.0):
+    """The updates over lr along gradients [steps, ...], and the last state."""
+
+    def step(state, g):
+        updates, state = jadam.update(g, state, learning_rate=1.0, b1=b1, b2=b2, eps=eps)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, jadam.init(gradients[0], **EIGHT_BITS), gradients)
+    return updates, state
+
+
+def moments(state, b1=0.9, b2=0.999):
+    """m and v, decoded as the next update would."""
+    rule = jadam._update.rule(jadam._math.adam, b1=b1, b2=b2, eps=0.0, eps_root=0.0)
+    equations = rule(jadam._math.Step.of(state.count, jnp.dtype("float32")))
+    return jadam._codec.Codes(state.mu, state.nu).decode(equations)
+
+
+def bounds(steps, b1=0.9, b2=0.999):
+    """DESIGN.md's bound for steps 1 to `steps`, as a column."""
+    return np.array([reference.step_bound(t, b1, b2) for t in range(1, steps + 1)])
+
+
+# 1e-5: float32 rounds m and v by an ulp or two in each step, as in test_math.
+SLACK = 1 + 1e-5
+
+
+@settings(max_examples=100)
+@given(
+    hnp.arrays(
+        np.float32,
+        (48, 32),
+        elements=st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, 1.0, -1e-3]),
+        fill=st.just(np.float32(0)),
+    )
+)
+def test_no_update_is_beyond_adams_bound(gradients):
+    """For every gradient sequence: m is stored as a share of what √v allows."""
+    updates, _ = run(jnp.asarray(gradients))
+    assert np.all(np.abs(updates) <= bounds(48)[:, None] * SLACK)
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999), (0.5, 0.9)])
+def test_no_update_is_beyond_the_bound_with_hostile_gradients(b1, b2):
+    """Jumps over 40 decades, zeros and heavy tails, 300 steps of 4,096 elements."""
+    rng = np.random.default_rng(0)
+    shape = (300, 32, 128)
+    scale = (10.0 ** rng.uniform(-17, 17, (6, 32, 128))).repeat(50, 0)
+    gradients = np.where(rng.random(shape) < 0.7, scale * rng.standard_t(1, shape), 0)
+    updates, _ = run(jnp.asarray(gradients, jnp.float32), b1=b1, b2=b2)
+    largest = np.abs(np.asarray(updates)).max(axis=(1, 2))
+    assert np.all(largest <= bounds(300, b1, b2) * SLACK)
+
+
+def test_no_update_is_beyond_the_bound_where_flashoptims_is_96129():
+    """One block, one gradient alternating ±1, the others 1e-3 with one at 0 each 50 steps."""
+    t = np.arange(2000)
+    gradients = np.full((2000, 32), 1e-3, np.float32)
+    gradients[:, 0] = np.where(t % 2, -1, 1)
+    gradients[::50, 1] = 0
+    updates, _ = run(jnp.asarray(gradients), eps=1e-8)
+    updates = np.abs(np.asarray(updates))
+    assert np.all(updates <= bounds(2000)[:, None] * SLACK)
+    # Exact Adam never leaves 1.0 for the constant ones; the codes' errors are 6% for v, 3% for m.
+    assert updates[:, 2:].max() <= 1.3
+
+
+def test_shrunken_gradients_leave_nothing_stale():
+    """One element of a block keeps its gradient, the others shrink 100x for 3,000 steps."""
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((4000, 8, 128)) * np.exp(rng.standard_normal((8, 128)))
+    gradients[1000:, :, 1:] *= 0.01
+    gradients = gradients.astype(np.float32)
+    _, state = run(jnp.asarray(gradients))
+    exact = np.zeros((8, 128))
+    for g in gradients.astype(np.float64):
+        exact += 0.001 * (g * g - exact)
+    stored = np.sqrt(np.asarray(moments(state)[1], np.float64) / exact)[:, 1:]
+    # The requirement on the code; measured 1.004, .88 and 1.14 (experiments/bench).
+    assert abs(stored.mean() - 1) <= 0.02
+    assert np.all(np.abs(np.quantile(stored, [0.01, 0.99]) - 1) <= 0.15)
+
+
+@pytest.mark.parametrize("neighbour", [0.0, 1.0])
+def test_a_dead_gradients_moments_go_to_zero(neighbour):
+    """Alone in its block, and beside one that lives."""
+    g = np.zeros((2, 128), np.float32)
+    g[:, 0] = neighbour
+    state = run(jnp.ones((3, 2, 128)))[1]
+
+    def step(state, _):
+        return jadam.update(jnp.asarray(g), state, b2=0.99)[1], None
+
+    # √v halves in 138 steps at b2 = .99; 16 octaves, or 126 down to float32's smallest.
+    state, _ = jax.lax.scan(step, state, length=25_000)
+    m, v = moments(state, b2=0.99)
+    dead = g == 0
+    assert np.abs(np.asarray(m)[dead]).max() < 1e-17
+    assert np.asarray(v)[dead].max() < 1e-34
+    if neighbour:
+        np.testing.assert_allclose(np.asarray(v)[~dead], 1, rtol=0.1)  # a code is 4% of v
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_gradient_poisons_its_own_element_only(bad):
+    """As in exact Adam: the block's other elements go on."""
+    gradients = np.ones((20, 2, 128), np.float32)
+    gradients[5, 0, 3] = bad
+    updates, _ = run(jnp.asarray(gradients))
+    poisoned = ~np.isfinite(np.asarray(updates))
+    expected = np.zeros_like(poisoned)
+    expected[5:, 0, 3] = True
+    np.testing.assert_array_equal(poisoned, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 128), (3, 300), (5000,), (5, 5, 32, 64), (2, 1000), (100, 33)]
+)
+def test_both_moments_take_at_most_2_1_bytes(shape):
+    """Scales included, also where the last axis is no multiple of a block."""
+    tx = jadam.adam(1e-3, **EIGHT_BITS)
+    params = jnp.ones(shape)
+    state = tx.init(params)
+    stored = sum(x.nbytes for x in jax.tree.leaves(state[0][1:]))
+    assert stored <= 2.1 * params.size
+    _, state = tx.update(params, state)
+    assert sum(x.nbytes for x in jax.tree.leaves(state[0][1:])) == stored
+
+
+def test_small_narrow_and_wide_leaves_keep_floats():
+    """Under min_size, under 32 along the last axis, float64 and complex: no codes."""
+    with jax.enable_x64(True):
+        params = {
+            "small": jnp.ones((10, 100), "float32"),
+            "narrow": jnp.ones((1000, 10), "float32"),
+            "double": jnp.ones((100, 100), "float64"),
+            "complex": jnp.ones((100, 100), "complex64"),
+            "coded": jnp.ones((100, 100), "bfloat16"),
+        }
+        state = jadam.init(params, mu_dtype="int8", nu_dtype="uint8")
+        dtypes = {name: str(leaf.dtype) for name, leaf in state.mu.items()}
+    assert dtypes == {
+        "small": "float32",
+        "narrow": "float32",
+        "double": "float64",
+        "complex": "complex64",
+        "coded": "uint16",
+    }
+
+
+@pytest.mark.parametrize("case", **each_member)
+def test_the_family_follows_float64(case):
+    """150 steps of every member: the normalized mean squared error of its updates."""
+    rng = np.random.default_rng(1)
+    gradients = (rng.standard_normal((150, 4, 200)) + 0.2) * np.exp(rng.standard_normal((4, 200)))
+    gradients = gradients.astype(np.float32)
+    params = jnp.zeros((4, 200))
+    tx = case(1.0, **EIGHT_BITS)
+    state = tx.init(params)
+    before = jax.tree.map(jax.typeof, state)
+
+    def step(state, g):
+        updates, state = tx.update(g, state, params)
+        return state, updates
+
+    state, updates = jax.jit(lambda s, g: jax.lax.scan(step, s, g))(state, jnp.asarray(gradients))
+    assert jax.tree.map(jax.typeof, state) == before
+    assert state[0].mu.dtype == jnp.uint16
+    member = reference.Member(**{"kind": "adam", **case.reference})
+    exact = np.stack([-member(g) for g in gradients])
+    error = np.sum((np.asarray(updates, np.float64) - exact) ** 2) / np.sum(exact**2)
+    # Measured 1.2e-3 (AdaMax) to 3.9e-3 (AMSGrad) over 300 steps; v's dither gives most of it.
+    assert error <= 6e-3
+
+
+def test_amsgrads_maximum_never_falls():
+    """Also in codes: while gradients shrink, v_max stays to a code, 2.2% of √v."""
+    gradients = np.ones((600, 2, 64), np.float32)
+    gradients[100:] = 0.1
+    tx = jadam.amsgrad(1.0, **EIGHT_BITS)
+
+    def step(state, g):
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    _, updates = jax.lax.scan(step, tx.init(gradients[0]), jnp.asarray(gradients))
+    member = reference.Member("amsgrad")
+    exact = np.stack([-member(g) for g in gradients])
+    # m's error is a few percent of the update, v_max's at most one code more than exact.
+    np.testing.assert_allclose(np.asarray(updates)[200:], exact[200:], rtol=0.15)
+    assert np.mean(np.asarray(updates)[200:] / exact[200:]) == pytest.approx(1, abs=0.03)
+
+
+def test_the_same_bits_on_every_run_and_under_any_sharding():
+    """Deterministic: rows or whole blocks on eight devices give the codes of one, no collective."""
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.standard_normal((16, 1024)), jnp.float32)
+    step = jax.jit(jadam.update)
+
+    def three(g):
+        state = jadam.init(g, **EIGHT_BITS)
+        for _ in range(3):
+            updates, state = step(g, state)
+        return updates, state
+
+    expected = three(g)
+    jax.tree.map(np.testing.assert_array_equal, three(g), expected)
+    mesh = Mesh(np.array(jax.devices()), "x")
+    for spec in (P("x"), P(None, "x")):
+        sharded = jax.device_put(g, NamedSharding(mesh, spec))
+        updates, state = three(sharded)
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), expected)
+        for leaf in (state.mu, state.nu):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+            assert leaf.addressable_shards[0].data.size == leaf.size // 8
+        program = step.lower(sharded, state).compile().as_text()
+        for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+            assert collective not in program
+
+
+def test_the_compiled_step_holds_no_float32_copy_of_the_state():
+    """Under donation: parameters and codes are updated in place, temporaries stay small."""
+    params = {"w": jnp.ones((1024, 1024))}
+    tx = jadam.adam(1e-3, **EIGHT_BITS)
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    memory = step.lower(params, state, params).compile().memory_analysis()
+    held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    assert memory.alias_size_in_bytes == held
+    # Two float32 moments would be 8 bytes a parameter. XLA:CPU makes parameters and codes in two
+    # loops, so the second one reads a copy of the old codes: 2 bytes, and those of the blocks.
+    assert memory.temp_size_in_bytes < 2.2 * params["w"].size
+
+
+def test_a_checkpoint_keeps_every_bit(tmp_path):
+    """Orbax, with codes, tops and AMSGrad's maximum."""
+    params = {"kernel": jnp.ones((8, 160)), "bias": jnp.ones(8)}
+    for make in (jadam.adamw, jadam.amsgrad):
+        tx = make(1e-3, **EIGHT_BITS)
+        state = tx.init(params)
+        for seed in range(3):
+            _, state = tx.update(gradients_like(params, seed), state, params)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / make.__name__, state)
+            checkpointer.wait_until_finished()
+            abstract = jax.eval_shape(tx.init, params)
+            restored = checkpointer.restore(tmp_path / make.__name__, abstract)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+IN_EIGHT_BITS = SimpleNamespace(
+    adam=functools.partial(jadam.adam, **EIGHT_BITS),
+    adamw=functools.partial(jadam.adamw, **EIGHT_BITS),
+    scale_by_adam=functools.partial(jadam.scale_by_adam, **EIGHT_BITS),
+    **{name: getattr(jadam, name) for name in ("nadam", "amsgrad", "adamax", "radam")},
+)
+
+
+narrow_problem = test_drop_in.problem
+
+
+def wide_problem():
+    """test_drop_in's parameters with axes wide enough for codes."""
+    return jax.tree.map(
+        lambda p: p if jnp.ndim(p) == 0 else jnp.tile(p, (1,) * (p.ndim - 1) + (32,)),
+        narrow_problem(),
+    )
+
+
+@pytest.mark.parametrize(
+    "program",
+    # inject_hyperparams takes the factory itself, see the next test; one passes mu_dtype by place.
+    [p for p in test_drop_in.PROGRAMS if "inject" not in p.name and p.name != "positional"],
+    ids=str,
+)
+def test_every_composition_of_the_drop_in_list_works_in_8_bits(program, monkeypatch, request):
+    """The loss falls as in float32, nothing changes its type, nothing compiles twice."""
+    request.getfixturevalue("standard_promotion")
+    monkeypatch.setattr(test_drop_in, "problem", wide_problem)
+    trained = test_drop_in.train(program, IN_EIGHT_BITS)
+    avals = [jax.tree.map(jax.typeof, state) for state in trained.states]
+    assert all(later == avals[0] for later in avals)
+    assert trained.compilations == 1
+    full = test_drop_in.train(program, jadam)
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (trained.params, full.params, program.wrap(wide_problem()))),
+        strict=True,
+    ):
+        moved = np.sqrt(np.mean((np.asarray(theirs) - np.asarray(start)) ** 2))
+        difference = np.sqrt(np.mean((np.asarray(ours) - np.asarray(theirs)) ** 2))
+        # Updates differ by 6% rms; ten steps of a loop that is not convex amplify it somewhat.
+        assert difference <= 0.3 * moved + 1e-6
+
+
+def test_injected_hyperparameters_in_8_bits():
+    """Traced b1 and b2: the codes' curve follows them."""
+    make = optax.inject_hyperparams(jadam.adam, static_args=("mu_dtype", "nu_dtype", "min_size"))
+    tx = make(1e-2, **EIGHT_BITS)
+    params = {"w": jnp.ones((4, 64))}
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for seed in range(5):
+        updates, state = step(gradients_like(params, seed), state, params)
+    assert step._cache_size() == 1
+    assert np.all(np.isfinite(updates["w"]))
+    assert optax.tree.get(state, "mu")["w"].dtype == jnp.uint16
+
+
+def test_codes_for_one_moment_alone_are_refused():
+    """m is stored relative to v, so there is one code for both."""
+    for options in (
+        {"mu_dtype": "int8"},
+        {"nu_dtype": "uint8"},
+        {"mu_dtype": "int8", "nu_dtype": "float32"},
+    ):
+        with pytest.raises(ValueError, match="mu_dtype, nu_dtype: expected both codes"):
+            jadam.adam(1e-3, **options)
+    for value in (-1, 1.5, "all", True):
+        with pytest.raises((ValueError, TypeError), match="min_size: expected a"):
+            jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=value)
+
+
+def test_codes_of_another_shape_are_refused():
+    """A state whose tops do not belong to its codes is named."""
+    g = {"w": jnp.ones((4, 256))}
+    state = jadam.init(g, **EIGHT_BITS)
+    with pytest.raises(ValueError, match=r"grads\['w'\]: expected shape \(4, 1\) of state.nu"):
+        jadam.update(g, state._replace(nu={"w": state.nu["w"][:, :1]}))
