@@ -29,6 +29,7 @@ from jadam._rounding import round_dithered, weyl
 from jadam._types import Count, Leaf, Real
 
 BLOCK = 128
+MIN_SIZE = 4096
 _PER_OCTAVE = 32
 _TOP = 510  # the highest of the 9-bit codes for a number; 0 is zero, 511 NaN
 _NAN = 511

@@ -25,7 +25,7 @@ def _transformation(
     *,
     mu_dtype: DType | None,
     nu_dtype: DType | None,
-    min_size: int,
+    min_size: int | None,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
     kind: type[State] = AdamState,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,7 +75,7 @@ def scale_by_adam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction m̂/(√(v̂ + eps_root) + eps) alone, to build chains with.
@@ -110,7 +110,7 @@ def adam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam, Kingma & Ba (2015), Algorithm 1.
@@ -133,6 +133,7 @@ def adam(
         nu_dtype: the same for v. 16-bit storage is dithered, so that it goes on moving.
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter (`init`).
         min_size: leaves with fewer elements, or with a last axis under 32, keep float32 then.
+            Default: 4096.
         nesterov: NAdam, the same as `nadam`.
 
     Returns:
@@ -172,7 +173,7 @@ def adamw(
     mask: Mask = None,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, Loshchilov & Hutter (2019), Algorithm 2.
@@ -214,7 +215,7 @@ def nadam(
     mu_dtype: DType | None = None,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with Nesterov's momentum, Dozat (2016).
@@ -251,7 +252,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     momentum_decay: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`nadam` with the decoupled weight decay of `adamw`.
@@ -290,7 +291,7 @@ def amsgrad(
     bias_correction_nu: bool = True,
     *,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     maximum: Literal["raw", "corrected"] = "raw",
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2: v̂ never falls.
@@ -338,7 +339,7 @@ def adamax(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax, Kingma & Ba (2015), Algorithm 2: Adam with the infinity norm.
 
@@ -369,7 +370,7 @@ def adamaxw(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamax` with the decoupled weight decay of `adamw`.
 
@@ -396,7 +397,7 @@ def radam(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rectified Adam, Liu et al. (2020), Algorithm 2: no warm-up needed.

@@ -27,7 +27,7 @@ def init(
     *,
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
-    min_size: int = 4096,
+    min_size: int | None = None,
 ) -> AdamState:
     """The state before the first update: count 0 and zero moments.
 
@@ -39,7 +39,7 @@ def init(
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter: `mu` then
             holds uint16 codes of both, `nu` one int16 for each 128 of them.
         min_size: leaves with fewer elements are stored in float32 instead of codes, as are those
-            with a last axis under 32.
+            with a last axis under 32. Default: 4096.
 
     Raises:
         TypeError: a leaf is not floating-point or complex; a dtype is not floating-point.
@@ -55,17 +55,17 @@ def init(
 def initializer(
     mu_dtype: DType | None,
     nu_dtype: DType | None,
-    min_size: int,
+    min_size: int | None,
     kind: type[State] = AdamState,
 ) -> Callable[..., Any]:
     """`init` with its storage, which is checked, for a kind of state."""
     chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype, code="int8")
     chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype, code="uint8")
     coded = _validate.both_coded(chosen_mu, chosen_nu)
-    min_size = _validate.size("min_size", min_size)
+    least = _codec.MIN_SIZE if min_size is None else _validate.size("min_size", min_size)
 
     def is_coded(p: Any) -> bool:
-        return coded and _codec.gains(np.shape(p), jnp.result_type(p), min_size)
+        return coded and _codec.gains(np.shape(p), jnp.result_type(p), least)
 
     def first(p: Any) -> jax.Array:
         dtype = jnp.uint16 if is_coded(p) else _codec.storage(jnp.result_type(p), chosen_mu)

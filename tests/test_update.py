@@ -65,7 +65,8 @@ def test_extreme_gradients_stay_finite_without_eps(g):
     for _ in range(20):
         updates, state = update(gradient, state, learning_rate=1.0, eps=0.0)
     assert updates[1] == pytest.approx(-1, rel=1e-6)  # twenty steps of an ulp or two
-    assert updates[0] == pytest.approx(-1 if g > 1 else 0, rel=1e-6, abs=1e-17)
+    # Under 3e-16 a gradient's square is lost: its update is the smaller, the smaller it is.
+    assert updates[0] == pytest.approx(-1 if g > 1 else 0, rel=1e-6, abs=1e-14)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
