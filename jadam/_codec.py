@@ -147,7 +147,8 @@ class Codes(NamedTuple):
         bounds = (largest,) * (len(moments) - 1)
         _, (_, bound, *_) = equations.step(limit_range(g_largest), jnp.zeros_like(largest), *bounds)
         tops = jnp.where(bound > 0, _floor(_level(bound, equations.power)) + 1, 0)
-
+        # Computed once: the tops that are stored are those that the codes count from.
+        tops = lax.optimization_barrier(tops)
         top = _spread(tops, v.shape[-1])
         raised = _floor(_level(v, equations.power) + _unit(v.shape, t, 0)) - top + _TOP
         # What falls below the block's range stays on its lowest level while it is fed.

@@ -52,9 +52,9 @@ def _reciprocal(x: Real) -> Real:
 
 
 class Ratio(NamedTuple):
-    """m/√v (AdaMax: m/u): its size for gradients of noise, its limit, its bound at this step.
+    """m/√v (AdaMax: m/u) after a step: its size for gradients of noise, its limit, its bound.
 
-    The limit is the bound's for t → ∞, or 200 times the noise where that is less.
+    The limit of what is stored is the bound, or 200 times the noise where that is less.
     """
 
     noise: Scalar
@@ -186,34 +186,39 @@ def ratio(m: Leaf, c1: Real, v_hat: Real, eps: Scalar, eps_root: Scalar) -> Leaf
 def moment_ratio(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Ratio:
     """For m and v: |m| <= C·√v with C² = (1-b1)²/(1-b2)·(1-ρᵗ)/(1-ρ), ρ = b1²/b2.
 
-    By Cauchy and Schwarz, and step by step: C² becomes ρ·C² + (1-b1)²/(1-b2).
+    By Cauchy and Schwarz, and step by step: C² becomes ρ·C² + (1-b1)²/(1-b2). Of gradients of
+    noise E[m²] = (1-b1)/(1+b1)·(1-b1²ᵗ) and E[v] = 1-b2ᵗ.
     """
-    log_rho = _not_zero(jnp.asarray(2 * b1.log - b2.log, t.dtype))
+    t = jnp.maximum(t, 1)
     first = b1.complement / jnp.sqrt(jnp.asarray(b2.complement, t.dtype))
-    bound = first * jnp.sqrt(jnp.expm1(t * log_rho) / jnp.expm1(log_rho))
-    forever = first / jnp.sqrt(jnp.maximum(-jnp.expm1(log_rho), 1e-30))
-    return _with_noise(b1, bound, forever, 1.0)
+    bound = first * jnp.sqrt(_powers(2 * b1.log - b2.log, t))
+    return _with_noise(jnp.sqrt(_noise_of_m(b1, t) / bias_correction(b2, t)), bound)
 
 
 def norm_ratio(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Ratio:
-    """For m and AdaMax's u: |m| <= C·u with C = (1-b1)·(1-ρᵗ)/(1-ρ), ρ = b1/b2."""
-    log_rho = _not_zero(jnp.asarray(b1.log - b2.log, t.dtype))
-    bound = b1.complement * jnp.expm1(t * log_rho) / jnp.expm1(log_rho)
-    forever = b1.complement / jnp.maximum(-jnp.expm1(log_rho), 1e-30)
-    # Of noise the largest of many is about three times the root mean square.
-    return _with_noise(b1, bound, forever, 1 / 3)
+    """For m and AdaMax's u: |m| <= C·u with C = (1-b1)·(1-ρᵗ)/(1-ρ), ρ = b1/b2.
+
+    Of noise the largest of many is about three times the root mean square.
+    """
+    t = jnp.maximum(t, 1)
+    bound = b1.complement * _powers(b1.log - b2.log, t)
+    return _with_noise(jnp.sqrt(_noise_of_m(b1, t)) / 3, bound)
 
 
-def _not_zero(log_rho: Float[Array, ""]) -> Float[Array, ""]:
-    """log ρ kept from 0, where (1-ρᵗ)/(1-ρ) is t, and from where 1-ρ overflows."""
-    return jnp.minimum(jnp.where(jnp.abs(log_rho) < 1e-6, 1e-6, log_rho), 80)
+def _powers(log_rho: Scalar, t: Float[Array, ""]) -> Float[Array, ""]:
+    """1 + ρ + … + ρᵗ⁻¹, with ρ kept from 1, where it is t, and from overflow."""
+    log_rho = jnp.asarray(log_rho, t.dtype)
+    log_rho = jnp.minimum(jnp.where(jnp.abs(log_rho) < 1e-6, 1e-6, log_rho), 80)
+    return jnp.expm1(t * log_rho) / jnp.expm1(log_rho)
 
 
-def _with_noise(b1: Decay, bound: Scalar, forever: Scalar, share: float) -> Ratio:
-    """m of noise has the root mean square √((1-b1)/(1+b1)), in units of the gradient's."""
-    square = jnp.asarray(b1.complement / (1 + b1.rate), jnp.result_type(bound))
-    noise = share * jnp.sqrt(square)
-    return Ratio(noise, jnp.minimum(forever, 200 * noise), bound)
+def _noise_of_m(b1: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+    """E[m²] over E[g²] of independent gradients."""
+    return b1.complement / (1 + b1.rate) * -jnp.expm1(2 * t * b1.log)
+
+
+def _with_noise(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
+    return Ratio(noise, jnp.minimum(bound, 200 * noise), bound)
 
 
 def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -> Equations:

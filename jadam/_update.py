@@ -181,6 +181,12 @@ def advance(
     count = increment(state.count)
     equations = functools.cache(lambda dtype: rule(_math.Step.of(count, dtype)))
 
+    @functools.cache
+    def coded_equations() -> tuple[_math.Equations, _math.Equations]:
+        """Those of the step that the codes were made in, and of this one."""
+        float32 = jnp.dtype(jnp.float32)
+        return rule(_math.Step.of(state.count, float32)), equations(float32)
+
     def float_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
         dtype = np.result_type(*(_math.widen(x.dtype) for x in (g, *stored)))
         real = jnp.finfo(dtype).dtype
@@ -194,10 +200,10 @@ def advance(
         return direction, kept
 
     def coded_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
-        now = equations(jnp.dtype(jnp.float32))
+        before, now = coded_equations()
         gradient = _math.limit_range(g.astype(jnp.float32))
         codes = _codec.Codes(*stored)
-        direction, moments = now.step(gradient, *codes.decode(now))
+        direction, moments = now.step(gradient, *codes.decode(before))
         return direction, list(codes.encode(moments, g, now, count))[: len(stored)]
 
     def leaf(g: Any, p: Any, *stored: Any) -> tuple[Leaf, ...]:

@@ -199,6 +199,19 @@ def test_the_family_follows_float64(case):
     assert error <= 6e-3
 
 
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.95, 0.99999), (0.99, 0.9), (0.0, 0.999)])
+def test_other_decay_rates_follow_float64(b1, b2):
+    """The curve of m's code follows b1, b2 and t: early at b2 = .99999 m/√v is 100 times larger."""
+    rng = np.random.default_rng(2)
+    gradients = (rng.standard_normal((300, 4, 128)) + 0.2) * np.exp(rng.standard_normal((4, 128)))
+    updates, _ = run(jnp.asarray(gradients, jnp.float32), b1=b1, b2=b2)
+    gradients = gradients.astype(np.float32)
+    exact = np.stack([-d for d in reference.directions(gradients, b1=b1, b2=b2, eps=0.0)])
+    error = np.sum((np.asarray(updates, np.float64) - exact) ** 2) / np.sum(exact**2)
+    # As for the defaults above; at b1 = .99 a rounding of m stays for 100 steps.
+    assert error <= (2e-2 if b1 == 0.99 else 6e-3)
+
+
 def test_amsgrads_maximum_never_falls():
     """Also in codes: while gradients shrink, v_max stays to a code, 2.2% of √v."""
     gradients = np.ones((600, 2, 64), np.float32)

@@ -208,3 +208,20 @@ def test_orbax_restores_the_state(case, tmp_path):
         checkpointer.wait_until_finished()
         target = jax.eval_shape(tx.init, params)
         assert_identical(checkpointer.restore(tmp_path / "state", target), state)
+
+
+@pytest.mark.parametrize("case", [c for c in FAMILY if c.name in ("adam", "adamw")], ids=str)
+def test_a_checkpoint_of_optax_goes_on_under_jadam(case, tmp_path, standard_promotion):
+    """Orbax and Flax: what optax.adam wrote, jadam.adam restores, and the other way round."""
+    params = {k: p for k, p in tree_of_parameters().items() if k != "empty"}
+    ours, theirs = case(1e-2), case.optax(1e-2)
+    _, state = theirs.update(gradients_like(params, 0), theirs.init(params), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "optax", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "optax", jax.eval_shape(ours.init, params))
+    assert isinstance(restored[0], jadam.AdamState)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(x, y)
+    back = serialization.from_bytes(theirs.init(params), serialization.to_bytes(restored))
+    assert_identical(back, jax.tree.map(np.asarray, state))

@@ -10,7 +10,14 @@ from experiments.bench import accuracy, report
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PRINTED = [None, r"loss 0\.0000\d+ after 1000 updates", r"\[0\.\d+ .*\]", r"loss \d\.\d+e-\d+"]
+PRINTED = [
+    None,
+    r"loss 0\.0000\d+ after 1000 updates",
+    r"\[0\.\d+ .*\]",
+    r"loss \d\.\d+e-\d+",
+    r"2\.02 bytes a parameter",
+    r"-?0\.00\d+|-?\d\.\d+e-0\d",
+]
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))

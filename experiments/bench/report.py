@@ -53,14 +53,14 @@ def write(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
-def readme_block(name: str) -> tuple[str, str, str]:
-    """The project's README before, in and after the block between a name's two markers."""
-    before, rest = README.read_text().split(f"<!-- {name}: begin -->\n")
+def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:
+    """A README before, in and after the block between a name's two markers."""
+    before, rest = readme.read_text().split(f"<!-- {name}: begin -->\n")
     block, after = rest.split(f"<!-- {name}: end -->\n")
     return f"{before}<!-- {name}: begin -->\n", block, f"<!-- {name}: end -->\n{after}"
 
 
-def update_readme(name: str, block: str) -> None:
-    """Put a table into the project's README, between its markers."""
-    before, _, after = readme_block(name)
-    _replace(README, f"{before}{block}\n{after}")
+def update_readme(name: str, block: str, readme: Path = README) -> None:
+    """Put a table into a README, by default the project's, between its markers."""
+    before, _, after = readme_block(name, readme)
+    _replace(readme, f"{before}{block}\n{after}")

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from experiments.bench.report import update_readme
+
 from .data import load
 
 HERE = Path(__file__).parent
@@ -26,12 +28,28 @@ class Config:
     """Runs of each; the first of a round changes."""
     epochs: int = 2
     """Epochs of each run."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images in a step, for both."""
     torch_python: Path = Path(sys.executable)
     """A Python that has torch."""
     out: Path = HERE / "results" / "compare_torch.json"
     """The JSON file for the numbers."""
+
+
+def markdown(report: dict) -> str:
+    """The result as the README shows it."""
+    versions = report["versions"]
+    names = {
+        "jadam": f"jadam {versions['jadam']} (jax {versions['jax']})",
+        "torch": f"PyTorch {versions['torch']}, fused Adam",
+    }
+    lines = ["| | epoch, s: median (all) | test accuracy |", "|---|---|---|"]
+    for name, result in report["summary"].items():
+        seconds, accuracy = result["epoch_seconds"], result["test_accuracy"]
+        spread = f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})"
+        accuracies = ", ".join(f"{a:.2%}" for a in accuracy)
+        lines.append(f"| {names[name]} | {spread} | {accuracies} |")
+    return "\n".join(lines)
 
 
 def main(config: Config) -> None:
@@ -78,6 +96,7 @@ def main(config: Config) -> None:
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(report, indent=2) + "\n")
+    update_readme("torch", markdown(report), HERE / "README.md")
 
 
 def _cpu_name() -> str:

@@ -34,7 +34,7 @@ class Config:
 
     learning_rate: float = 1e-3
     """Adam's step size."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images in a step; an epoch leaves out the few images that fill no batch, others each time."""
     epochs: int = 4
     """Passes over the 60,000 images."""
@@ -84,8 +84,13 @@ def loss_fn(model: CNN, images: jax.Array, labels: jax.Array) -> tuple[jax.Array
     return losses.mean(), Metrics(losses.sum(), correct)
 
 
-def make_train(graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformation) -> Callable:
+def make_train(
+    graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformation, batch_size: int
+) -> Callable:
     """The jitted function that trains on the batches `order[start:stop]`."""
+    # Two halves of a batch are independent computations, which XLA:CPU runs at the same time:
+    # that occupies two cores better than threads inside each product.
+    parts = 2 if jax.default_backend() == "cpu" and batch_size % 2 == 0 else 1
 
     # A dynamic start and stop: one compiled loop for a progress report's worth of steps or an
     # epoch, in which no step waits for Python. All images stay on the device.
@@ -101,13 +106,16 @@ def make_train(graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformat
         def step(i: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
             state, metrics = carry
 
-            def loss(params: nnx.State) -> tuple[jax.Array, Metrics]:
-                return loss_fn(nnx.merge(graphdef, params), images[order[i]], labels[order[i]])
+            def loss(params: nnx.State, part: jax.Array) -> tuple[jax.Array, Metrics]:
+                return loss_fn(nnx.merge(graphdef, params), images[part], labels[part])
 
-            grads, new = jax.grad(loss, has_aux=True)(state.params)
+            batch = order[i].reshape(parts, -1)
+            gradients = [jax.grad(loss, has_aux=True)(state.params, part) for part in batch]
+            grads, sums = jax.tree.map(lambda *xs: sum(xs), *gradients)
+            grads = jax.tree.map(lambda g: g / parts, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return State(params, opt_state), jax.tree.map(jnp.add, metrics, new)
+            return State(params, opt_state), jax.tree.map(jnp.add, metrics, sums)
 
         return lax.fori_loop(start, stop, step, (state, Metrics(jnp.float32(0), jnp.int32(0))))
 
@@ -139,7 +147,7 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
     clock = time.perf_counter()
     steps = len(images) // config.batch_size
     order = jax.ShapeDtypeStruct((steps, config.batch_size), jnp.int32)
-    train = make_train(graphdef, optimizer)
+    train = make_train(graphdef, optimizer, config.batch_size)
     train = train.lower(state, images, labels, order, jnp.int32(0), jnp.int32(0)).compile()
     evaluate = make_evaluate(graphdef).lower(params, test_images, test_labels).compile()
     compile_seconds = time.perf_counter() - clock

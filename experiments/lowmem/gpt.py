@@ -1,0 +1,75 @@
+"""A small GPT of bytes: pre-norm, causal attention, GELU, learned positions, an untied head.
+
+Parameters may be stored in 16 bits; all arithmetic is float32, so that settings differ in what
+the optimizer stores and in nothing else.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+normal = nnx.initializers.normal(0.02)
+Linear = partial(nnx.Linear, use_bias=False, kernel_init=normal, dtype=jnp.float32)
+Norm = partial(nnx.LayerNorm, use_bias=False, dtype=jnp.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model's size: 3.3 million parameters."""
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    context: int = 128
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+        self.heads = shape.heads
+        self.norm1 = Norm(shape.width, rngs=rngs)
+        self.qkv = Linear(shape.width, 3 * shape.width, rngs=rngs)
+        self.out = Linear(shape.width, shape.width, rngs=rngs)
+        self.norm2 = Norm(shape.width, rngs=rngs)
+        self.up = Linear(shape.width, 4 * shape.width, rngs=rngs)
+        self.down = Linear(4 * shape.width, shape.width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n t width"]) -> Float[Array, "n t width"]:
+        n, t, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(n, t, 3 * self.heads, width // self.heads)
+        q, k, v = jnp.split(qkv, 3, axis=2)
+        attention = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attention.reshape(n, t, width))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nnx.Module):
+    """Bytes [n, t] to the logits of each next byte [n, t, 256]."""
+
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+        self.bytes = nnx.Embed(
+            256, shape.width, embedding_init=normal, dtype=jnp.float32, rngs=rngs
+        )
+        self.positions = nnx.Param(normal(rngs.params(), (shape.context, shape.width)))
+        self.blocks = nnx.List([Block(shape, rngs=rngs) for _ in range(shape.layers)])
+        self.norm = Norm(shape.width, rngs=rngs)
+        self.head = Linear(shape.width, 256, rngs=rngs)
+
+    def __call__(self, text: Int[Array, "n t"]) -> Float[Array, "n t 256"]:
+        positions = self.positions[: text.shape[1]].astype(jnp.float32)
+        x = self.bytes(text) + positions[None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def loss_fn(model: GPT, text: Int[Array, "n t+1"]) -> Float[Array, ""]:
+    """The mean cross entropy of the next byte, in nats."""
+    logits = model(text[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()

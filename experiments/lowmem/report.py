@@ -1,0 +1,294 @@
+"""What the finished runs say: means, intervals, paired differences, memory; table and picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import ticker
+from rich.progress import track
+from scipy import stats
+
+from experiments.bench.report import provenance
+
+from .gpt import Shape
+from .lm import Lm
+from .memory import measure
+from .mnist import Mnist
+from .runs import RUNS, finished, write
+from .settings import REFERENCE, SETTINGS
+
+HERE = Path(__file__).parent
+TITLES = {"mnist": "MNIST, CNN", "lm": "Language model of bytes"}
+SEEDS = {"mnist": Mnist.seeds, "lm": Lm.seeds}
+WINDOWS = {"mnist": 1, "lm": 10}  # neighbours of a curve that are averaged: MNIST's are means of 12
+PERCENT = "test accuracy"
+# Okabe and Ito's palette, safe for the colour-blind; peers are dashed.
+STYLES = {
+    "float32": ("#000000", "-"),
+    "bf16 moments": ("#56B4E9", "-"),
+    "8-bit moments": ("#0072B2", "-"),
+    "bf16 weights, compensated": ("#009E73", "-"),
+    "bf16 weights, compensated + 8-bit moments": ("#D55E00", "-"),
+    "bf16 weights, stochastic": ("#CC79A7", "-"),
+    "bf16 weights, plain": ("#E69F00", "-"),
+    "optax.adamw float32": ("#777777", "--"),
+    "flashoptim-jax": ("#7A1FA2", "--"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes results/lowmem.json, the picture and the README's table from the finished runs."""
+
+    folder: Path = RUNS
+    """Where finished runs are."""
+    results: Path = HERE / "results"
+    """Where the JSON file and the picture go."""
+    readme: Path = HERE / "README.md"
+    """The file whose table is replaced."""
+
+
+class Interval(NamedTuple):
+    """A mean and its 95% confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: whether 0 is in its interval. NaN, from a run that diverged, is not."""
+        return "no difference found" if self.low <= 0 <= self.high else "differs"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """By Student's t with n-1 degrees of freedom.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if (n := len(values)) < 2:
+        raise ValueError(f"values: expected 2 or more, got {n}")
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half)
+
+
+def runs_of(folder: Path, experiment: str) -> dict[str, list[dict[str, Any]]]:
+    """The finished runs of each setting, by seed; all with one config."""
+    runs = {
+        setting: [
+            run
+            for seed in range(SEEDS[experiment])
+            if (run := finished(folder, experiment, setting, seed)) is not None
+        ]
+        for setting in SETTINGS
+    }
+    configs = {json.dumps(run["config"], sort_keys=True) for row in runs.values() for run in row}
+    if len(configs) > 1:
+        raise ValueError(f"{folder / experiment}: runs of {len(configs)} configs, expected one")
+    return runs
+
+
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of each setting and quantity the interval, and that of the difference to float32."""
+    finals = {name: {run["seed"]: run["final"] for run in row} for name, row in runs.items() if row}
+    reference = finals.get(REFERENCE, {})
+    summary = {}
+    for name, row in finals.items():
+        summary[name] = {"seeds": list(row), "quantities": {}}
+        paired = [seed for seed in row if seed in reference]
+        for quantity in next(iter(row.values())):
+            values = [final[quantity] for final in row.values()]
+            entry: dict[str, Any] = {"values": values}
+            if len(values) > 1:
+                entry |= interval(values)._asdict()
+            if name != REFERENCE and len(paired) > 1:
+                difference = interval(
+                    [row[seed][quantity] - reference[seed][quantity] for seed in paired]
+                )
+                entry["difference"] = {**difference._asdict(), "verdict": difference.verdict}
+            summary[name]["quantities"][quantity] = entry
+    return summary
+
+
+def commits(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Of the code that ran."""
+    return sorted({run["origin"]["commit"] for row in runs.values() for run in row})
+
+
+def median_seconds(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """What one run of each setting took."""
+    return {
+        name: float(np.median([run["seconds"] for run in row])) for name, row in runs.items() if row
+    }
+
+
+def absent(setting: str) -> str:
+    """Why a row has no numbers."""
+    if not SETTINGS[setting].is_installed:
+        return f"not run: {SETTINGS[setting].package} is not installed"
+    return "not run"
+
+
+def final_table(experiment: str, summary: dict[str, Any]) -> str:
+    """Each quantity with its interval; below the first row also the difference to float32's."""
+    quantities = list(next(iter(summary.values()))["quantities"])
+    header = [
+        "setting",
+        "seeds",
+        *(x for q in quantities[1:] for x in (q, "minus float32's")),
+        quantities[0],
+    ]
+    lines = [f"**{TITLES[experiment]}**", "", row(header), row(["---"] * len(header))]
+    for name in SETTINGS:
+        if name not in summary:
+            lines.append(row([name, "0", absent(name), *[""] * (len(header) - 3)]))
+            continue
+        found = summary[name]["quantities"]
+        cells = [name, str(len(summary[name]["seeds"]))]
+        for quantity in quantities[1:]:
+            cells += [mean(quantity, found[quantity]), difference(quantity, found[quantity])]
+        lines.append(row([*cells, mean(quantities[0], found[quantities[0]])]))
+    return "\n".join(lines)
+
+
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def number(quantity: str, x: float, sign: str = "") -> str:
+    return f"{100 * x:{sign}.2f}%" if quantity == PERCENT else f"{x:{sign}.4f}"
+
+
+def mean(quantity: str, entry: dict[str, Any]) -> str:
+    """A mean ± half of its interval."""
+    if "mean" not in entry:
+        return number(quantity, entry["values"][0])
+    half = number(quantity, entry["high"] - entry["mean"])
+    return f"{number(quantity, entry['mean'])} ± {half}"
+
+
+def difference(quantity: str, entry: dict[str, Any]) -> str:
+    """A difference, its interval, and what that allows to say."""
+    if (found := entry.get("difference")) is None:
+        return ""
+    middle, low, high = (number(quantity, found[key], "+") for key in ("mean", "low", "high"))
+    return f"{found['verdict']}: {middle} ({low} to {high})"
+
+
+def memory_table(memory: dict[str, dict[str, float]]) -> str:
+    """Bytes a parameter."""
+    keys = ["weights", "gradient", "state", "live", "temporary"]
+    header = ["setting", *keys[:3], "**together, live after a step**", "temporary in a step"]
+    lines = ["**Bytes a parameter, measured**", "", row(header), row(["---"] * len(header))]
+    for name in SETTINGS:
+        if name in memory:
+            lines.append(row([name, *(f"{memory[name][key]:.3f}" for key in keys)]))
+        else:
+            lines.append(row([name, absent(name), *[""] * (len(keys) - 1)]))
+    return "\n".join(lines)
+
+
+def smooth(x: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each `window` neighbours along the last axis, without overlap."""
+    return x[..., : x.shape[-1] // window * window].reshape(*x.shape[:-1], -1, window).mean(-1)
+
+
+def draw(all_runs: dict[str, dict[str, list[dict[str, Any]]]], results: Path) -> None:
+    """Above the loss, below its difference to float32's with the same seed; means and intervals."""
+    matplotlib.use("agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "jadam", "font.size": 9, "axes.grid": True})
+    matplotlib.rcParams.update({"grid.alpha": 0.25, "axes.spines.top": False})
+    matplotlib.rcParams.update({"axes.spines.right": False})
+    figure, axes = plt.subplots(2, len(all_runs), figsize=(6 * len(all_runs), 7), squeeze=False)
+    for (experiment, runs), (above, below) in zip(all_runs.items(), axes.T, strict=True):
+        window = WINDOWS[experiment]
+        curves = {
+            name: {run["seed"]: smooth(np.array(run["curve"]["loss"]), window) for run in row}
+            for name, row in runs.items()
+            if row
+        }
+        steps = smooth(np.array(runs[REFERENCE][0]["curve"]["steps"]), window)
+        for name, row in curves.items():
+            paired = row.keys() & curves[REFERENCE].keys()
+            losses = np.stack(list(row.values()))
+            line(above, name, steps, losses)
+            if name == REFERENCE:  # the other bands would lie on this one
+                band(above, name, steps, losses)
+            elif paired:
+                gaps = np.stack([row[seed] - curves[REFERENCE][seed] for seed in sorted(paired)])
+                line(below, name, steps, gaps)
+                band(below, name, steps, gaps)
+        above.set(title=TITLES[experiment], ylabel="training loss [nats]", yscale="log")
+        above.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        above.yaxis.set_major_formatter("{x:g}")
+        above.yaxis.set_minor_formatter("")
+        below.axhline(0, color=STYLES[REFERENCE][0], linewidth=1)
+        below.set(xlabel="step", ylabel="loss minus float32's, same seed [nats]")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    results.mkdir(parents=True, exist_ok=True)
+    figure.savefig(results / "lowmem.png", dpi=150, metadata={"Software": None})
+    figure.savefig(results / "lowmem.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def line(axis: plt.Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
+    """The mean over seeds."""
+    color, style = STYLES[name]
+    axis.plot(steps, curves.mean(0), style, color=color, linewidth=1.2, label=name)
+
+
+def band(axis: plt.Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
+    """The interval of the mean over seeds."""
+    if len(curves) > 1:
+        _, low, high = np.transpose([interval(values) for values in curves.T])
+        axis.fill_between(steps, low, high, color=STYLES[name][0], alpha=0.12, linewidth=0)
+
+
+def replace_block(path: Path, block: str) -> None:
+    """The text between a file's two markers."""
+    begin, end = "<!-- lowmem: begin -->\n", "<!-- lowmem: end -->"
+    before, rest = path.read_text().split(begin)
+    after = rest.split(end)[1]
+    write(path, f"{before}{begin}{block}\n{end}{after}".encode())
+
+
+def main(config: Report) -> None:
+    """Measures memory, reads the runs, writes everything."""
+    all_runs = {experiment: runs_of(config.folder, experiment) for experiment in TITLES}
+    all_runs = {experiment: runs for experiment, runs in all_runs.items() if runs[REFERENCE]}
+    if not all_runs:
+        raise ValueError(f"{config.folder}: no finished run of {REFERENCE}")
+    memory = {
+        name: measure(setting, Shape())
+        for name, setting in track(SETTINGS.items(), "memory")
+        if setting.is_installed
+    }
+    summaries = {experiment: summarize(runs) for experiment, runs in all_runs.items()}
+    results = {
+        **provenance("python -m experiments.lowmem report"),
+        "memory": memory,
+        **{
+            experiment: {
+                "config": runs[REFERENCE][0]["config"],
+                "commits": commits(runs),
+                "seconds": median_seconds(runs),
+                "settings": summaries[experiment],
+            }
+            for experiment, runs in all_runs.items()
+        },
+    }
+    write(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
+    draw(all_runs, config.results)
+    tables = [final_table(experiment, summary) for experiment, summary in summaries.items()]
+    block = "\n\n".join([memory_table(memory), *tables])
+    replace_block(config.readme, block)
+    print(f"{block}\n\nwritten to {config.results} and {config.readme}")
