@@ -15,7 +15,7 @@ PRINTED = [
     r"loss 0\.0000\d+ after 1000 updates",
     r"\[0\.\d+ .*\]",
     r"loss \d\.\d+e-\d+",
-    r"2\.02 bytes a parameter",
+    r"2\.04 bytes a parameter",
     r"-?0\.00\d+|-?\d\.\d+e-0\d",
 ]
 
