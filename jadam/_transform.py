@@ -22,10 +22,8 @@ Mask = PyTree | Callable[[PyTree], PyTree] | None
 def _transformation(
     rule: Rule,
     learning_rate: ScalarOrSchedule,
+    init: Callable[[PyTree], State],
     *,
-    mu_dtype: DType | None,
-    nu_dtype: DType | None,
-    min_size: int | None,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
     kind: type[State] = AdamState,
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,7 +34,6 @@ def _transformation(
     weight_decay = _validate.schedulable("weight_decay", weight_decay)
     if decay is not None:
         followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
-    init = initializer(mu_dtype, nu_dtype, min_size, kind)
 
     def init_fn(params: PyTree) -> tuple[Any, ...]:
         return init(params), *(follower.init(params) for follower in followers)
@@ -156,9 +153,7 @@ def adam(
     return _transformation(
         rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
     )
 
 
@@ -199,9 +194,7 @@ def adamw(
     return _transformation(
         rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
     )
 
@@ -235,9 +228,7 @@ def nadam(
     return _transformation(
         _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
     )
 
 
@@ -263,9 +254,7 @@ def nadamw(
     return _transformation(
         _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
     )
 
@@ -324,9 +313,7 @@ def amsgrad(
             bias_correction_nu=bias_correction_nu,
         ),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size, AmsgradState),
         kind=AmsgradState,
     )
 
@@ -354,9 +341,7 @@ def adamax(
     return _transformation(
         rule(_math.adamax, b1=b1, b2=b2, eps=eps),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
     )
 
 
@@ -380,9 +365,7 @@ def adamaxw(
     return _transformation(
         rule(_math.adamax, b1=b1, b2=b2, eps=eps),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
     )
 
@@ -428,7 +411,5 @@ def radam(
             nesterov_momentum=nesterov,
         ),
         learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        min_size=min_size,
+        initializer(mu_dtype, nu_dtype, min_size),
     )

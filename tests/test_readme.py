@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import accuracy, report
+from experiments.bench import accuracy, report, speed
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -29,10 +29,12 @@ def test_the_code_runs_as_written(block, capsys, standard_promotion):
         assert re.fullmatch(PRINTED[block] + r"\n", printed)
 
 
-def test_the_figures_are_the_committed_ones():
-    """No figure in the accuracy table was typed by hand."""
-    results = json.loads((report.RESULTS / "accuracy.json").read_text())
-    assert report.readme_block("accuracy")[1] == accuracy.markdown(results) + "\n"
+@pytest.mark.parametrize("table", [accuracy, speed])
+def test_the_figures_are_the_committed_ones(table):
+    """No figure in the tables was typed by hand."""
+    name = table.__name__.split(".")[-1]
+    results = json.loads((report.RESULTS / f"{name}.json").read_text())
+    assert report.readme_block(name)[1] == table.markdown(results) + "\n"
 
 
 LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason

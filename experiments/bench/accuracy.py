@@ -222,7 +222,7 @@ ROWS = [
     *(
         Row(
             f"scan_{member}",
-            f"{member} of bfloat16 parameters in lax.scan",
+            f"{member} in lax.scan: bfloat16 parameters, float32 gradients",
             "runs",
             _in_scan(member),
         )

@@ -82,21 +82,42 @@ def measure(name: str, sizes: list[int]) -> dict[str, Any]:
     }
 
 
+COLUMNS = ("workload", "jadam [ms]", "optax [ms]", "jadam / optax")
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The table's rows: medians, and the ratio of times in the same round with its quartiles."""
+    rows = []
+    for name, result in results["workloads"].items():
+        ratio, seconds = result["jadam_over_optax"], result["seconds"]
+        rows.append(
+            [
+                name,
+                *(f"{1e3 * seconds[key]['median']:.1f}" for key in ("jadam", "optax")),
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            ]
+        )
+    return rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as the project's README shows them."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells(results)]
+    machine = f"{results['machine']}, jax {results['versions']['jax']}"
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n({machine})"
+
+
 def main() -> None:
-    """Measure, print, and write the JSON."""
+    """Measure, print, write the JSON, and bring the README up to date."""
     workloads = {name: measure(name, sizes) for name, sizes in WORKLOADS.items()}
     results = {**report.provenance("python -m experiments.bench.speed"), "workloads": workloads}
-    table = Table("workload", "jadam [ms]", "optax [ms]", "jadam / optax", title="One Adam step")
-    for name, result in workloads.items():
-        ratio = result["jadam_over_optax"]
-        table.add_row(
-            name,
-            *(f"{1e3 * result['seconds'][key]['median']:.1f}" for key in ("jadam", "optax")),
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-        )
+    table = Table(*COLUMNS, title="One Adam step")
+    for row in cells(results):
+        table.add_row(*row)
     console = Console()
     console.print(table)
     console.print(f"written to {report.write('speed', results)}")
+    report.update_readme("speed", markdown(results))
 
 
 if __name__ == "__main__":
