@@ -157,7 +157,7 @@ class Codes(NamedTuple):
         code = jnp.where(jnp.isfinite(v), jnp.where(v > 0, code, 0), _NAN)
 
         level = code - _TOP + top
-        x = equations.ratio.compress(m * _power_of_two(-level), _unit(v.shape, t, 1))
+        x = equations.ratio.compress(m * _power_of_two(-level), _unit(v.shape, t, 1), _M)
         both = (x.astype(jnp.int32) + 64) * 512 + code
         if maximum:
             # Upwards, and a number on the lattice stays: a maximum does not fall.

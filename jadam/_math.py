@@ -70,8 +70,8 @@ class Ratio(NamedTuple):
         a, s = self._curve
         return a * x * _reciprocal(s - jnp.abs(x))
 
-    def compress(self, r: Real, u: Real) -> Real:
-        """r to -63..63, the code 63·x with r = expand(x), dithered by u in [0, 1).
+    def compress(self, r: Real, u: Real, levels: int) -> Real:
+        """r to a code in ±levels, levels·x with r = expand(x), dithered by u in [0, 1).
 
         No code is beyond the bound. The dither is even in x; that r is not, is 4e-5 of bias at most
         where moments are.
@@ -79,9 +79,9 @@ class Ratio(NamedTuple):
         a, s = self._curve
 
         def code(r: Any) -> Any:
-            return 63 * s * r / (a + r)
+            return levels * s * r / (a + r)
 
-        highest = jnp.floor(jnp.minimum(code(self.bound), 63))
+        highest = jnp.floor(jnp.minimum(code(self.bound), levels))
         return jnp.copysign(jnp.minimum(jnp.floor(code(jnp.abs(r)) + u), highest), r)
 
 

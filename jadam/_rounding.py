@@ -23,10 +23,9 @@ def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*sha
     """A dither in [0, 2³²) for each element at step t: lane·2³²/ρ + t·2³²/φ mod 2³².
 
     Over time it fills the interval evenly, so the error of a sum of roundings stays bounded where
-    that of random rounding grows with √t. It needs no key and no state; each salt
-    shifts it to another one. The lane is the position
-    along the last axis modulo 128, so the bits do not depend on how an array is sharded as long as
-    shards of the last axis start at multiples of 128.
+    that of random rounding grows with √t. It needs no key and no state; each salt shifts it to
+    another one. The lane is the position along the last axis modulo 128, so the bits do not depend
+    on how an array is sharded as long as shards of the last axis start at multiples of 128.
     """
     phase = t.astype(jnp.uint32) * _STEP + np.uint32(salt * _SALT % 2**32)
     if not shape:
@@ -35,10 +34,25 @@ def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*sha
     return lane * _LANE + phase
 
 
+def _power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The power of two at or below |x|, for float32 x; 0 for 0."""
+    exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
+    return lax.bitcast_convert_type(exponent, jnp.float32)
+
+
 def spacing(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The distance to the next float32 beyond float32 x; 0 for 0 and the smallest numbers."""
-    exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
-    return lax.bitcast_convert_type(exponent, jnp.float32) * float(jnp.finfo(jnp.float32).eps)
+    return _power(x) * float(jnp.finfo(jnp.float32).eps)
+
+
+def grid(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The distance of the numbers of a narrower `dtype` around float32 x, at least 2⁻¹²⁶.
+
+    Devices flush float32's subnormal numbers to 0: the grid ends at its smallest normal one.
+    """
+    info = jnp.finfo(dtype)
+    smallest = max(float(info.smallest_subnormal), 2.0**-126)
+    return jnp.maximum(_power(x) * float(info.eps), smallest)
 
 
 def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[Array, "*shape"]:
@@ -51,8 +65,7 @@ def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[
     info = jnp.finfo(dtype)
     bits = jnp.finfo(jnp.float32).nmant - info.nmant
     x = x.astype(jnp.float32)
-    # Devices flush float32's subnormal numbers to 0: the grid ends at its smallest normal one.
-    s = jnp.maximum(spacing(x) * 2.0**bits, max(float(info.smallest_subnormal), 2.0**-126))
+    s = grid(x, dtype)
     u = (weyl(x.shape, t, salt) >> (32 - bits)).astype(jnp.float32) * 2.0**-bits
     magnitude = jnp.minimum(jnp.floor(jnp.abs(x) / s + u) * s, float(info.max))
     in_range = jnp.abs(x) <= float(info.max)

@@ -18,10 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
 
 from jadam import _math, _validate
-from jadam._rounding import weyl
+from jadam._rounding import grid, weyl
 from jadam._types import DType, PyTree
 
-_INFINITY = 0x7F800000
 _LARGEST = 0x7F7F  # the upper half of the bits of bfloat16's largest finite number
 _SIGN = np.int32(-(2**31))
 
@@ -152,11 +151,7 @@ def round_randomly(
     What `dtype` has stays. Past its largest finite number it is a plain conversion.
     """
     info = jnp.finfo(dtype)
-    power = lax.bitcast_convert_type(
-        lax.bitcast_convert_type(x, jnp.int32) & _INFINITY, jnp.float32
-    )
-    # Devices flush float32's subnormal numbers to 0: the grid ends at its smallest normal one.
-    s = jnp.maximum(power * float(info.eps), max(float(info.smallest_subnormal), 2.0**-126))
+    s = grid(x, dtype)
     steps = jnp.abs(x) / s
     below = jnp.floor(steps)
     up = (bits >> 8).astype(jnp.float32) * 2.0**-24 < steps - below
@@ -302,8 +297,8 @@ def compensated_weights(
         def leaf(place: int, p: Any, master: Any, r: Any, step: Any) -> tuple[Any, Any]:
             if r is None:
                 return step, None
-            salt = place * 0x85EBCA6B % 2**32  # leaves of one shape are dithered apart
-            phase = None if dither is None else weyl(np.shape(p), dither, salt)
+            # The place as salt: leaves of one shape are dithered apart.
+            phase = None if dither is None else weyl(np.shape(p), dither, place)
             return split(_moved(master, step), jnp.asarray(p), r.dtype, phase)
 
         columns = (structure.flatten_up_to(x) for x in (params, masters, residual, steps))

@@ -39,7 +39,7 @@ def test_rounds_to_one_of_the_two_neighbours(dtype, x, t, salt):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("x", [1.003, -0.7391, 3.14159e-3, 1.9999])
+@pytest.mark.parametrize("x", [1.003, -0.7391, 3.14159e-3, 1.9999, 1.3e-33])
 def test_is_unbiased_over_time_and_over_lanes(dtype, x):
     """The mean over n steps is x to one spacing over n: a low discrepancy, not 1/√n."""
     n = 1000

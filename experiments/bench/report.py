@@ -38,18 +38,18 @@ def provenance(command: str) -> dict[str, Any]:
     }
 
 
-def _replace(path: Path, text: str) -> None:
-    """A file's new text in one step: a reader finds the old file or the new one, whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
+def write_file(path: Path, content: bytes) -> None:
+    """A file in one step: a reader finds the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(content)
     unfinished.replace(path)
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
     """Results as JSON under results/."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    _replace(path, json.dumps(results, indent=1) + "\n")
+    write_file(path, json.dumps(results, indent=1).encode() + b"\n")
     return path
 
 
@@ -63,4 +63,4 @@ def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:
 def update_readme(name: str, block: str, readme: Path = README) -> None:
     """Put a table into a README, by default the project's, between its markers."""
     before, _, after = readme_block(name, readme)
-    _replace(readme, f"{before}{block}\n{after}")
+    write_file(readme, f"{before}{block}\n{after}".encode())

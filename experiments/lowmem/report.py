@@ -13,13 +13,13 @@ from matplotlib import ticker
 from rich.progress import track
 from scipy import stats
 
-from experiments.bench.report import provenance
+from experiments.bench.report import provenance, update_readme, write_file
 
 from .gpt import Shape
 from .lm import Lm
 from .memory import measure
 from .mnist import Mnist
-from .runs import RUNS, finished, write
+from .runs import RUNS, finished
 from .settings import REFERENCE, SETTINGS
 
 HERE = Path(__file__).parent
@@ -253,14 +253,6 @@ def band(axis: plt.Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> No
         axis.fill_between(steps, low, high, color=STYLES[name][0], alpha=0.12, linewidth=0)
 
 
-def replace_block(path: Path, block: str) -> None:
-    """The text between a file's two markers."""
-    begin, end = "<!-- lowmem: begin -->\n", "<!-- lowmem: end -->"
-    before, rest = path.read_text().split(begin)
-    after = rest.split(end)[1]
-    write(path, f"{before}{begin}{block}\n{end}{after}".encode())
-
-
 def main(config: Report) -> None:
     """Measures memory, reads the runs, writes everything."""
     all_runs = {experiment: runs_of(config.folder, experiment) for experiment in TITLES}
@@ -286,9 +278,9 @@ def main(config: Report) -> None:
             for experiment, runs in all_runs.items()
         },
     }
-    write(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
+    write_file(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
     draw(all_runs, config.results)
     tables = [final_table(experiment, summary) for experiment, summary in summaries.items()]
     block = "\n\n".join([memory_table(memory), *tables])
-    replace_block(config.readme, block)
+    update_readme("lowmem", block, config.readme)
     print(f"{block}\n\nwritten to {config.results} and {config.readme}")

@@ -1,7 +1,6 @@
 """Runs that a killed program takes up again: one file for each (experiment, setting, seed)."""
 
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -10,19 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import provenance
+from experiments.bench.report import provenance, write_file
 
 from .settings import SETTINGS
 
 RUNS = Path(__file__).parents[2] / "runs" / "lowmem"
-
-
-def write(path: Path, content: bytes) -> None:
-    """A file in one step: it is whole, or it has another name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def path_of(folder: Path, experiment: str, setting: str, seed: int) -> Path:
@@ -84,4 +75,4 @@ def run_all(
             "origin": origin,
         }
         path = path_of(folder, experiment, setting, seed)
-        write(path, json.dumps(content, indent=1).encode() + b"\n")
+        write_file(path, json.dumps(content, indent=1).encode() + b"\n")

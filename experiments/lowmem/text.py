@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runs import write
+from experiments.bench.report import write_file
 
 # Not on every machine, or not Python's own.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
@@ -51,7 +51,7 @@ def load(cache: Path, validation_bytes: int = 100_000) -> Text:
     """The text, collected on first use. It differs between versions of Python: see its origin."""
     path = cache / f"text-{platform.python_version()}.txt"
     if not path.exists():
-        write(path, collect())
+        write_file(path, collect())
     text = path.read_bytes()
     values = np.frombuffer(text, np.uint8)
     return Text(

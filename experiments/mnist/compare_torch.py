@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.bench.report import update_readme
+from experiments.bench.report import update_readme, write_file
 
 from .data import load
 
@@ -94,8 +94,7 @@ def main(config: Config) -> None:
         "summary": summary,
         "runs": runs,
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_file(config.out, json.dumps(report, indent=2).encode() + b"\n")
     update_readme("torch", markdown(report), HERE / "README.md")
 
 

@@ -21,6 +21,7 @@ from jax import lax
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jadam
+from experiments.bench.report import write_file
 
 from .data import Mnist, load
 from .model import CNN
@@ -205,10 +206,7 @@ def main(config: Config) -> None:
     result["versions"] = {"python": platform.python_version()} | {
         module.__name__: module.__version__ for module in (jax, flax, optax, jadam)
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = config.out.with_name(f"{config.out.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(config.out)
+    write_file(config.out, json.dumps(result, indent=2).encode() + b"\n")
     test = result["test"]
     print(
         f"test loss {test['loss']:.4f}, accuracy {test['accuracy']:.2%} "
