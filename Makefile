@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # cuda13 or tpu: the accelerator that jax is installed for.
 ACCELERATOR ?=
+# The extra that tests run in: dev has all that test has.
+TEST ?= test
 comma := ,
 EXTRAS = $(1)$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
@@ -17,7 +19,7 @@ help: ## list the targets
 mnist: $(call STAMP,experiments) ## train the Flax CNN on MNIST with jadam.adam
 	$(RUN) -m experiments.mnist
 
-test: $(call STAMP,test) ## run all tests
+test: $(call STAMP,$(TEST)) ## run all tests
 	$(RUN) -m pytest -n auto
 
 lint: $(call STAMP,dev) ## ruff, ruff format and pyright
@@ -25,10 +27,17 @@ lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-check: lint test ## what continuous integration runs: lint, then test
+check: ## what continuous integration runs: lint, then test
+	$(MAKE) lint test TEST=dev
 
-bench: $(call STAMP,experiments) ## accuracy and speed beside optax, as tables and JSON
+soak: $(call STAMP,test) ## the long forms of the tests, several processes among them
+	$(RUN) -m pytest -m soak
+
+bench: $(call STAMP,bench) ## accuracy and speed beside optax, torch and others, as tables and JSON
 	$(RUN) -m experiments.bench
+
+scale: $(call STAMP,experiments) ## memory and communication of large models, from their shapes
+	$(RUN) -m experiments.scale
 
 format: $(call STAMP,dev) ## format the code and mend what ruff can mend
 	$(RUN) -m ruff format .

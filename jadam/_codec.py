@@ -31,9 +31,9 @@ from jadam._types import Count, Leaf, Real
 BLOCK = 128
 MIN_SIZE = 4096
 _PER_OCTAVE = 32
-_TOP = 510  # the highest of the 9-bit codes for a number; 0 is zero, 511 NaN
-_NAN = 511
-_M = 63  # the highest of the 7-bit codes for m
+TOP = 510  # the highest of the 9-bit codes for a number; 0 is zero, 511 NaN
+NAN = 511
+M_LEVELS = 63  # the highest of the 7-bit codes for m
 Tops = Int[Array, "*blocks"]
 
 
@@ -66,7 +66,7 @@ def gains(shape: tuple[int, ...], dtype: jnp.dtype, min_size: int) -> bool:
     A block costs two bytes, so a last axis under 32 would cost more than 2.06 bytes an element.
     """
     real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
-    return bool(real and shape and shape[-1] >= 32 and math.prod(shape) >= min_size)
+    return bool(real and shape and shape[-1] >= 32 and math.prod(shape) >= max(min_size, 1))
 
 
 def is_coded(stored: Array) -> bool:
@@ -96,8 +96,8 @@ def _block_max(x: Array, seen: Callable[[Array], Array]) -> Array:
 
 def _number(both: Array) -> Array:
     """The code of v, 0 where it is NaN's."""
-    code = both & np.uint16(_NAN)
-    return jnp.where(code == _NAN, jnp.zeros_like(code), code)
+    code = both & np.uint16(NAN)
+    return jnp.where(code == NAN, jnp.zeros_like(code), code)
 
 
 def _finite_size(g: Array) -> Array:
@@ -121,27 +121,29 @@ class Codes(NamedTuple):
 
     @property
     def _levels(self) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
-        code = (self.both & np.uint16(_NAN)).astype(jnp.int32)
+        code = (self.both & np.uint16(NAN)).astype(jnp.int32)
         top = _spread(self.tops, self.both.shape[-1]).astype(jnp.int32)
-        return code, code - _TOP + top
+        return code, code - TOP + top
 
     def decode(self, equations: Equations) -> tuple[Real, ...]:
         """m, v and, for AMSGrad, v's maximum; each 0 where v's code is 0."""
         code, level = self._levels
         root = _special(code, _power_of_two(level))
-        x = ((self.both >> 9).astype(jnp.int32) - 64).astype(jnp.float32) / _M
+        x = ((self.both >> 9).astype(jnp.int32) - 64).astype(jnp.float32) / M_LEVELS
         moments = root * equations.ratio.expand(x), root**equations.power
         if self.maximum is None:
             return moments
         higher = _power_of_two(level + self.maximum.astype(jnp.int32))
         return *moments, _special(code, higher) ** equations.power
 
-    def encode(self, moments: tuple[Real, ...], g: Real, equations: Equations, t: Count) -> "Codes":
-        """The moments after a step with gradient g, dithered for step t."""
+    def encode(
+        self, moments: tuple[Real, ...], g: Real, equations: Equations, t: Count | None
+    ) -> "Codes":
+        """The moments after a step with gradient g, dithered for step t, to nearest without it."""
         m, v, *maximum = moments
         # The equations of a block's largest v and |g| bound v in it: no pass over v is needed.
         code = _block_max(self.both, _number).astype(jnp.int32)
-        largest = _power_of_two(code - _TOP + self.tops.astype(jnp.int32)) ** equations.power
+        largest = _power_of_two(code - TOP + self.tops.astype(jnp.int32)) ** equations.power
         largest = jnp.where(code > 0, largest, 0)
         g_largest = _block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
         bounds = (largest,) * (len(moments) - 1)
@@ -150,14 +152,14 @@ class Codes(NamedTuple):
         # Computed once: the tops that are stored are those that the codes count from.
         tops = lax.optimization_barrier(tops)
         top = _spread(tops, v.shape[-1])
-        raised = _floor(_level(v, equations.power) + _unit(v.shape, t, 0)) - top + _TOP
+        raised = _floor(_level(v, equations.power) + _unit(v.shape, t, 0)) - top + TOP
         # What falls below the block's range stays on its lowest level while it is fed.
         fed = jnp.where(g == 0, 0, 1)
-        code = jnp.where(raised >= 1, jnp.minimum(raised, _TOP), fed)
-        code = jnp.where(jnp.isfinite(v), jnp.where(v > 0, code, 0), _NAN)
+        code = jnp.where(raised >= 1, jnp.minimum(raised, TOP), fed)
+        code = jnp.where(jnp.isfinite(v), jnp.where(v > 0, code, 0), NAN)
 
-        level = code - _TOP + top
-        x = equations.ratio.compress(m * _power_of_two(-level), _unit(v.shape, t, 1), _M)
+        level = code - TOP + top
+        x = equations.ratio.compress(m * _power_of_two(-level), _unit(v.shape, t, 1), M_LEVELS)
         both = (x.astype(jnp.int32) + 64) * 512 + code
         if maximum:
             # Upwards, and a number on the lattice stays: a maximum does not fall.
@@ -168,8 +170,10 @@ class Codes(NamedTuple):
         return Codes(both.astype(jnp.uint16), tops.astype(jnp.int16), above)
 
 
-def _unit(shape: tuple[int, ...], t: Count, salt: int) -> Float[Array, "*shape"]:
-    """The Weyl dither in [0, 1)."""
+def _unit(shape: tuple[int, ...], t: Count | None, salt: int) -> Float[Array, "*shape"]:
+    """The Weyl dither in [0, 1); without a step ½, which rounds to nearest."""
+    if t is None:
+        return jnp.full(shape, 0.5, jnp.float32)
     return (weyl(shape, t, salt) >> 8).astype(jnp.float32) * 2.0**-24
 
 
@@ -184,8 +188,8 @@ def _interpolated(function: Callable[[np.ndarray], np.ndarray], degree: int) -> 
     return chebyshev.cheb2poly(chebyshev.Chebyshev.interpolate(function, degree, [0, 1]).coef)
 
 
-_EXP2 = _interpolated(np.exp2, 6)
-_LOG2 = _interpolated(lambda x: np.log2(1 + x), 9)
+EXP2 = _interpolated(np.exp2, 6)
+LOG2 = _interpolated(lambda x: np.log2(1 + x), 9)
 
 
 def _polynomial(coefficients: np.ndarray, x: Real) -> Real:
@@ -200,17 +204,17 @@ def _polynomial(coefficients: np.ndarray, x: Real) -> Real:
 def _power_of_two(level: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """2^(level/32): the whole octaves as exponent bits, the rest by the polynomial."""
     octave = lax.bitcast_convert_type(((level >> 5) + 127) << 23, jnp.float32)
-    return octave * _polynomial(_EXP2, (level & 31).astype(jnp.float32) * (1 / _PER_OCTAVE))
+    return octave * _polynomial(EXP2, (level & 31).astype(jnp.float32) * (1 / _PER_OCTAVE))
 
 
 def _level(x: Real, power: int) -> Float[Array, "*shape"]:
     """32·log₂ of √x (power 2) or x (power 1); any number where x is 0, infinite or NaN."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-    log2 = ((bits >> 23) - 127).astype(jnp.float32) + _polynomial(_LOG2, mantissa - 1)
+    log2 = ((bits >> 23) - 127).astype(jnp.float32) + _polynomial(LOG2, mantissa - 1)
     return log2 * (_PER_OCTAVE / power)
 
 
 def _special(code: Int[Array, "*shape"], x: Real) -> Real:
     """x, or what the two codes beside numbers mean."""
-    return jnp.where(code == 0, 0, jnp.where(code == _NAN, jnp.nan, x))
+    return jnp.where(code == 0, 0, jnp.where(code == NAN, jnp.nan, x))

@@ -10,7 +10,7 @@ All arrays come in float32 or wider. A hyperparameter is a Python number, whose 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,37 +52,51 @@ def _reciprocal(x: Real) -> Real:
 
 
 class Ratio(NamedTuple):
-    """m/√v (AdaMax: m/u) after a step: its size for gradients of noise, its limit, its bound.
+    """m/√v (AdaMax: m/u) after a step: its size for gradients of noise, and its limit.
 
     The limit of what is stored is the bound, or 200 times the noise where that is less.
     """
 
     noise: Scalar
     limit: Scalar
-    bound: Scalar
 
     @property
-    def _curve(self) -> tuple[Scalar, Scalar]:
+    def curve(self) -> tuple[Scalar, Scalar]:
+        """a and s of `expand`."""
         return 3 * self.noise, 1 + 3 * self.noise / self.limit
 
     def expand(self, x: Real) -> Real:
         """x in [-1, 1] to r = a·x/(s - |x|), a = 3·noise, s = 1 + a/limit: fine near 0."""
-        a, s = self._curve
+        a, s = self.curve
         return a * x * _reciprocal(s - jnp.abs(x))
 
     def compress(self, r: Real, u: Real, levels: int) -> Real:
         """r to a code in ±levels, levels·x with r = expand(x), dithered by u in [0, 1).
 
-        No code is beyond the bound. The dither is even in x; that r is not, is 4e-5 of bias at most
+        No code is beyond the limit. The dither is even in x; that r is not, is 4e-5 of bias at most
         where moments are.
         """
-        a, s = self._curve
+        a, s = self.curve
+        size = jnp.abs(r)
+        code = jnp.floor(levels * s * size / (a + size) + u)
+        return jnp.copysign(jnp.minimum(code, levels), r)
 
-        def code(r: Any) -> Any:
-            return levels * s * r / (a + r)
 
-        highest = jnp.floor(jnp.minimum(code(self.bound), levels))
-        return jnp.copysign(jnp.minimum(jnp.floor(code(jnp.abs(r)) + u), highest), r)
+class Coefficients(NamedTuple):
+    """One step of Adam or NAdam as numbers, for the native kernel.
+
+    m_weight and g_weight are Nesterov's, both 0 without; dither is that of v, over 1 - b2.
+    """
+
+    complement1: Scalar
+    complement2: Scalar
+    dither: Scalar
+    m_weight: Scalar
+    g_weight: Scalar
+    c1: Scalar
+    c2: Scalar
+    eps: Scalar
+    eps_root: Scalar
 
 
 class Equations(NamedTuple):
@@ -92,11 +106,13 @@ class Equations(NamedTuple):
         step: `(g, *moments) -> (direction, moments)`.
         ratio: how m compares with the root of the second moment.
         power: 2 where the second moment is v, 1 where it is AdaMax's u.
+        coefficients: the same as numbers, where the native kernel has the equations too.
     """
 
     step: Callable[..., tuple[Leaf, tuple[Leaf, ...]]]
     ratio: Ratio
     power: int = 2
+    coefficients: Coefficients | None = None
 
 
 class Decay(NamedTuple):
@@ -158,11 +174,14 @@ def second_moment(v: Real, g: Leaf, b: Decay, step: Step) -> Real:
     """
     toward = square(g) - v
     if v.dtype == jnp.float32:
-        # A number times a power of two is exact: no fused product rounds it in another way. From
-        # b = ½ on v cannot come below 0; under it the sum does not stop short.
-        c = b.complement
-        toward += jnp.where(c <= 0.5, step.dither / c, 0) * spacing(v)
+        # A number times a power of two is exact: no fused product rounds it in another way.
+        toward += _dither_of_v(b, step) * spacing(v)
     return v + _times(b.complement, toward)
+
+
+def _dither_of_v(b: Decay, step: Step) -> Float[Array, ""]:
+    """The dither over 1-b. From b = ½ on v cannot come below 0; under it no sum stops short."""
+    return jnp.where(b.complement <= 0.5, step.dither / b.complement, 0)
 
 
 def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
@@ -218,7 +237,7 @@ def _noise_of_m(b1: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _with_noise(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
-    return Ratio(noise, jnp.minimum(bound, 200 * noise), bound)
+    return Ratio(noise, jnp.minimum(bound, 200 * noise))
 
 
 def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -> Equations:
@@ -235,7 +254,9 @@ def adam(step: Step, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar) -
         v = second_moment(v, g, d2, step)
         return ratio(m, c1, v / c2, eps, eps_root), (m, v)
 
-    return Equations(equations, moment_ratio(d1, d2, t))
+    dither = _dither_of_v(d2, step)
+    numbers = Coefficients(d1.complement, d2.complement, dither, 0.0, 0.0, c1, c2, eps, eps_root)
+    return Equations(equations, moment_ratio(d1, d2, t), coefficients=numbers)
 
 
 class Momentum(NamedTuple):
@@ -296,7 +317,11 @@ def nadam(
         v = second_moment(v, g, d2, step)
         return ratio(look_ahead(g, m), jnp.ones_like(t), v / c2, eps, eps_root), (m, v)
 
-    return Equations(equations, moment_ratio(d1, d2, t))
+    dither = _dither_of_v(d2, step)
+    numbers = Coefficients(
+        d1.complement, d2.complement, dither, *look_ahead, jnp.ones_like(t), c2, eps, eps_root
+    )
+    return Equations(equations, moment_ratio(d1, d2, t), coefficients=numbers)
 
 
 def amsgrad(

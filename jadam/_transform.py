@@ -5,6 +5,7 @@ namesake, an `AdamState` where optax has its `ScaleByAdamState`, so that a progr
 into the state finds everything in its place, and a checkpoint of one restores into the other.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,11 +13,46 @@ import jax
 import optax
 
 from jadam import _math, _validate
+from jadam._leaf import Rule, increment
 from jadam._state import AdamState, AmsgradState
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Rule, State, advance, increment, initializer, rule
+from jadam._update import Kernel, State, advance, chosen_kernel, initializer, rule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+class FusedTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that can also make the whole step.
+
+    `tx.step(grads, state, params)` returns the next parameters and state: `tx.update` and
+    `optax.apply_updates` in one, without an update in memory between them. Donate parameters and
+    state, in this order, as `jadam.step` says.
+
+    >>> import jax, jax.numpy as jnp, jadam
+    >>> tx = jadam.adam(1e-3)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> def train_step(params, state, grads):
+    ...     return tx.step(grads, state, params)
+    >>> train_step = jax.jit(train_step, donate_argnums=(0, 1))
+    >>> params, state = train_step(params, tx.init(params), {"w": jnp.array([0.5, -3.0])})
+    >>> params["w"].tolist()
+    [0.9990000128746033, 2.000999927520752]
+    """
+
+    step: Callable[..., tuple[PyTree, Any]]
+
+    def __new__(
+        cls,
+        init: optax.TransformInitFn,
+        update: optax.TransformUpdateExtraArgsFn,
+        step: Callable[..., tuple[PyTree, Any]],
+    ) -> "FusedTransformation":
+        self = super().__new__(cls, init, update)
+        self.step = step
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.init, self.update, self.step
 
 
 def _transformation(
@@ -26,7 +62,8 @@ def _transformation(
     *,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
     kind: type[State] = AdamState,
-) -> optax.GradientTransformationExtraArgs:
+    kernel: Kernel,
+) -> FusedTransformation:
     """A rule followed by decay and learning rate, all in one step; optax gives their states."""
     learning_rate = _validate.schedulable("learning_rate", learning_rate)
     followers = [optax.scale_by_learning_rate(learning_rate)]
@@ -38,30 +75,51 @@ def _transformation(
     def init_fn(params: PyTree) -> tuple[Any, ...]:
         return init(params), *(follower.init(params) for follower in followers)
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    kernel = chosen_kernel(kernel)
+
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, to_params: bool
     ) -> tuple[PyTree, tuple[Any, ...]]:
-        del extra_args
         if not (isinstance(state, (tuple, list)) and len(state) == 1 + len(followers)):
             raise TypeError(
                 f"state: expected the tuple of {1 + len(followers)} states that init made, got "
                 f"{type(state).__name__}"
             )
         adam_state, *schedules = state
-        updates, adam_state = advance(
+        moved, adam_state = advance(
             rule,
-            updates,
+            grads,
             adam_state,
             params,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             mask=mask,
             kind=kind,
+            kernel=kernel,
+            to_params=to_params,
         )
         # A schedule's state is its count, or nothing.
-        return updates, (adam_state, *jax.tree.map(increment, schedules))
+        return moved, (adam_state, *jax.tree.map(increment, schedules))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _fused(init_fn, move)
+
+
+def _fused(
+    init: optax.TransformInitFn, move: Callable[..., tuple[PyTree, Any]]
+) -> FusedTransformation:
+    """The transformation of `move(grads, state, params, *, to_params)`."""
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        return move(updates, state, params, to_params=False)
+
+    def step_fn(grads: PyTree, state: Any, params: PyTree, **extra_args: Any) -> tuple[PyTree, Any]:
+        del extra_args
+        return move(grads, state, params, to_params=True)
+
+    return FusedTransformation(init, update_fn, step_fn)
 
 
 def scale_by_adam(
@@ -73,8 +131,9 @@ def scale_by_adam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     nesterov: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Adam's direction m̂/(√(v̂ + eps_root) + eps) alone, to build chains with.
 
     Its state is a bare `AdamState`. Arguments as in `adam`.
@@ -85,17 +144,13 @@ def scale_by_adam(
     ... )
     """
     member = _math.nadam if nesterov else _math.adam
-    bound = rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, AdamState]:
-        del extra_args
-        return advance(bound, updates, state, params, learning_rate=-1.0)
-
-    return optax.GradientTransformationExtraArgs(
-        initializer(mu_dtype, nu_dtype, min_size), update_fn
+    move = functools.partial(
+        advance,
+        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        learning_rate=-1.0,
+        kernel=chosen_kernel(kernel),
     )
+    return _fused(initializer(mu_dtype, nu_dtype, min_size), move)
 
 
 def adam(
@@ -108,8 +163,9 @@ def adam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     nesterov: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Adam, Kingma & Ba (2015), Algorithm 1.
 
     m = b1·m + (1-b1)·g,  v = b2·v + (1-b2)·g²,
@@ -131,12 +187,14 @@ def adam(
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter (`init`).
         min_size: leaves with fewer elements, or with a last axis under 32, keep float32 then.
             Default: 4096.
+        kernel: "auto", "xla" or "native", as in `update`.
         nesterov: NAdam, the same as `nadam`.
 
     Returns:
         A transformation that works wherever optax's do. Its updates have the gradients' dtypes.
 
     Raises:
+        RuntimeError: `kernel` is "native" and there is none.
         TypeError: an argument or a leaf is of a wrong type.
         ValueError: an argument is out of range, or trees do not match.
 
@@ -154,6 +212,7 @@ def adam(
         rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
+        kernel=kernel,
     )
 
 
@@ -169,8 +228,9 @@ def adamw(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     nesterov: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Adam with decoupled weight decay, Loshchilov & Hutter (2019), Algorithm 2.
 
     update = -learning_rate·(m̂/(√(v̂ + eps_root) + eps) + weight_decay·param)
@@ -196,6 +256,7 @@ def adamw(
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
+        kernel=kernel,
     )
 
 
@@ -209,8 +270,9 @@ def nadam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     momentum_decay: Scalar | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Adam with Nesterov's momentum, Dozat (2016).
 
     m̂ = μₜ₊₁·m/(1 - μ₁·…·μₜ₊₁) + (1-μₜ)·g/(1 - μ₁·…·μₜ),  the rest as in `adam`
@@ -229,6 +291,7 @@ def nadam(
         _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
+        kernel=kernel,
     )
 
 
@@ -244,8 +307,9 @@ def nadamw(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     momentum_decay: Scalar | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """`nadam` with the decoupled weight decay of `adamw`.
 
     >>> import jadam
@@ -256,6 +320,7 @@ def nadamw(
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
+        kernel=kernel,
     )
 
 
@@ -281,8 +346,9 @@ def amsgrad(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     maximum: Literal["raw", "corrected"] = "raw",
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2: v̂ never falls.
 
     raw:        v_max = max(v_max, v),          v̂ = v_max/(1-b2ᵗ)   (torch, Keras)
@@ -315,6 +381,7 @@ def amsgrad(
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size, AmsgradState),
         kind=AmsgradState,
+        kernel=kernel,
     )
 
 
@@ -327,7 +394,8 @@ def adamax(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    kernel: Kernel = "auto",
+) -> FusedTransformation:
     """AdaMax, Kingma & Ba (2015), Algorithm 2: Adam with the infinity norm.
 
     u = max(b2·u, |g| + eps),  update = -learning_rate·m/(1-b1ᵗ)/u
@@ -342,6 +410,7 @@ def adamax(
         rule(_math.adamax, b1=b1, b2=b2, eps=eps),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
+        kernel=kernel,
     )
 
 
@@ -356,7 +425,8 @@ def adamaxw(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    kernel: Kernel = "auto",
+) -> FusedTransformation:
     """`adamax` with the decoupled weight decay of `adamw`.
 
     >>> import jadam
@@ -367,6 +437,7 @@ def adamaxw(
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),
+        kernel=kernel,
     )
 
 
@@ -381,8 +452,9 @@ def radam(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
+    kernel: Kernel = "auto",
     nesterov: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Rectified Adam, Liu et al. (2020), Algorithm 2: no warm-up needed.
 
     update = -learning_rate·rₜ·m̂/(√(v̂ + eps_root) + eps) where ρₜ >= threshold, else
@@ -412,4 +484,5 @@ def radam(
         ),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
+        kernel=kernel,
     )

@@ -260,7 +260,7 @@ def test_the_same_bits_on_every_run_and_under_any_sharding():
 def test_the_compiled_step_holds_no_float32_copy_of_the_state():
     """Under donation: parameters and codes are updated in place, temporaries stay small."""
     params = {"w": jnp.ones((1024, 1024))}
-    tx = jadam.adam(1e-3, **EIGHT_BITS)
+    tx = jadam.adam(1e-3, **EIGHT_BITS, kernel="xla")
     state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -15,12 +15,27 @@ ORDER = [
     "_math",
     "_codec",
     "_state",
+    "_leaf",
+    "_native",
     "_update",
     "_transform",
     "_weights",
+    "_diagnostics",
+    "sharding",
+    "_walk",
+    "_foreign",
+    "_torch",
+    "_keras",
+    "_safetensors",
+    "migrate",
     "__init__",
 ]
-MAY_IMPORT_OPTAX = {"_transform", "_weights"}
+MAY_ALSO_IMPORT = {
+    "_transform": {"optax"},
+    "_weights": {"optax"},
+    "_safetensors": {"safetensors"},
+    "migrate": {"optax"},
+}
 
 
 def imported(module: str) -> set[str]:
@@ -50,7 +65,7 @@ def test_a_module_imports_only_modules_above_it(module):
     assert {name for name in names if name.startswith("jadam")} <= above
     outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
     allowed = {"jadam", "jax", "jaxtyping", "numpy"}
-    assert outside <= allowed | ({"optax"} if module in MAY_IMPORT_OPTAX else set())
+    assert outside <= allowed | MAY_ALSO_IMPORT.get(module, set())
 
 
 def test_importing_jadam_starts_no_backend_and_needs_no_extra():

@@ -264,23 +264,49 @@ def test_learning_rates_in_a_vmap(case):
         np.testing.assert_allclose(updates, expected, rtol=4 * 2**-23)  # contraction into FMAs
 
 
-@pytest.mark.parametrize("case", **each_member)
-def test_the_compiled_step_needs_no_temporaries(case):
-    """Donated, every member updates parameters and moments in place, without a copy."""
-    params = {"w": jnp.ones((512, 1024))}
-    tx = case()
-    state = tx.init(params)
-
+def update_and_apply(tx):
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return step
+
+
+def fused(tx):
+    return lambda params, state, grads: tx.step(grads, state, params)
+
+
+@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize(
+    ("way", "kernel"),
+    [(update_and_apply, "xla"), (fused, "xla"), (fused, "auto")],
+    ids=["update-xla", "step-xla", "step-auto"],
+)
+def test_the_compiled_step_needs_no_temporaries(way, kernel, case):
+    """Donated, every member updates parameters and moments in place, without a copy."""
+    params = {"w": jnp.ones((512, 1024))}
+    tx = case(kernel=kernel)
+    state = tx.init(params)
+    program = jax.jit(way(tx), donate_argnums=(0, 1)).lower(params, state, params).compile()
     memory = program.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
     assert memory.alias_size_in_bytes == held
     # Scalars, and what XLA reserves for its own; a copy of a moment is 4 bytes a parameter.
     assert memory.temp_size_in_bytes <= 0.01 * params["w"].nbytes
+
+
+@pytest.mark.parametrize("case", **each_member)
+def test_step_is_update_and_apply_updates(case):
+    """`tx.step` and the two calls give the same bits on the XLA path, for every dtype."""
+    params = tree_of_parameters()
+    tx = case(kernel="xla")
+    two_calls = one_call = (params, tx.init(params))
+    for seed in range(3):
+        grads = gradients_like(params, seed)
+        two_calls = jax.jit(update_and_apply(tx))(*two_calls, grads)
+        one_call = jax.jit(fused(tx))(*one_call, grads)
+    jax.tree.map(np.testing.assert_array_equal, one_call, two_calls)
+    assert jax.tree.map(jnp.result_type, one_call) == jax.tree.map(jnp.result_type, two_calls)
 
 
 def test_transformations_are_optax_transformations():

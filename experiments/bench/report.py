@@ -3,16 +3,24 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax")
+BENCH_README = Path(__file__).parent / "README.md"
+PACKAGES = (
+    *("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax"),
+    *("flashoptim", "bitsandbytes", "torchao"),
+)
 
 
 def _commit() -> str:
@@ -24,6 +32,41 @@ def _commit() -> str:
 def _versions() -> dict[str, str]:
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def processor() -> str:
+    """The processor's name."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and spread."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def spread(ratio: dict[str, float] | None) -> str:
+    """A median with its quartiles, as a cell."""
+    return "–" if ratio is None else "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """A table on the terminal."""
+    shown = Table(*columns, title=title)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -46,10 +89,15 @@ def write_file(path: Path, content: bytes) -> None:
     unfinished.replace(path)
 
 
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Results as JSON."""
+    write_file(path, json.dumps(results, indent=1).encode() + b"\n")
+
+
 def write(name: str, results: dict[str, Any]) -> Path:
     """Results as JSON under results/."""
     path = RESULTS / f"{name}.json"
-    write_file(path, json.dumps(results, indent=1).encode() + b"\n")
+    write_json(path, results)
     return path
 
 

@@ -1,124 +1,215 @@
-"""Time of one Adam step, optax and jadam side by side.
+"""Time of one AdamW step beside its peers and beside the limit of the memory.
 
     python -m experiments.bench.speed
 
-Every round runs each contender once on donated buffers, in turn, so that a machine whose speed
-wanders slows all of them alike; a ratio compares times of the same round. Figures are medians,
-with the quartiles as spread.
+A runtime with threads of its own (the limit's, XLA's, torch's) has a process of its own. Every
+round gives each contender one turn, a few steps, while the others wait; a ratio compares turns of
+the same round, so a machine whose speed wanders slows both. What does not fit into memory at once
+is timed in groups, of which each has the limit and torch's fused AdamW in its rounds. Figures are
+medians, with the quartiles as spread.
 """
 
-import functools
-import statistics
-import time
-from collections.abc import Callable
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import tyro
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 import jadam
-from experiments.bench import report
+from experiments.bench import picture, report
+from experiments.bench.contenders import (
+    COPY,
+    FLASHOPTIM_JAX,
+    JADAM,
+    JADAM_8,
+    JADAM_16,
+    JADAM_UPDATE,
+    LIMIT,
+    OPTAX,
+    TORCH_FUSED,
+    Contender,
+)
+from experiments.bench.limit import COPY_BYTES, STEP_BYTES
+from experiments.bench.program import INSTRUCTIONS
+from experiments.bench.rounds import measure, targets
+from experiments.bench.workloads import QUICK, WORKLOADS
 
-WORKLOADS = {
-    "1 leaf of 20M": [20_000_000],
-    "300 leaves of 100k": [100_000] * 300,
-    "2,000 leaves of 2k": [2_000] * 2_000,
-}
-ROUNDS = 15
-LEARNING_RATE = 1e-3
-
-Tree = list[jax.Array]
-
-
-def _adam(library: Any, sizes: list[int]) -> Callable[[], None]:
-    """One donated step: new parameters and state from gradients."""
-    tx = library.adam(LEARNING_RATE)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Tree, state: Any, grads: Tree) -> tuple[Tree, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = [jnp.ones(n) for n in sizes]
-    grads = [jnp.full(n, 0.1) for n in sizes]
-    held = [params, jax.jit(tx.init)(params)]
-
-    def run() -> None:
-        held[:] = jax.block_until_ready(step(*held, grads))
-
-    return run
+TIE = 0.05
+"""Differences under this are no differences on a shared machine."""
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """The wall time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Config:
+    """Times one AdamW step; writes JSON, a picture and the tables of the READMEs."""
+
+    quick: bool = False
+    """Small sizes, 3 rounds, no README: whether it works."""
+    rounds: int = 9
+    """Turns of each contender."""
+    out: Path | None = None
+    """The folder for JSON and pictures. Default: results/, or runs/bench with --quick."""
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and spread."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
+def _ratio(found: dict[str, Any], reference: Contender) -> dict[str, float] | None:
+    return found.get(f"over {reference.name}")
 
 
-def measure(name: str, sizes: list[int]) -> dict[str, Any]:
-    """Seconds a step of each contender, and the ratio of jadam to optax in the same round."""
-    contenders = {"jadam": _adam(jadam, sizes), "optax": _adam(optax, sizes)}
-    for run in contenders.values():
-        run()
-    rounds = [
-        {contender: seconds(run) for contender, run in contenders.items()}
-        for _ in track(range(ROUNDS), name)
-    ]
-    times = {contender: quartiles([r[contender] for r in rounds]) for contender in contenders}
-    return {
-        "seconds": times,
-        "jadam_over_optax": quartiles([r["jadam"] / r["optax"] for r in rounds]),
-    }
+def _times(ratio: dict[str, float] | None) -> str:
+    return "–" if ratio is None else f"{ratio['median']:.2f}"
 
 
-COLUMNS = ("workload", "jadam [ms]", "optax [ms]", "jadam / optax")
+SHOWN = (TORCH_FUSED, JADAM, JADAM_UPDATE, OPTAX, JADAM_16, JADAM_8, FLASHOPTIM_JAX)
+PEERS = ("jax", "optax", "torch", "flashoptim-jax")
 
 
-def cells(results: dict[str, Any]) -> list[list[str]]:
-    """The table's rows: medians, and the ratio of times in the same round with its quartiles."""
+def markdown(results: dict[str, Any]) -> str:
+    """The medians over the limit, as the project's README shows them."""
     rows = []
-    for name, result in results["workloads"].items():
-        ratio, seconds = result["jadam_over_optax"], result["seconds"]
+    for name, workload in results["workloads"].items():
+        found = workload["contenders"]
+        limit = found[LIMIT.name].get("seconds")
         rows.append(
             [
                 name,
-                *(f"{1e3 * seconds[key]['median']:.1f}" for key in ("jadam", "optax")),
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                f"{1e3 * limit['median']:.2f}" if limit else "–",
+                *(_times(_ratio(found.get(c.name, {}), LIMIT)) for c in SHOWN),
+            ]
+        )
+    machine = f"{results['machine']}, {results['processor']}"
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if name in PEERS)
+    table = report.table(["workload", "limit [ms]", *(c.name for c in SHOWN)], rows)
+    return f"{table}\n\n({machine}; {versions})"
+
+
+def full_markdown(results: dict[str, Any]) -> str:
+    """Targets, times and programs, as this folder's README shows them."""
+    parts = [f"jadam's kernel: {results['kernels']}."]
+    if results["targets"]:
+        parts.append(report.table(TARGET_COLUMNS, target_cells(results)))
+    for name, workload in results["workloads"].items():
+        parts += [
+            f"### {name}\n\n{rates(workload)}",
+            report.table(COLUMNS, cells(workload)),
+            report.table(PROGRAM_COLUMNS, program_cells(workload)),
+        ]
+    return "\n\n".join(parts)
+
+
+TARGET_COLUMNS = ("workload", "target", "measured", "")
+
+
+def target_cells(results: dict[str, Any]) -> list[list[str]]:
+    """Each target and the figure beside it."""
+    rows = []
+    for target in results["targets"]:
+        low, high = target["at_most"], target["at_most"] * (1 + TIE)
+        measured = (target["measured"] or {}).get("median")
+        if measured is None:
+            verdict = "not measured"
+        else:
+            verdict = "met" if measured <= low else "tie" if measured <= high else "missed"
+        aim = f"{target['contender']} / {target['reference']} ≤ {target['at_most']:.2f}"
+        rows.append([target["workload"], aim, report.spread(target["measured"]), verdict])
+    return rows
+
+
+COLUMNS = ("", "ms", "over the limit", "over torch fused")
+
+
+def cells(workload: dict[str, Any]) -> list[list[str]]:
+    """A row for each contender: medians, and ratios with their quartiles."""
+    rows = []
+    for name, found in workload["contenders"].items():
+        if name == COPY.name:
+            continue
+        if "missing" in found:
+            rows.append([name, found["missing"], "", ""])
+        else:
+            ratios = (report.spread(_ratio(found, reference)) for reference in (LIMIT, TORCH_FUSED))
+            rows.append([name, f"{1e3 * found['seconds']['median']:.2f}", *ratios])
+    return rows
+
+
+def rates(workload: dict[str, Any]) -> str:
+    """What the limit and a copy move in a second."""
+    leaves = workload["leaves"]
+    parts = [f"{leaves:,} {'leaf' if leaves == 1 else 'leaves'}"]
+    parts.append(f"{workload['parameters']:,} parameters")
+    for contender, size in ((LIMIT, STEP_BYTES), (COPY, COPY_BYTES)):
+        if seconds := workload["contenders"][contender.name].get("seconds"):
+            rate = size * workload["parameters"] / seconds["median"]
+            parts.append(f"{contender.name} {rate / 1e9:.0f} GB/s")
+    return ", ".join(parts)
+
+
+PROGRAM_COLUMNS = (
+    "program",
+    "lower + compile [s]",
+    "call [ms]",
+    "compilations",
+    "temporary, aliased, accessed [B]",
+    "fusions, calls, copies",
+)
+
+
+def program_cells(workload: dict[str, Any]) -> list[list[str]]:
+    """What XLA made of each jitted step; bytes a parameter."""
+    rows = []
+    for name, found in workload["contenders"].items():
+        program = found.get("program")
+        if program is None or "seconds" not in found:
+            continue
+        kinds = ("temporary_bytes", "aliased_bytes", "accessed_bytes")
+        rows.append(
+            [
+                name,
+                f"{program['lowering_seconds']:.2f} + {program['compile_seconds']:.2f}",
+                f"{1e3 * found['dispatch_seconds']['median']:.2f}",
+                str(found.get("compilations", "–")),
+                ", ".join(f"{program[kind] / workload['parameters']:.1f}" for kind in kinds),
+                ", ".join(str(program[kind]) for kind in INSTRUCTIONS),
             ]
         )
     return rows
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The results as the project's README shows them."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells(results)]
-    machine = f"{results['machine']}, jax {results['versions']['jax']}"
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n({machine})"
+def main(config: Config = Config()) -> None:
+    """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
+    # The processes share a GPU's memory: none may take it all.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    backend, console = jax.default_backend(), Console()
+    chosen = [w for w in WORKLOADS if backend == "gpu" or not w.gpu_only]
+    workloads, rounds = (QUICK, 3) if config.quick else (chosen, config.rounds)
+    load = os.getloadavg()[0]  # above 0: others disturb the times
+    pace: dict[str, float] = {}
+    measured = {w.name: measure(w, rounds, pace) for w in workloads}
+    results = {
+        **report.provenance("python -m experiments.bench.speed"),
+        "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
+        "kernels": jadam.kernels()[backend],
+        "load_average_before": load,
+        "targets": targets(measured) if backend == "cpu" else [],
+        "workloads": measured,
+    }
+    for name, workload in measured.items():
+        report.show(console, f"{name}: {rates(workload)}", COLUMNS, cells(workload))
+        report.show(console, f"{name}: programs", PROGRAM_COLUMNS, program_cells(workload))
+    if results["targets"]:
+        report.show(console, "Targets", TARGET_COLUMNS, target_cells(results))
 
-
-def main() -> None:
-    """Measure, print, write the JSON, and bring the README up to date."""
-    workloads = {name: measure(name, sizes) for name, sizes in WORKLOADS.items()}
-    results = {**report.provenance("python -m experiments.bench.speed"), "workloads": workloads}
-    table = Table(*COLUMNS, title="One Adam step")
-    for row in cells(results):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"written to {report.write('speed', results)}")
-    report.update_readme("speed", markdown(results))
+    quick_out = Path("runs", "bench")
+    out = config.out or (quick_out if config.quick else report.RESULTS)
+    report.write_json(out / "speed.json", results)
+    for suffix in ("png", "svg"):
+        report.write_file(out / f"speed.{suffix}", picture.draw(results, suffix))
+    console.print(f"written to {out}/speed.json, .png, .svg")
+    if out == report.RESULTS and not config.quick:
+        report.update_readme("speed", markdown(results))
+        report.update_readme("speed-full", full_markdown(results), report.BENCH_README)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, prog="python -m experiments.bench.speed"))

@@ -91,7 +91,8 @@ def load(data_dir: Path | None = None) -> Mnist:
     """Reads `mnist` from a prepared TFDS folder: by default the one made of the project's files.
 
     Raises:
-        ValueError: the folder has no `mnist`, one that only TensorFlow reads, or a part of it.
+        ValueError: the folder has no `mnist`, one that only TensorFlow reads, a part of it, or a
+            damaged one.
     """
     if data_dir is None:
         data_dir = prepare()
@@ -102,13 +103,15 @@ def load(data_dir: Path | None = None) -> Mnist:
         sources = tfds.data_source(
             "mnist", split=["train", "test"], data_dir=data_dir, download=False
         )
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        raise ValueError(f"{expected}. TFDS says: {error}") from error
-    if (sizes := [len(source) for source in sources]) != [60_000, 10_000]:
+        sizes = [len(source) for source in sources]
+        splits = [source.__getitems__(range(len(source))) for source in sources]
+    except Exception as error:  # of many kinds: TFDS, its protobufs and array_record have their own
+        redo = f"; {PREPARED} can be deleted, to be made again" if data_dir == PREPARED else ""
+        raise ValueError(f"{expected}{redo}. TFDS says: {error}") from error
+    if sizes != [60_000, 10_000]:
         raise ValueError(f"{expected} with {sizes} images instead of [60000, 10000]")
     arrays = []
-    for source in sources:
-        examples = source.__getitems__(range(len(source)))
+    for examples in splits:
         arrays.append(np.stack([example["image"] for example in examples]))
         arrays.append(np.array([example["label"] for example in examples], np.int32))
     return Mnist(*arrays)

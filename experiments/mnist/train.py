@@ -45,6 +45,8 @@ class Config:
     """A prepared TFDS folder to read instead of the files that come with the project."""
     out: Path = RESULT
     """The JSON file for the numbers."""
+    diagnostics: bool = False
+    """Writes jadam.diagnostics of 20 steps an epoch, and a picture of them, beside that file."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -85,13 +87,43 @@ def loss_fn(model: CNN, images: jax.Array, labels: jax.Array) -> tuple[jax.Array
     return losses.mean(), Metrics(losses.sum(), correct)
 
 
+class Step(NamedTuple):
+    """What a step makes."""
+
+    state: State
+    metrics: Metrics
+    grads: nnx.State
+    updates: nnx.State
+
+
+def make_step(
+    graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformation, batch_size: int
+) -> Callable[..., Step]:
+    """The function of a state, images, labels and the indices of a batch that makes a step."""
+    # Two halves of a batch are independent computations, which XLA:CPU runs at the same time:
+    # that occupies two cores better than threads inside each product.
+    parts = 2 if jax.default_backend() == "cpu" and batch_size % 2 == 0 else 1
+
+    def step(state: State, images: jax.Array, labels: jax.Array, batch: jax.Array) -> Step:
+        def loss(params: nnx.State, part: jax.Array) -> tuple[jax.Array, Metrics]:
+            return loss_fn(nnx.merge(graphdef, params), images[part], labels[part])
+
+        halves = batch.reshape(parts, -1)
+        gradients = [jax.grad(loss, has_aux=True)(state.params, part) for part in halves]
+        grads, sums = jax.tree.map(lambda *xs: sum(xs), *gradients)
+        grads = jax.tree.map(lambda g: g / parts, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return Step(State(params, opt_state), sums, grads, updates)
+
+    return step
+
+
 def make_train(
     graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformation, batch_size: int
 ) -> Callable:
     """The jitted function that trains on the batches `order[start:stop]`."""
-    # Two halves of a batch are independent computations, which XLA:CPU runs at the same time:
-    # that occupies two cores better than threads inside each product.
-    parts = 2 if jax.default_backend() == "cpu" and batch_size % 2 == 0 else 1
+    make_one = make_step(graphdef, optimizer, batch_size)
 
     # A dynamic start and stop: one compiled loop for a progress report's worth of steps or an
     # epoch, in which no step waits for Python. All images stay on the device.
@@ -106,21 +138,28 @@ def make_train(
     ) -> tuple[State, Metrics]:
         def step(i: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
             state, metrics = carry
-
-            def loss(params: nnx.State, part: jax.Array) -> tuple[jax.Array, Metrics]:
-                return loss_fn(nnx.merge(graphdef, params), images[part], labels[part])
-
-            batch = order[i].reshape(parts, -1)
-            gradients = [jax.grad(loss, has_aux=True)(state.params, part) for part in batch]
-            grads, sums = jax.tree.map(lambda *xs: sum(xs), *gradients)
-            grads = jax.tree.map(lambda g: g / parts, grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            return State(params, opt_state), jax.tree.map(jnp.add, metrics, sums)
+            made = make_one(state, images, labels, order[i])
+            return made.state, jax.tree.map(jnp.add, metrics, made.metrics)
 
         return lax.fori_loop(start, stop, step, (state, Metrics(jnp.float32(0), jnp.int32(0))))
 
     return train
+
+
+def make_diagnose(
+    graphdef: nnx.GraphDef[CNN], optimizer: optax.GradientTransformation, batch_size: int
+) -> Callable:
+    """The jitted function that reports on a step which it does not take."""
+    make_one = make_step(graphdef, optimizer, batch_size)
+
+    @jax.jit
+    def diagnose(
+        state: State, images: jax.Array, labels: jax.Array, batch: jax.Array
+    ) -> dict[str, Any]:
+        made = make_one(state, images, labels, batch)
+        return jadam.diagnostics(made.state.opt_state, made.updates, state.params, made.grads)
+
+    return diagnose
 
 
 def make_evaluate(graphdef: nnx.GraphDef[CNN]) -> Callable:
@@ -151,9 +190,10 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
     train = make_train(graphdef, optimizer, config.batch_size)
     train = train.lower(state, images, labels, order, jnp.int32(0), jnp.int32(0)).compile()
     evaluate = make_evaluate(graphdef).lower(params, test_images, test_labels).compile()
+    diagnose = make_diagnose(graphdef, optimizer, config.batch_size)
     compile_seconds = time.perf_counter() - clock
 
-    epochs = []
+    epochs, reports = [], []
     with Progress(
         TextColumn("epoch {task.description}"),
         BarColumn(),
@@ -171,6 +211,9 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
             loss, correct, stop = 0.0, 0, 0
             while stop < steps:
                 start, stop = stop, min(stop + max(1, steps // 20), steps)
+                if config.diagnostics:
+                    report = jax.device_get(diagnose(state, images, labels, order[start]))
+                    reports.append({"step": epoch * steps + start + 1, **report})
                 span = jnp.int32(start), jnp.int32(stop)
                 state, metrics = train(state, images, labels, order, *span)
                 loss, correct = loss + float(metrics.loss), correct + int(metrics.correct)
@@ -188,12 +231,17 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
         },
         "epochs": epochs,
         "compile_seconds": compile_seconds,
+        **({"diagnostics": reports} if config.diagnostics else {}),
     }
 
 
 def main(config: Config) -> None:
     """Runs the experiment and writes its JSON file."""
     result = train_and_test(config, load(config.data_dir))
+    if config.diagnostics:
+        from . import diagnostics  # matplotlib, for whom a picture is wanted
+
+        diagnostics.write(result.pop("diagnostics"), config.out.parent)
     result["config"] = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(config).items()

@@ -1,0 +1,292 @@
+"""Who is timed: jadam, optax, flashoptim-jax and torch, each with the same arithmetic to do.
+
+AdamW with the paper's b1, b2 and eps; float32 where the name says nothing else. Arrays that a
+training program would donate are donated. One call is one step on given gradients:
+
+- step: `tx.step(grads, state, params)`, jadam's fused step.
+- update: `tx.update` and `optax.apply_updates` in one jit. jadam's kernel writes the updates in
+  the gradients' place, as in a training program, where gradients are temporaries: the gradients
+  are donated and renewed before the clock starts.
+- in a scan: 20 steps in one `jax.lax.scan`, the time of one.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jadam
+from experiments.bench import limit, program
+from experiments.bench.trials import Trial, cores
+from experiments.bench.workloads import Shapes
+
+OPTIONS = {"learning_rate": 1e-3, "weight_decay": 0.1}
+SCANNED = 20
+
+Arrays = list[jax.Array]
+Step = Callable[[Arrays, Any, Arrays], tuple[Any, ...]]
+"""Parameters, state and gradients to parameters and state, and updates where they are kept."""
+
+
+def _normal(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
+    """Normal numbers, a million of them again and again: drawing more takes longer than timing."""
+    drawn = np.random.default_rng(seed).standard_normal(2**20, np.float32)
+    return (np.resize(drawn, shape) for shape in shapes)
+
+
+def _trial(
+    step: Step,
+    init: Callable[[Arrays], Any],
+    shapes: Shapes,
+    *,
+    dtype: Any = jnp.float32,
+    donate: tuple[int, ...] = (0, 1),
+    scanned: int = 1,
+) -> Trial:
+    """A jitted step at work. Gradients that are donated come back as updates, and are renewed."""
+    params, grads = ([jnp.array(x, dtype) for x in _normal(shapes, seed)] for seed in (0, 1))
+    jitted = jax.jit(step, donate_argnums=donate)
+    held = [params, init(params), grads]
+    kept = [jnp.copy(g) for g in grads] if 2 in donate else []
+    figures = program.figures(jitted, *held)
+
+    def prepare() -> None:
+        if kept:
+            held[2] = []
+            held[2] = jax.block_until_ready([jnp.copy(g) for g in kept])
+
+    def run() -> tuple[Any, ...]:
+        moved = jitted(*held)
+        held[: len(moved)] = moved
+        return moved
+
+    return Trial(run, prepare, jax.block_until_ready, scanned, figures, jitted._cache_size)
+
+
+def _step(tx: Any, shapes: Shapes, **options: Any) -> Trial:
+    def step(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
+        return tx.step(grads, state, params)
+
+    return _trial(step, tx.init, shapes, **options)
+
+
+def _update(tx: Any, shapes: Shapes, **options: Any) -> Trial:
+    keeps_updates = 2 in options.get("donate", ())
+
+    def step(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
+        updates, state = tx.update(grads, state, params)
+        moved = optax.apply_updates(params, updates), state
+        return (*moved, updates) if keeps_updates else moved
+
+    return _trial(step, tx.init, shapes, **options)
+
+
+def _scan(tx: Any, shapes: Shapes, step: Step) -> Trial:
+    def steps(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
+        def body(carry: tuple[Any, ...], _: None) -> tuple[Any, None]:
+            return step(*carry, grads), None
+
+        return jax.lax.scan(body, (params, state), None, SCANNED)[0]
+
+    return _trial(steps, tx.init, shapes, scanned=SCANNED)
+
+
+def _jadam(shapes: Shapes, kernel: Any = "auto", **options: Any) -> Trial:
+    return _step(jadam.adamw(**OPTIONS, kernel=kernel, **options), shapes)
+
+
+def _jadam_update(shapes: Shapes) -> Trial:
+    donate = (0, 1, 2) if _is_native() else (0, 1)
+    return _update(jadam.adamw(**OPTIONS), shapes, donate=donate)
+
+
+def _jadam_scan(shapes: Shapes) -> Trial:
+    tx = jadam.adamw(**OPTIONS)
+    return _scan(tx, shapes, lambda params, state, grads: tx.step(grads, state, params))
+
+
+def _compensated(shapes: Shapes) -> Trial:
+    tx = jadam.compensated_weights(jadam.adamw(**OPTIONS))
+    return _update(tx, shapes, dtype=jnp.bfloat16)
+
+
+def _optax(shapes: Shapes, donate: tuple[int, ...] = (0, 1)) -> Trial:
+    return _update(optax.adamw(**OPTIONS), shapes, donate=donate)
+
+
+def _optax_scan(shapes: Shapes) -> Trial:
+    tx = optax.adamw(**OPTIONS)
+
+    def step(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return _scan(tx, shapes, step)
+
+
+def _flashoptim_jax(shapes: Shapes, dtype: Any = jnp.float32) -> Trial:
+    from flashoptim_jax import flash_adamw
+
+    # Its fused kernel is for GPUs; float32 parameters need no residual.
+    bits, fused = 24 if dtype == jnp.bfloat16 else None, jax.default_backend() == "gpu"
+    tx: Any = flash_adamw(**OPTIONS, master_weight_bits=bits, fused=fused)
+    return _trial(tx.step, tx.init, shapes, dtype=dtype)
+
+
+def _torch(shapes: Shapes, make: Callable[[Any, list[Any]], Any], dtype: str = "float32") -> Trial:
+    """An optimizer of torch's kind; what is not on JAX's device is not comparable."""
+    import torch
+
+    torch.set_num_threads(cores())
+    device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
+    params, grads = (
+        [torch.tensor(x, device=device, dtype=getattr(torch, dtype)) for x in _normal(shapes, seed)]
+        for seed in (0, 1)
+    )
+    for p, g in zip(params, grads, strict=True):
+        p.requires_grad_().grad = g
+    optimizer = make(torch, params)
+    if device == "cpu":
+        return Trial(optimizer.step)
+    return Trial(optimizer.step, wait=lambda _: torch.cuda.synchronize())
+
+
+def _torch_adamw(shapes: Shapes, **kind: bool) -> Trial:
+    def make(torch: Any, params: list[Any]) -> Any:
+        return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1, **kind)
+
+    return _torch(shapes, make)
+
+
+def _torch_peer(shapes: Shapes, module: str, name: str, dtype: str = "float32") -> Trial:
+    def make(_: Any, params: list[Any]) -> Any:
+        optimizer = getattr(importlib.import_module(module), name)
+        return optimizer(params, lr=1e-3, weight_decay=0.1)
+
+    return _torch(shapes, make, dtype)
+
+
+def _is_native() -> bool:
+    return jax.default_backend() == "cpu" and jadam.kernels()["cpu"].startswith("native")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the tables.
+
+    Attributes:
+        name: as the tables show it.
+        process: whose threads it uses: those of one process share a thread pool.
+        make: its arrays and its step for given shapes.
+        bytes: a parameter's, at most, temporaries included.
+        module: what must be installed.
+        where: backends that it runs on.
+        in_scan: several steps in one call.
+    """
+
+    name: str
+    process: Literal["limit", "jax", "torch"]
+    make: Callable[[Shapes], Trial]
+    bytes: int
+    module: str = "jadam"
+    where: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    in_scan: bool = False
+
+    def missing(self, backend: str) -> str | None:
+        """Why it cannot be timed, if it cannot."""
+        if backend not in self.where:
+            return f"not on a {backend.upper()}"
+        if importlib.util.find_spec(self.module) is None:
+            return "not installed"
+        return None
+
+
+CPU_GPU, GPU = ("cpu", "gpu"), ("gpu",)
+_8_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+_16_BITS = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
+_BF16 = "bfloat16"
+
+LIMIT = Contender("limit", "limit", limit.step, 16)
+COPY = Contender("copy", "limit", limit.copy, 16)
+TORCH_FUSED = Contender(
+    "torch fused", "torch", functools.partial(_torch_adamw, fused=True), 16, "torch", CPU_GPU
+)
+JADAM = Contender("jadam step", "jax", _jadam, 20)
+JADAM_UPDATE = Contender("jadam update", "jax", _jadam_update, 22)
+JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_16_BITS), 19)
+JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
+JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, in_scan=True)
+OPTAX = Contender("optax", "jax", _optax, 20)
+FLASHOPTIM_JAX = Contender(
+    "flashoptim-jax 8-bit", "jax", _flashoptim_jax, 36, "flashoptim_jax", CPU_GPU
+)
+REFERENCES = (LIMIT, TORCH_FUSED)
+"""In every round."""
+CONTENDERS = (
+    LIMIT,
+    TORCH_FUSED,
+    JADAM,
+    JADAM_UPDATE,
+    OPTAX,
+    Contender(
+        "jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=("cpu",)
+    ),
+    Contender("optax, not donated", "jax", functools.partial(_optax, donate=()), 28),
+    JADAM_16,
+    JADAM_8,
+    Contender("jadam compensated bf16 weights", "jax", _compensated, 26),
+    FLASHOPTIM_JAX,
+    Contender(
+        "flashoptim-jax 8-bit, bf16 weights",
+        "jax",
+        functools.partial(_flashoptim_jax, dtype=jnp.bfloat16),
+        32,
+        "flashoptim_jax",
+        CPU_GPU,
+    ),
+    JADAM_SCAN,
+    Contender("optax, in a scan", "jax", _optax_scan, 24, in_scan=True),
+    Contender(
+        "torch foreach",
+        "torch",
+        functools.partial(_torch_adamw, foreach=True),
+        20,
+        "torch",
+        CPU_GPU,
+    ),
+    Contender(
+        "torch loop", "torch", functools.partial(_torch_adamw, foreach=False), 24, "torch", CPU_GPU
+    ),
+    Contender(
+        "flashoptim 8-bit, bf16 weights (torch)",
+        "torch",
+        functools.partial(_torch_peer, module="flashoptim", name="FlashAdamW", dtype=_BF16),
+        16,
+        "flashoptim",
+        GPU,
+    ),
+    Contender(
+        "bitsandbytes 8-bit (torch)",
+        "torch",
+        functools.partial(_torch_peer, module="bitsandbytes.optim", name="AdamW8bit"),
+        16,
+        "bitsandbytes",
+        GPU,
+    ),
+    Contender(
+        "torchao 8-bit (torch)",
+        "torch",
+        functools.partial(_torch_peer, module="torchao.optim", name="AdamW8bit"),
+        16,
+        "torchao",
+        GPU,
+    ),
+    COPY,
+)

@@ -1,0 +1,75 @@
+"""One contender at work in a process of its own, and the clock around its steps.
+
+The parent calls `build`, `turn` and `drop` in a worker process, one worker at a time; between two
+calls a worker waits on a pipe.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Trial(NamedTuple):
+    """A contender with its arrays.
+
+    Attributes:
+        run: starts a step.
+        prepare: what comes before a step and is not timed.
+        wait: returns when what `run` returned is computed.
+        steps: of the optimizer in one run.
+        program: figures of the compiled program, if there is one.
+        compilations: how often it was compiled.
+    """
+
+    run: Callable[[], Any]
+    prepare: Callable[[], None] = lambda: None
+    wait: Callable[[Any], Any] = lambda _: None
+    steps: int = 1
+    program: dict[str, float] | None = None
+    compilations: Callable[[], int] = lambda: 0
+
+    def seconds(self) -> tuple[float, float]:
+        """Wall time of a step: until the call returned, and until its results were there."""
+        self.prepare()
+        start = time.perf_counter()
+        started = self.run()
+        called = time.perf_counter()
+        self.wait(started)
+        end = time.perf_counter()
+        return (called - start) / self.steps, (end - start) / self.steps
+
+
+_trials: dict[str, Trial] = {}
+
+# Threads that have just worked spin before they sleep, those of torch's OpenMP for milliseconds.
+PAUSE = 0.02
+
+
+def build(name: str, make: Callable[..., Trial], shapes: Any) -> dict[str, float]:
+    """Makes a trial; its program's figures."""
+    _trials[name] = make(shapes)
+    return _trials[name].program or {}
+
+
+def turn(name: str, steps: int) -> dict[str, float]:
+    """Medians of some steps. One before wakes the threads, unless a step is long beside that."""
+    if name not in _trials:
+        raise RuntimeError("its process ended")
+    trial = _trials[name]
+    time.sleep(PAUSE)
+    if steps > 1:
+        trial.seconds()
+    dispatch, seconds = zip(*(trial.seconds() for _ in range(steps)), strict=True)
+    return {"seconds": statistics.median(seconds), "dispatch": statistics.median(dispatch)}
+
+
+def drop(name: str) -> int:
+    """Frees a trial; how often its program was compiled."""
+    return _trials.pop(name).compilations()

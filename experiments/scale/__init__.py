@@ -1,0 +1,1 @@
+"""Memory and communication of large models, computed from shapes."""

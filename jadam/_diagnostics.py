@@ -1,0 +1,258 @@
+"""What an Adam is doing, in a few numbers that tell which hyperparameter is wrong."""
+
+import functools
+import itertools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, UInt16
+
+from jadam import _codec, _math, _validate
+from jadam._state import AdamState, AmsgradState
+from jadam._types import Count, PyTree, Real, Scalar
+
+RATIO_EDGES = (0.01, 0.03, 0.1, 0.3, 0.7, 2.0)
+"""Between the bins of `ratio_histogram`; the first begins at 0, the last is open."""
+
+Report = dict[str, Float[Array, "..."]]
+Flags = dict[str, Bool[Array, "*shape"]]
+
+
+def diagnostics(
+    state: Any,
+    updates: PyTree,
+    params: PyTree,
+    grads: PyTree = None,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    adamax: bool = False,
+    maximum: Literal["raw", "corrected"] = "raw",
+) -> dict[str, Any]:
+    """What a step did, for each leaf and for all: sizes, signal and noise, where eps rules.
+
+    Call it in the jitted step, every so many steps. It reads updates, parameters and gradients
+    once and the moments twice, and makes no array of a leaf's size (on a CPU one, while it sums
+    the v of a leaf in 8 bits).
+
+    Args:
+        state: the state after the step, with states of this family anywhere in it.
+        updates: what the step returned, a tree like the parameters.
+        params: the parameters, before or after the step.
+        grads: the gradients, for `grad_rms`.
+        b1: the optimizer's, as are `b2`, `eps` and `eps_root`.
+        adamax: whether the state is `adamax`'s, with u in `nu`.
+        maximum: the optimizer's, for `amsgrad`.
+
+    Returns:
+        `{"whole": report, "leaves": {path: report}}`, with the paths of `jax.tree_util.keystr`;
+        without the leaves that no state of the family covers. A report is a dictionary of float32:
+
+        - update_rms, param_rms, grad_rms: the root mean squares; the last where `grads` is given.
+        - update_to_param: update_rms / param_rms, 0 where nothing moves.
+        - v_rms: √ of the mean of v̂, the gradients' root mean square over some 1/(1-b2) steps.
+        - eps_share: the share of coordinates in which eps > √(v̂ + eps_root), so that eps is more
+          than half of the denominator (AdaMax: of u).
+        - zero_share: where v is 0 because no gradient has come; a part of eps_share.
+        - ratio_histogram: the shares with |m̂|/√v̂ up to 0.01, 0.03, 0.1, 0.3, 0.7, 2, and above,
+          m̂ = m/(1-b1ᵗ) for every member. Gradients that agree give 1, pure noise
+          √((1-b1)/(1+b1)) in the root mean square, which is 0.23 by default. NaN is in no bin.
+        - m_end_share, v_end_share: of the moments in 8 bits, the codes at an end of their range.
+          Absent without such moments.
+
+    Raises:
+        TypeError: an argument is no number, or a leaf no floating-point or complex array.
+        ValueError: there is no state of the family, or there are two for one leaf; a leaf is
+            missing or of another shape; an argument is out of range.
+
+    >>> import jax.numpy as jnp, jadam
+    >>> tx = jadam.adam(1e-3)
+    >>> params = {"w": jnp.full(4, 2.0)}
+    >>> grads = {"w": jnp.array([3.0, -3.0, 1e-9, 0.0])}
+    >>> updates, state = tx.update(grads, tx.init(params))
+    >>> report = jadam.diagnostics(state, updates, params, grads)["leaves"]["['w']"]
+    >>> {name: round(float(report[name]), 4) for name in ("grad_rms", "update_to_param")}
+    {'grad_rms': 2.1213, 'update_to_param': 0.0004}
+    >>> float(report["eps_share"]), float(report["zero_share"])
+    (0.5, 0.25)
+    """
+    b1, b2 = _validate.decay_rate("b1", b1), _validate.decay_rate("b2", b2)
+    eps, eps_root = _validate.non_negative("eps", eps), _validate.non_negative("eps_root", eps_root)
+    _validate.choice("maximum", maximum, ("raw", "corrected"))
+    states = _stored(state)
+    named = {"update": updates, "param": params}
+    if grads is not None:
+        named["grad"] = grads
+    arrays = {name: _matching(f"{name}s", tree, states) for name, tree in named.items()}
+
+    def sums(path: str) -> Report:
+        count, stored = states[path]
+        moments = _moments(count, stored, b1, b2, adamax, maximum)
+        root = jnp.sqrt(moments.v_hat + jnp.asarray(eps_root, moments.v_hat.dtype))
+        flags = {
+            "eps": jnp.asarray(eps * (2 if adamax else 1), root.dtype) > root,
+            "zero": moments.v_hat == 0,
+            **_bins(moments),
+            **moments.ends,
+        }
+        totals = {name: jnp.sum(_square(leaves[path])) for name, leaves in arrays.items()}
+        totals |= {"size": jnp.float32(stored[0].size), "v": moments.v_total}
+        if moments.ends:
+            totals["coded"] = totals["size"]
+        return {name: x.astype(jnp.float32) for name, x in (totals | _counts(flags)).items()}
+
+    leaves = {path: sums(path) for path in states}
+    return {
+        "whole": _report(list(leaves.values())),
+        "leaves": {path: _report([leaf]) for path, leaf in leaves.items()},
+    }
+
+
+# Trees
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def _stored(state: Any) -> dict[str, tuple[Count, tuple[Array, ...]]]:
+    """For each leaf that a state of the family covers, the count and the stored moments."""
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, (AdamState, AmsgradState))
+
+    states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    if not states:
+        raise ValueError(
+            "state: expected an AdamState or AmsgradState in it, found none in "
+            f"{type(state).__name__}"
+        )
+    found = {}
+    for count, *trees in states:
+        mu, *others = (_by_path(tree) for tree in trees)
+        for path, m in mu.items():
+            if path in found:
+                raise ValueError(
+                    f"state: expected one state of the family for each leaf, found two for {path}"
+                )
+            found[path] = count, (m, *(other[path] for other in others))
+    return found
+
+
+def _matching(name: str, tree: PyTree, states: dict[str, Any]) -> dict[str, Array]:
+    """The leaves of a tree that the states cover, of the shapes there."""
+    leaves = _by_path(tree)
+    for path, (_, (m, *_)) in states.items():
+        if path not in leaves:
+            raise ValueError(f"{name}{path} is missing: state.mu{path} exists")
+        _validate.inexact_leaves(f"{name}{path}", leaves[path])
+        if np.shape(leaves[path]) != m.shape:
+            raise ValueError(
+                f"{name}{path}: expected shape {m.shape} of state.mu{path}, got "
+                f"{np.shape(leaves[path])}"
+            )
+    return {path: jnp.asarray(leaves[path]) for path in states}
+
+
+# One leaf
+
+
+class _Moments(NamedTuple):
+    """|m̂|², the v̂ that the step divides by (AdaMax: u²; AMSGrad: the largest), the sum of v̂.
+
+    And which codes are at an end of their range, where there are codes.
+    """
+
+    m_squared: Real
+    v_hat: Real
+    v_total: Float[Array, ""]
+    ends: Flags
+
+
+def _square(x: Array) -> Real:
+    return _math.square(x.astype(_math.widen(x.dtype)))
+
+
+def _moments(
+    count: Count, stored: tuple[Array, ...], b1: Scalar, b2: Scalar, adamax: bool, maximum: str
+) -> _Moments:
+    coded = _codec.is_coded(stored[0])
+    dtype = jnp.float32 if coded else np.result_type(*(_math.widen(x.dtype) for x in stored))
+    real = jnp.finfo(dtype).dtype
+    step = _math.Step.of(jnp.maximum(count, 1), real)
+    ends = {}
+    if coded:
+        member = _math.adamax if adamax else functools.partial(_math.adam, eps_root=0.0)
+        m, *norms = _codec.Codes(*stored).decode(member(step, b1=b1, b2=b2, eps=0.0))
+        ends = _ends(stored[0])
+    else:
+        m, *norms = (_codec.load(stored[0], dtype), *(_codec.load(x, real) for x in stored[1:]))
+    c1, c2 = (_math.bias_correction(_math.Decay.of(b, real), step.t) for b in (b1, b2))
+    m_squared = _math.square(m) * (1 / c1**2)
+    if adamax:
+        return _Moments(m_squared, norms[0] ** 2, jnp.sum(norms[0] ** 2), ends)
+    is_corrected = len(norms) > 1 and maximum == "corrected"
+    v_hat = norms[-1] if is_corrected else norms[-1] * (1 / c2)
+    # Corrected after the sum: XLA:CPU would keep v̂ in memory.
+    return _Moments(m_squared, v_hat, jnp.sum(norms[0]) / c2, ends)
+
+
+def _bins(moments: _Moments) -> Flags:
+    """|m̂|/√v̂ up to each edge, as squares: XLA:CPU would keep a quotient that is used often."""
+    m_squared, v_hat = moments.m_squared, moments.v_hat
+    upto = {f"upto_{edge}": m_squared <= edge**2 * v_hat for edge in RATIO_EDGES}
+    return upto | {"above": m_squared > RATIO_EDGES[-1] ** 2 * v_hat}
+
+
+def _ends(both: UInt16[Array, "*shape"]) -> Flags:
+    """Which codes are the outermost ones, of those that stand for a number."""
+    code = both & np.uint16(_codec.NAN)
+    x = (both >> 9).astype(jnp.int32) - 64
+    number = (code > 0) & (code < _codec.NAN)
+    return {
+        # An m at its bound is on either of the last two, by rounding and dither.
+        "m_end": number & (jnp.abs(x) >= _codec.M_LEVELS - 1),
+        "v_end": (code == 1) | (code == _codec.TOP),
+    }
+
+
+def _counts(flags: Flags) -> Report:
+    """How often each is true: one reduction of all, hence one pass without temporaries.
+
+    As integers, which are exact to 2³², and which XLA:CPU may add in any order, hence as vectors.
+    """
+    operands = tuple(flag.astype(jnp.uint32) for flag in flags.values())
+    zeros = (np.uint32(0),) * len(operands)
+    axes = tuple(range(operands[0].ndim))
+    counts = lax.reduce(operands, zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes)
+    return dict(zip(flags, counts, strict=True))
+
+
+def _report(leaves: list[Report]) -> Report:
+    """The means and shares of the totals of some leaves."""
+    total: Report = {}
+    for leaf in leaves:
+        for name, x in leaf.items():
+            total[name] = total[name] + x if name in total else x
+    if not total:
+        return {}
+    n = jnp.maximum(total["size"], 1)
+    squares = [name for name in ("update", "param", "grad", "v") if name in total]
+    report = {f"{name}_rms": jnp.sqrt(total[name] / n) for name in squares}
+    moved = report["update_rms"]
+    report["update_to_param"] = moved / jnp.where(moved == 0, 1, report["param_rms"])
+    report["eps_share"] = total["eps"] / n
+    report["zero_share"] = total["zero"] / n
+    upto = [jnp.zeros_like(n), *(total[f"upto_{edge}"] for edge in RATIO_EDGES)]
+    bins = [*(b - a for a, b in itertools.pairwise(upto)), total["above"]]
+    report["ratio_histogram"] = jnp.stack(bins) / n
+    if "coded" in total:
+        for name in ("m_end", "v_end"):
+            report[f"{name}_share"] = total[name] / jnp.maximum(total["coded"], 1)
+    return report

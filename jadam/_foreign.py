@@ -1,0 +1,264 @@
+"""What torch's and Keras's states have in common: arrays under keys, each of which one leaf takes.
+
+Such a mapping may come from anywhere. Every entry is checked, and taken or refused by its name.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from jadam import _math
+from jadam._types import PyTree
+from jadam._walk import Found, Leaf, placed, refuse_codes, with_moments
+
+Key: TypeAlias = str | int
+"""A parameter's name in the other library, or its number there."""
+
+Name: TypeAlias = Callable[[str], Key | tuple[Key, Sequence[int]]]
+"""A parameter's path ↦ its key in the other library, or that and the order of its axes."""
+
+Host: TypeAlias = Float[np.ndarray, "*shape"]
+
+
+class Address(NamedTuple):
+    """A leaf and what the user's function says of it: its key, and which axis comes when."""
+
+    where: str
+    leaf: Leaf
+    key: Key
+    axes: tuple[int, ...] | None
+
+
+def addresses(states: list[Found], name: Name) -> list[Address]:
+    """Every leaf with its address.
+
+    Raises:
+        TypeError: the function gives something else, or a leaf holds codes.
+        ValueError: the axes are not those of the leaf, or two leaves have one key.
+    """
+    found: dict[Key, Address] = {}
+    for leaf in (leaf for state in states for leaf in state.leaves):
+        refuse_codes(leaf)
+        path = jax.tree_util.keystr(leaf.path, simple=True, separator=".")
+        where, ndim = f"name({path!r})", np.ndim(leaf.moments["mu"])
+        answer = name(path)
+        key, axes = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        if not _is_key(key):
+            raise TypeError(f"{where}: expected a name, a number or (name, axes), got {answer!r}")
+        if axes is not None and sorted(axes) != list(range(ndim)):
+            raise ValueError(f"{where}: expected an order of {ndim} axes, got {axes!r}")
+        if key in found:
+            raise ValueError(f"{where}: {key!r} is what {found[key].where} has")
+        found[key] = Address(where, leaf, key, None if axes is None else tuple(axes))
+    return list(found.values())
+
+
+# Values
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def mapping(where: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def listed(where: str, value: Any) -> list[Any]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        with contextlib.suppress(TypeError):  # an array without axes
+            return list(value)
+    raise TypeError(f"{where}: expected a list, got {type(value).__name__}")
+
+
+def keys_of(where: str, value: Any) -> list[Key]:
+    found = listed(where, value)
+    for i, key in enumerate(found):
+        if not _is_key(key):
+            raise TypeError(f"{where}[{i}]: expected a name or a number, got {key!r}")
+    return found
+
+
+def host_array(where: str, value: Any) -> Shaped[np.ndarray, "*shape"]:
+    """The elements of any library's array."""
+    try:
+        try:
+            return np.asarray(value)
+        except TypeError:
+            return np.asarray(jnp.from_dlpack(value))  # torch's bfloat16, which NumPy lacks
+    except Exception as error:
+        came = type(value).__name__
+        raise TypeError(f"{where}: expected an array in host memory, got {came}") from error
+
+
+def steps(where: str, value: Any) -> int:
+    """A number of updates."""
+    array = host_array(where, value)
+    if array.shape or not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"{where}: expected a number of updates, got {value!r}")
+    number = complex(array)
+    if number.imag or not (0 <= number.real < 2**31 and number.real.is_integer()):
+        raise ValueError(f"{where}: expected a whole number >= 0 and < 2**31, got {array}")
+    return int(number.real)
+
+
+def common(values: Mapping[str, Any]) -> Any:
+    """The value that all places have.
+
+    Raises:
+        ValueError: names a place that differs from the first.
+    """
+    first, value = next(iter(values.items()))
+    for where, other in values.items():
+        if other != value:
+            raise ValueError(f"{where}: expected {value} as {first} has, got {other}")
+    return value
+
+
+def arrived(
+    where: str,
+    value: Any,
+    like: Any,
+    axes: Sequence[int] | None = None,
+    *,
+    negative: bool = True,
+) -> Host:
+    """A moment in the shape and dtype of `like`: a copy, since the other optimizer may move on.
+
+    Raises:
+        TypeError: it is no array of real (complex) numbers.
+        ValueError: its shape is another, or a number is out of range.
+    """
+    array, dtype = host_array(where, value), np.dtype(like.dtype)
+    kind = jnp.complexfloating if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.floating
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{where}: expected {kind.__name__} numbers, got {array.dtype}")
+    if axes is not None and array.ndim == len(axes):
+        array = array.transpose(axes)
+    if array.shape != np.shape(like):
+        order = "" if axes is None else f" in the order {axes}"
+        raise ValueError(f"{where}: expected shape {np.shape(like)}, got {array.shape}{order}")
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if np.any(np.isfinite(array) & ~np.isfinite(cast)):
+        raise ValueError(f"{where}: expected numbers that {dtype} has, got {np.abs(array).max()}")
+    if not negative and np.any(array < 0):
+        raise ValueError(f"{where}: expected numbers >= 0, got {array.min()}")
+    return cast
+
+
+def departing(address: Address, field: str) -> Host:
+    """A moment in the other library's order of axes: a copy, in at least float32.
+
+    Raises:
+        TypeError: it is complex, which others treat as two real numbers.
+    """
+    where = address.leaf.where(field)
+    array = host_array(where, address.leaf.moments[field])
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{where}: expected real numbers, got {array.dtype}")
+    if address.axes is not None:
+        array = array.transpose(np.argsort(address.axes))
+    return np.array(array, _math.widen(array.dtype), order="C")
+
+
+class Table:
+    """What the other state holds, by the text that names it in an error."""
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        self._left = dict(entries)
+
+    def take(self, where: str) -> Any:
+        if where not in self._left:
+            raise ValueError(f"{where} is missing")
+        return self._left.pop(where)
+
+    def moments(self, address: Address, places: Mapping[str, str]) -> list[jax.Array]:
+        """A leaf's moments, each from its field's place."""
+        return [
+            placed(
+                arrived(
+                    places[field],
+                    self.take(places[field]),
+                    like,
+                    address.axes,
+                    negative=field == "mu",
+                ),
+                like,
+            )
+            for field, like in address.leaf.moments.items()
+        ]
+
+    def check_all_taken(self) -> None:
+        for where in self._left:
+            raise ValueError(f"{where} is not expected: no leaf of like takes it")
+
+
+# Whole states
+
+
+def count_of(states: list[Found]) -> int:
+    """The number of updates, which jadam's states in a tree have in common."""
+    counts = ((f"{where}.count", state.count) for where, state, _ in states)
+    return common({where: steps(where, count) for where, count in counts})
+
+
+# Nodes whose count is the number of updates: jadam's, and optax's of schedules.
+_COUNTED = {
+    "AdamState",
+    "AmsgradState",
+    "InjectStatefulHyperparamsState",
+    "ScaleByScheduleState",
+    "WrappedScheduleState",
+}
+
+
+def filled(like: PyTree, moments: list[list[jax.Array]], count: int) -> PyTree:
+    """`like` with other moments, and with other counts there and in schedules."""
+
+    def is_counted(node: Any) -> bool:
+        return type(node).__name__ in _COUNTED
+
+    def counted(node: Any) -> Any:
+        if not is_counted(node):
+            return node
+        fields = {name: at_count(child) for name, child in node._asdict().items()}
+        return type(node)(**fields | {"count": jnp.array(count, jnp.int32)})
+
+    def at_count(tree: PyTree) -> PyTree:
+        return jax.tree.map(counted, tree, is_leaf=is_counted)
+
+    return at_count(with_moments(like, iter(moments)))
+
+
+# NAdam's product of momenta μ₁·…·μₜ is state in torch and in Keras. Here it follows from t.
+
+
+def momentum_product(t: int, b1: float, decay: float) -> float:
+    """μ₁·…·μₜ with μᵢ = b1·(1 - ½·0.96^(i·decay)), by the sum that `_math.dozat` has."""
+    if b1 == 0 or t == 0:
+        return float(t == 0)
+    log_x, k = decay * math.log(0.96), np.arange(1, 49)
+    terms = np.exp(k * log_x) * np.expm1(k * t * log_x) / np.expm1(k * log_x) / (k * 2.0**k)
+    return math.exp(t * math.log(b1) - float(np.sum(terms)))
+
+
+def check_product(where: str, value: Any, t: int, b1: float, decay: float) -> None:
+    """The product is the one that follows, but for t roundings."""
+    product, expected = host_array(where, value), momentum_product(t, b1, decay)
+    if product.shape or not jnp.issubdtype(product.dtype, jnp.floating):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    slack = (t + 16) * float(jnp.finfo(product.dtype).eps) * expected + 1e-37
+    if not abs(float(product) - expected) <= slack:
+        raise ValueError(
+            f"{where}: expected {expected:.6g} after {t} steps with b1 = {b1} and "
+            f"momentum_decay = {decay}, got {float(product):.6g}"
+        )

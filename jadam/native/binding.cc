@@ -1,0 +1,109 @@
+// The kernel behind jax.ffi: buffers to leaves, leaves to jobs, jobs to XLA's threads.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "work.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jadam {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error wrong(const std::string& what) {
+  return ffi::Error::InvalidArgument("jadam_step: " + what);
+}
+
+bool float_of(ffi::DataType dtype, Float& found) {
+  if (dtype == ffi::DataType::F32) found = Float::kF32;
+  if (dtype == ffi::DataType::BF16) found = Float::kBF16;
+  return dtype == ffi::DataType::F32 || dtype == ffi::DataType::BF16;
+}
+
+// Operands: step, tables, count, then g, m, v and, where it is needed, p of each leaf. Results: p
+// or the update, m, v of each.
+ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       ffi::Span<const int32_t> decays, bool writes_params) {
+  constexpr size_t kFirst = 3;
+  const auto step = args.get<ffi::Buffer<ffi::F32>>(0);
+  const auto tables = args.get<ffi::Buffer<ffi::F32>>(1);
+  const auto count = args.get<ffi::Buffer<ffi::U32>>(2);
+  if (!step.has_value() || !tables.has_value() || !count.has_value() ||
+      step->size_bytes() != sizeof(Step) || tables->size_bytes() != sizeof(Tables)) {
+    return wrong("this library and this jadam are of different versions");
+  }
+  std::vector<Leaf> leaves;
+  size_t arg = kFirst;
+  for (size_t i = 0; i < decays.size(); ++i) {
+    const bool has_params = writes_params || decays[i];
+    Leaf leaf{};
+    ffi::AnyBuffer buffers[4] = {*args.get<ffi::AnyBuffer>(arg), *args.get<ffi::AnyBuffer>(arg + 1),
+                                 *args.get<ffi::AnyBuffer>(arg + 2),
+                                 *args.get<ffi::AnyBuffer>(has_params ? arg + 3 : arg)};
+    arg += has_params ? 4 : 3;
+    const auto [g, m, v, p] = buffers;
+    leaf.is_coded = m.element_type() == ffi::DataType::U16;
+    const bool known = float_of(g.element_type(), leaf.g_dtype) &&
+                       float_of(p.element_type(), leaf.p_dtype) &&
+                       (leaf.is_coded || (float_of(m.element_type(), leaf.m_dtype) &&
+                                          float_of(v.element_type(), leaf.v_dtype)));
+    if (!known) return wrong("a leaf has a dtype that the kernel does not know");
+    const auto dims = g.dimensions();
+    const int64_t size = int64_t(g.element_count());
+    if (size == 0) continue;
+    // Lanes and blocks count along the last axis; all-float32 leaves have neither.
+    const bool is_flat = !leaf.is_coded && leaf.m_dtype == Float::kF32 &&
+                         leaf.v_dtype == Float::kF32;
+    leaf.n = is_flat || dims.size() == 0 ? size : dims.back();
+    leaf.rows = size / leaf.n;
+    leaf.decays = decays[i];
+    leaf.writes_params = writes_params;
+    leaf.g = g.untyped_data();
+    leaf.m = m.untyped_data();
+    leaf.v = v.untyped_data();
+    leaf.p = has_params ? p.untyped_data() : nullptr;
+    leaf.out = (*rets.get<ffi::AnyBuffer>(3 * i))->untyped_data();
+    leaf.m_out = (*rets.get<ffi::AnyBuffer>(3 * i + 1))->untyped_data();
+    leaf.v_out = (*rets.get<ffi::AnyBuffer>(3 * i + 2))->untyped_data();
+    leaves.push_back(leaf);
+  }
+  Step step_numbers;
+  Tables table_numbers;
+  std::memcpy(&step_numbers, step->untyped_data(), sizeof step_numbers);
+  std::memcpy(&table_numbers, tables->untyped_data(), sizeof table_numbers);
+  const auto work = std::make_shared<Work>(std::move(leaves), step_numbers, table_numbers,
+                                           *count->typed_data());
+  const int64_t helpers = std::min(threads.num_threads(), work->jobs()) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    threads.Schedule([work] { work->take_jobs(); });
+  }
+  work->take_jobs();
+  work->wait();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jadam
+
+extern "C" int jadam_ffi_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+extern "C" const char* jadam_instruction_set() {
+  const jadam::Kernel kernel = jadam::choose_kernel();
+#if defined(JADAM_X86)
+  if (kernel == jadam::avx512::run) return "AVX-512";
+  if (kernel == jadam::avx2::run) return "AVX2";
+#endif
+  return kernel == jadam::baseline::run ? "baseline" : "";
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step_leaves,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int32_t>>("decays")
+                                  .Attr<bool>("writes_params"));

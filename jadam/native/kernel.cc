@@ -1,0 +1,490 @@
+// One step over a range of a leaf's blocks, in one pass over memory. Compiled once for each
+// instruction set. The equations are those of _math.py, _rounding.py and _codec.py, line by line;
+// tests/test_native.py holds the two together.
+
+#include <type_traits>
+
+#include "simd.h"
+#include "step.h"
+
+namespace jadam {
+namespace JADAM_ISA {
+namespace {
+
+// ---- _rounding.py
+
+constexpr uint32_t kStep = 0x9E3779B9u;
+constexpr uint32_t kLane = 0xC13FA9A9u;
+constexpr uint32_t kSalt = 0x85EBCA6Bu;
+
+// The dithers of a block's lanes, in [0, 2^32).
+struct Weyl {
+  alignas(64) uint32_t lanes[kBlock];
+
+  Weyl(uint32_t count, uint32_t salt) {
+    for (uint32_t i = 0; i < kBlock; ++i) lanes[i] = i * kLane + count * kStep + salt * kSalt;
+  }
+};
+
+// The power of two at or below x >= 0, as often in x as ulps are in 1.
+JADAM_INLINE F32 power(F32 x) { return bits<F32>(bits<U32>(x) & 0x7F800000u); }
+
+// x's upper 16 bits, rounded with 16 bits of dither. The spacing ends at 2^-126: below 2^-119 it is
+// not that of the number's own power of two.
+JADAM_INLINE U32 round_to_bf16(F32 x, U32 dither) {
+  constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;
+  U32 magnitude = bits<U32>(abs(x));
+  U32 rounded = at_most(magnitude + dither, kMax + 0xFFFFu);
+  if (__builtin_expect(any_below(magnitude - 1u, kSmall - 1u), false)) {
+    F32 small = floor(abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f) * 0x1p-126f;
+    rounded = bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(rounded)));
+  }
+  rounded = bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(rounded)));
+  return (rounded | (bits<U32>(x) & 0x80000000u)) >> 16;
+}
+
+// ---- memory
+
+struct BF16 {
+  uint16_t bits;
+};
+
+template <class T>
+JADAM_INLINE F32 load(const T* p);
+template <>
+JADAM_INLINE F32 load(const float* p) {
+  return load_vector<F32>(p);
+}
+template <>
+JADAM_INLINE F32 load(const BF16* p) {
+  return bits<F32>(bits<U32>(widen(load_vector<U16>(p))) << 16);
+}
+
+JADAM_INLINE void store(float* p, F32 x) { store_vector(p, x); }
+JADAM_INLINE void store(BF16* p, F32 x) {  // to the nearest, ties to even; NaN stays one
+  U32 b = bits<U32>(x);
+  U32 nearest = b + (((b >> 16) & 1u) + 0x7FFFu);
+  U32 kept = bits<U32>(select(x == x, bits<I32>(nearest), bits<I32>(b | 0x400000u)));
+  store_vector(p, narrow(bits<I32>(kept >> 16)));
+}
+template <class T>
+JADAM_INLINE F32 rounded(F32 x) {
+  T memory[kLanes];
+  store(memory, x);
+  return load(memory);
+}
+template <>
+JADAM_INLINE F32 rounded<float>(F32 x) {
+  return x;
+}
+
+// ---- _math.py
+
+JADAM_INLINE F32 limit_range(F32 g) {
+  F32 limited = at_most(at_least(g, all(-0x1p63f)), all(0x1p63f));
+  return select(abs(g) == __builtin_inff(), g, limited);
+}
+
+JADAM_INLINE F32 second_moment(F32 v, F32 g, const Step& s) {
+  F32 toward = g * g - v + (s.dither * 0x1p-23f) * power(v);
+  return v + s.complement2 * toward;
+}
+
+template <bool kNesterov>
+struct Adam {
+  const Step s;
+  const float inverse_c2 = 1.0f / s.c2;
+
+  JADAM_INLINE F32 operator()(F32 g, F32& m, F32& v) const {
+    m = m + s.complement1 * (g - m);
+    v = second_moment(v, g, s);
+    F32 root = sqrt(at_least(v * inverse_c2 + s.eps_root, all(0x1p-103f)));
+    if constexpr (kNesterov) {
+      return (s.m_weight * m + s.g_weight * g) / (root + s.eps);
+    } else {
+      return m / (s.c1 * (root + s.eps));
+    }
+  }
+};
+
+// ---- _update.py
+
+template <class G, class P, bool kWritesParams>
+struct Move {
+  const Step s;
+  const bool decays;
+  const P* p;
+  std::conditional_t<kWritesParams, P, G>* out;
+
+  JADAM_INLINE void operator()(F32 direction, int64_t i) const {
+    if (decays) direction += s.weight_decay * load(p + i);
+    F32 update = -s.learning_rate * direction;
+    if constexpr (kWritesParams) {
+      store(out + i, load(p + i) + rounded<G>(update));
+    } else {
+      store(out + i, update);
+    }
+  }
+};
+
+// ---- _codec.py
+
+constexpr int kTop = 510, kNaN = 511, kM = 63;
+
+// x in [1, 2)
+template <int n>
+JADAM_INLINE F32 polynomial(const float (&coefficients)[n], F32 x) {
+  F32 y = all(coefficients[n - 1]);
+  x = x * 2.0f - 3.0f;
+  for (int i = n - 2; i >= 0; --i) y = y * x + coefficients[i];
+  return y;
+}
+
+// Codes to moments and back, with tables where they cost one instruction.
+class Codec {
+ public:
+  Codec(const Step& s, const Tables& tables) : s_(s), tables_(tables) {}
+
+  // m and v from the codes of the step before; offset + code is v's level.
+  JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
+    I32 code = both & kNaN;
+    F32 root = bits<F32>(bits<I32>(power_of_two(code + offset)) & (code != 0));
+    F32 x = to_float((both >> 9) - 64);
+    m = root * (s_.before_a * x * reciprocal(s_.before_s * kM - abs(x)));
+    v = root * root;
+  }
+
+  // The code of v after a step with gradient g; the dither is in [1, 2).
+  JADAM_INLINE I32 encode_v(F32 v, F32 g, I32 offset, F32 dither) const {
+    I32 raised = level_of(v, dither) - (offset + 1);
+    I32 fed = (g != 0.0f) & 1;
+    return select(raised >= 1, at_most(raised, I32{} + kTop), fed) & (v > 0.0f);
+  }
+
+  // Both codes, with that of v.
+  JADAM_INLINE I32 encode_m(F32 m, I32 code, I32 offset, F32 dither) const {
+    F32 size = abs(m);
+    F32 share = size * reciprocal(s_.now_a * power_of_two(code + offset) + size);
+    // Of NaN, which has a code of its own, this is any number: it may wrap.
+    U32 raised = bits<U32>(truncate(scale_ * share + dither)) - 1u;
+    I32 level = at_most(bits<I32>(raised), I32{} + kM);
+    I32 sign = bits<I32>(m) >> 31;
+    return ((((level ^ sign) - sign) + 64) << 9) | code;
+  }
+
+  // floor(32 log2 sqrt(x) + u), for x > 0
+  JADAM_INLINE I32 level_of(F32 x, F32 u) const {
+    I32 b = bits<I32>(x);
+    F32 mantissa = bits<F32>((b & 0x7FFFFF) | 0x3F800000);
+#if defined(__AVX512F__)
+    I32 place = b >> 18;
+    F32 r = mantissa * reciprocal_[place] - 1.0f;
+    F32 rest = r * (tables_.series[0] + r * (tables_.series[1] + r * tables_.series[2]));
+    F32 log2 = log2_[place] + u + rest;
+#else
+    F32 log2 = polynomial(tables_.log2_polynomial, mantissa) + u;
+#endif
+    return ((b >> 19) & ~15) - 127 * 16 + truncate(log2);
+  }
+
+  // 2^(level/32)
+  JADAM_INLINE F32 power_of_two(I32 level) const {
+#if defined(__AVX512F__)
+    F32 fraction = exp2_[level];
+#else
+    F32 fraction = polynomial(tables_.exp2_polynomial, bits<F32>(((level & 31) << 18) | 0x3F800000));
+#endif
+    return bits<F32>(bits<I32>(fraction) + ((level >> 5) << 23));
+  }
+
+ private:
+  const Step s_;
+  const Tables& tables_;
+  const float scale_ = kM * s_.now_s;
+#if defined(__AVX512F__)
+  const Table exp2_{tables_.exp2};
+  const Table reciprocal_{tables_.reciprocal};
+  const Table log2_{tables_.log2};
+#endif
+};
+
+// The largest code of a number and the largest finite |g| of a block; whether it holds anything
+// but numbers in the range of limit_range.
+struct Largest {
+  int32_t code = 0;
+  int32_t g_bits = 0;
+  bool is_special = false;
+};
+
+template <class G>
+JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
+  I32 code{}, g_bits{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    code = max(code, widen(load_vector<U16>(both + i)) & kNaN);
+    g_bits = max(g_bits, bits<I32>(abs(load(g + i))));
+  }
+  Largest found{largest(code), largest(g_bits)};
+  found.is_special = found.code == kNaN || found.g_bits > bits<int32_t>(0x1p63f);
+  if (!found.is_special) return found;
+  code = g_bits = I32{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    I32 c = widen(load_vector<U16>(both + i)) & kNaN;
+    I32 b = bits<I32>(abs(load(g + i)));
+    code = max(code, c & (c != kNaN));
+    g_bits = max(g_bits, b & (b < 0x7F800000));
+  }
+  return {largest(code), largest(g_bits), true};
+}
+
+// The dithers of a block's lanes in [1, 2), from 23 bits.
+struct Units {
+  alignas(64) float lanes[kBlock];
+
+  Units(uint32_t count, uint32_t salt) {
+    const Weyl weyl(count, salt);
+    for (int i = 0; i < kBlock; ++i) lanes[i] = bits<float>((weyl.lanes[i] >> 9) | 0x3F800000u);
+  }
+};
+
+// A block through one step. In three short loops, since a processor overlaps the vectors of a short
+// one.
+template <bool kIsSpecial, class G, class Member, class Out>
+__attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g, int64_t n,
+                             int32_t top, int32_t new_top, const Units& dither_v,
+                             const Units& dither_m, const Codec& codec, const Member& member,
+                             const Out& move) {
+  const I32 offset = I32{} + (top - kTop), new_offset = I32{} + (new_top - kTop);
+  const auto gradient = [&](int64_t i) {
+    return kIsSpecial ? limit_range(load(g + i)) : load(g + i);
+  };
+  F32 m[kBlock / kLanes], v[kBlock / kLanes];
+  I32 codes[kBlock / kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    I32 old = widen(load_vector<U16>(both + i));
+    F32 m_, v_;
+    codec.decode(old, offset, m_, v_);
+    if constexpr (kIsSpecial) v_ = select((old & kNaN) == kNaN, all(__builtin_nanf("")), v_);
+    m[i / kLanes] = m_;
+    v[i / kLanes] = v_;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32 g_ = gradient(i);
+    move(member(g_, m[i / kLanes], v[i / kLanes]), i);
+    codes[i / kLanes] =
+        codec.encode_v(v[i / kLanes], g_, new_offset, load_vector<F32>(dither_v.lanes + i));
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    I32 new_ = codec.encode_m(m[i / kLanes], codes[i / kLanes], new_offset,
+                              load_vector<F32>(dither_m.lanes + i));
+    if constexpr (kIsSpecial) {
+      new_ = select(abs(v[i / kLanes]) < __builtin_inff(), new_, I32{} + ((64 << 9) | kNaN));
+    }
+    store_vector(both_out + i, narrow(new_));
+  }
+}
+
+// The tops of 16 blocks after a step: the equations of the largest v and |g| bound v.
+JADAM_INLINE I32 tops_after(const Largest* largest, const int32_t* tops, const Codec& codec,
+                            const Step& s) {
+  I32 code, top;
+  F32 g;
+  for (int i = 0; i < kLanes; ++i) {
+    code[i] = largest[i].code;
+    g[i] = bits<float>(largest[i].g_bits);
+    top[i] = tops[i];
+  }
+  F32 root = bits<F32>(bits<I32>(codec.power_of_two(code - kTop + top)) & (code > 0));
+  F32 bound = second_moment(root * root, at_most(g, all(0x1p63f)), s);
+  return (codec.level_of(bound, F32{}) + 1) & (bound > 0.0f);
+}
+
+// ---- a leaf
+
+template <class T>
+T* shifted(T* p, int64_t i) {
+  return p == nullptr ? nullptr : p + i;
+}
+
+// A block's last numbers, where they do not fill a vector, go through copies that do.
+template <class T>
+struct Padded {
+  alignas(64) T values[kBlock] = {};
+  T* copy(const T* from, int64_t n) {
+    if (from != nullptr) std::memcpy(values, from, n * sizeof(T));
+    return values;
+  }
+};
+
+template <class T>
+void copy_back(void* to, const Padded<T>& from, int64_t n) {
+  std::memcpy(to, from.values, n * sizeof(T));
+}
+
+template <class Member, class G, class P, bool kWritesParams>
+void run_codes(const Leaf& leaf, Range range, const Step& s, const Tables& tables, uint32_t count) {
+  using Written = std::conditional_t<kWritesParams, P, G>;
+  const Member member{s};
+  const Codec codec(s, tables);
+  const Units dither_v(count, 0), dither_m(count, 1);
+  const int64_t in_row = leaf.blocks_in_row();
+  const auto* g = static_cast<const G*>(leaf.g);
+  const auto* p = static_cast<const P*>(leaf.p);
+  const auto* both = static_cast<const uint16_t*>(leaf.m);
+  const auto* tops = static_cast<const int16_t*>(leaf.v);
+  auto* both_out = static_cast<uint16_t*>(leaf.m_out);
+  auto* tops_out = static_cast<int16_t*>(leaf.v_out);
+  auto* out = static_cast<Written*>(leaf.out);
+
+  for (int64_t first = range.begin; first < range.end; first += kLanes) {
+    const int blocks = int(range.end - first < kLanes ? range.end - first : kLanes);
+    Largest largest[kLanes];
+    int32_t old_tops[kLanes] = {};
+    int64_t at[kLanes], length[kLanes];
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t row = (first + b) / in_row, in = ((first + b) % in_row) * kBlock;
+      at[b] = row * leaf.n + in;
+      length[b] = leaf.n - in < kBlock ? leaf.n - in : kBlock;
+      old_tops[b] = tops[first + b];
+      if (length[b] % kLanes == 0) {
+        largest[b] = largest_of(both + at[b], g + at[b], length[b]);
+      } else {
+        Padded<uint16_t> codes;
+        Padded<G> gradient;
+        largest[b] = largest_of(codes.copy(both + at[b], length[b]),
+                                gradient.copy(g + at[b], length[b]), length[b]);
+      }
+    }
+    const I32 new_tops = tops_after(largest, old_tops, codec, s);
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t i = at[b], n = length[b];
+      // The next blocks come from memory while these are computed.
+      for (int64_t ahead = i + kLanes * kBlock; ahead < i + (kLanes + 1) * kBlock;
+           ahead += kLanes) {
+        __builtin_prefetch(g + ahead);
+        __builtin_prefetch(both + ahead, 1);
+        if (p != nullptr) __builtin_prefetch(p + ahead, 1);
+      }
+      const auto step = [&](const uint16_t* codes, uint16_t* codes_out, const G* gradient,
+                            const Move<G, P, kWritesParams>& move) {
+        if (largest[b].is_special) {
+          step_block<true>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dither_v,
+                           dither_m, codec, member, move);
+        } else {
+          step_block<false>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dither_v,
+                            dither_m, codec, member, move);
+        }
+      };
+      if (n % kLanes == 0) {
+        step(both + i, both_out + i, g + i, {s, leaf.decays, shifted(p, i), out + i});
+      } else {
+        Padded<uint16_t> codes;
+        Padded<G> gradient;
+        Padded<P> param;
+        Padded<Written> written;
+        codes.copy(both + i, n);
+        step(codes.values, codes.values, gradient.copy(g + i, n),
+             {s, leaf.decays, p == nullptr ? nullptr : param.copy(p + i, n), written.values});
+        copy_back(both_out + i, codes, n);
+        copy_back(out + i, written, n);
+      }
+      tops_out[first + b] = int16_t(new_tops[b]);
+    }
+  }
+}
+
+template <class T>
+JADAM_INLINE void store_moment(T* p, F32 x, U32 dither);
+template <>
+JADAM_INLINE void store_moment(float* p, F32 x, U32) {
+  store(p, x);
+}
+template <>
+JADAM_INLINE void store_moment(BF16* p, F32 x, U32 dither) {
+  store_vector(p, narrow(bits<I32>(round_to_bf16(x, dither))));
+}
+
+template <class Member, class G, class P, bool kWritesParams, class M, class V>
+void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
+  using Written = std::conditional_t<kWritesParams, P, G>;
+  const Member member{s};
+  const Weyl dither_m(count, 0), dither_v(count, 1);
+  const int64_t in_row = leaf.blocks_in_row();
+
+  const auto step = [&](const G* g, const M* m, const V* v, M* m_out, V* v_out,
+                        const Move<G, P, kWritesParams>& move,
+                        int64_t n) __attribute__((noinline)) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F32 m_ = load(m + i), v_ = load(v + i);
+      move(member(limit_range(load(g + i)), m_, v_), i);
+      store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i) >> 16);
+      store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i) >> 16);
+    }
+  };
+
+  for (int64_t block = range.begin; block < range.end; ++block) {
+    const int64_t row = block / in_row, in = (block % in_row) * kBlock, i = row * leaf.n + in;
+    const int64_t n = leaf.n - in < kBlock ? leaf.n - in : kBlock;
+    const auto* g = static_cast<const G*>(leaf.g) + i;
+    const auto* p = shifted(static_cast<const P*>(leaf.p), i);
+    const auto* m = static_cast<const M*>(leaf.m) + i;
+    const auto* v = static_cast<const V*>(leaf.v) + i;
+    auto* m_out = static_cast<M*>(leaf.m_out) + i;
+    auto* v_out = static_cast<V*>(leaf.v_out) + i;
+    auto* out = static_cast<Written*>(leaf.out) + i;
+    if (n % kLanes == 0) {
+      step(g, m, v, m_out, v_out, {s, leaf.decays, p, out}, n);
+    } else {
+      Padded<G> gradient;
+      Padded<P> param;
+      Padded<M> first;
+      Padded<V> second;
+      Padded<Written> written;
+      step(gradient.copy(g, n), first.copy(m, n), second.copy(v, n), first.values, second.values,
+           {s, leaf.decays, p == nullptr ? nullptr : param.copy(p, n), written.values}, n);
+      copy_back(m_out, first, n);
+      copy_back(v_out, second, n);
+      copy_back(out, written, n);
+    }
+  }
+}
+
+// ---- dtypes to templates
+
+template <class Member, class G, class P, bool kWritesParams>
+void run_moments(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
+                 uint32_t count) {
+  if (leaf.is_coded) {
+    run_codes<Member, G, P, kWritesParams>(leaf, range, s, tables, count);
+  } else if (leaf.v_dtype == Float::kBF16) {
+    run_floats<Member, G, P, kWritesParams, BF16, BF16>(leaf, range, s, count);
+  } else if (leaf.m_dtype == Float::kBF16) {
+    run_floats<Member, G, P, kWritesParams, BF16, float>(leaf, range, s, count);
+  } else {
+    run_floats<Member, G, P, kWritesParams, float, float>(leaf, range, s, count);
+  }
+}
+
+template <class Member, class G, class P>
+void run_params(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
+                uint32_t count) {
+  (leaf.writes_params ? run_moments<Member, G, P, true> : run_moments<Member, G, P, false>)(
+      leaf, range, s, tables, count);
+}
+
+template <class Member>
+void run_member(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
+                uint32_t count) {
+  (leaf.g_dtype == Float::kF32   ? run_params<Member, float, float>
+   : leaf.p_dtype == Float::kF32 ? run_params<Member, BF16, float>
+                                 : run_params<Member, BF16, BF16>)(leaf, range, s, tables, count);
+}
+
+}  // namespace
+
+void run(const Leaf& leaf, Range range, const Step& s, const Tables& tables, uint32_t count) {
+  (s.g_weight != 0 ? run_member<Adam<true>> : run_member<Adam<false>>)(leaf, range, s, tables,
+                                                                       count);
+}
+
+}  // namespace JADAM_ISA
+}  // namespace jadam

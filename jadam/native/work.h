@@ -1,0 +1,107 @@
+// A step over many leaves, cut into jobs for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "step.h"
+
+namespace jadam {
+
+inline Kernel choose_kernel() {
+#if defined(JADAM_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return avx512::run;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::run;
+#endif
+  return baseline::run;
+}
+
+// Numbers under 2^-126 count as 0, as in XLA's own loops.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+#endif
+};
+
+// A part of a leaf.
+struct Part {
+  int64_t leaf;
+  Range blocks;
+};
+
+// A step over many leaves, in jobs that any number of threads take one after the other. A thread
+// that comes late finds none left; so nobody waits for a thread that has not begun.
+class Work {
+ public:
+  Work(std::vector<Leaf> leaves, const Step& step, const Tables& tables, uint32_t count)
+      : leaves_(std::move(leaves)), step_(step), tables_(tables), count_(count) {
+    int64_t in_job = kBlocksInJob;
+    for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
+      const int64_t blocks = leaves_[i].blocks();
+      for (int64_t begin = 0; begin < blocks; begin += kBlocksInJob) {
+        const int64_t end = std::min(begin + kBlocksInJob, blocks);
+        if (in_job + (end - begin) > kBlocksInJob) {
+          starts_.push_back(int64_t(parts_.size()));
+          in_job = 0;
+        }
+        in_job += end - begin;
+        parts_.push_back({i, {begin, end}});
+      }
+    }
+  }
+
+  int64_t jobs() const { return int64_t(starts_.size()); }
+
+  void take_jobs() {
+    static const Kernel kernel = choose_kernel();
+    const FlushSubnormals flush;
+    int64_t finished = 0;
+    for (int64_t job; (job = next_.fetch_add(1)) < jobs(); ++finished) {
+      const int64_t end = job + 1 < jobs() ? starts_[job + 1] : int64_t(parts_.size());
+      for (int64_t i = starts_[job]; i < end; ++i) {
+        kernel(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, count_);
+      }
+    }
+    if (finished == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    finished_ += finished;
+    if (finished_ == jobs()) all_finished_.notify_all();
+  }
+
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_finished_.wait(lock, [this] { return finished_ == jobs(); });
+  }
+
+ private:
+  static constexpr int64_t kBlocksInJob = 256;  // 32,768 numbers: longer than waking a thread
+
+  const std::vector<Leaf> leaves_;
+  const Step step_;
+  const Tables tables_;
+  const uint32_t count_;
+  std::vector<Part> parts_;
+  std::vector<int64_t> starts_;  // of each job in parts_
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable all_finished_;
+  int64_t finished_ = 0;
+};
+
+}  // namespace jadam

@@ -1,0 +1,733 @@
+// The native kernel by itself: every template of it, in every instruction set that this machine
+// has, against the equations of _math.py, _rounding.py and _codec.py in double precision; and a
+// Work's jobs on several threads. Built with sanitizers it also shows that nothing is read or
+// written out of bounds, undefined or raced for.
+//
+// The reference holds intervals: a float32 operation is off by half a unit in the last place and
+// flushes what is under 2^-126, so a chain of them gives a number between two that can be said,
+// whether products are fused or not. A rounding to storage is monotone: what is stored lies between
+// the two ends' roundings. So no tolerance is chosen but those of approximations, named below.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "work.h"
+
+namespace {
+
+using jadam::Float;
+using jadam::Leaf;
+using jadam::Step;
+using jadam::Tables;
+
+const Tables kTables = {
+#include "tables.inc"
+};
+
+struct Isa {
+  const char* name;
+  jadam::Kernel run;
+};
+
+std::vector<Isa> instruction_sets() {
+  std::vector<Isa> found;
+#if defined(JADAM_X86)
+  const jadam::Kernel best = jadam::choose_kernel();
+  if (best == jadam::avx512::run) found.push_back({"avx512", jadam::avx512::run});
+  if (best != jadam::baseline::run) found.push_back({"avx2", jadam::avx2::run});
+#endif
+  found.push_back({"baseline", jadam::baseline::run});
+  return found;
+}
+
+// ---- intervals
+
+constexpr double kHalfUnit = 0x1p-24, kSmallest = 0x1p-126;
+
+// 2^x by a polynomial to 2e-7, and its evaluation in float32.
+constexpr double kPowerError = 4e-7;
+// 16 log2 in levels: a polynomial to 5e-6, sums up to 17 in float32, a dither of 23 bits for 24.
+constexpr double kLevelError = 2e-5;
+// m's code: that of the power, a reciprocal to one unit, three roundings; and the sum with the
+// dither, up to 65.
+constexpr double kShareError = 1e-6, kCodeError = 1e-5;
+
+struct Interval {
+  double lo, hi;
+  Interval(double x) : lo(x), hi(x) {}
+  Interval(double low, double high) : lo(low), hi(high) {}
+};
+
+Interval widened(Interval x, double relative) {
+  if (!std::isfinite(x.lo) || !std::isfinite(x.hi)) return x;
+  return {x.lo - std::abs(x.lo) * relative, x.hi + std::abs(x.hi) * relative};
+}
+
+// After one float32 operation; exact zeros stay.
+Interval rounded(double lo, double hi) {
+  if (std::isnan(lo) || std::isnan(hi)) return std::nan("");
+  const auto flushed = [](double x) {
+    return x != 0 && std::abs(x) < 2 * kSmallest ? kSmallest : 0;
+  };
+  return widened({lo - flushed(lo), hi + flushed(hi)}, kHalfUnit);
+}
+
+Interval operator+(Interval x, Interval y) { return rounded(x.lo + y.lo, x.hi + y.hi); }
+Interval operator-(Interval x, Interval y) { return rounded(x.lo - y.hi, x.hi - y.lo); }
+Interval operator*(Interval x, Interval y) {
+  const auto [lo, hi] = std::minmax({x.lo * y.lo, x.lo * y.hi, x.hi * y.lo, x.hi * y.hi});
+  return std::isnan(x.lo * y.lo) ? Interval(std::nan("")) : rounded(lo, hi);
+}
+Interval operator/(Interval x, Interval y) {  // y > 0
+  const auto [lo, hi] = std::minmax({x.lo / y.lo, x.lo / y.hi, x.hi / y.lo, x.hi / y.hi});
+  return std::isnan(x.lo / y.lo) ? Interval(std::nan("")) : rounded(lo, hi);
+}
+Interval at_least(Interval x, double low) { return {std::max(x.lo, low), std::max(x.hi, low)}; }
+Interval root_of(Interval x) { return rounded(std::sqrt(x.lo), std::sqrt(x.hi)); }
+
+// ---- _rounding.py
+
+constexpr int kM = 63, kTop = 510, kNaN = 511;
+
+uint32_t weyl(uint32_t lane, uint32_t count, uint32_t salt) {
+  return lane * 0xC13FA9A9u + count * 0x9E3779B9u + salt * 0x85EBCA6Bu;
+}
+double unit(uint32_t lane, uint32_t count, uint32_t salt) {
+  return (weyl(lane, count, salt) >> 8) * 0x1p-24;
+}
+
+double spacing_of_bf16(double x, int smallest) {
+  return std::ldexp(1, std::max(x == 0 ? smallest : std::ilogb(x) - 7, smallest));
+}
+double to_float32(double x) { return double(float(x)); }
+double to_bf16(double x) {
+  if (!std::isfinite(x)) return x;
+  const double s = spacing_of_bf16(x, -133);
+  return std::nearbyint(x / s) * s;
+}
+double dithered(double x, uint32_t lane, uint32_t count, uint32_t salt) {
+  if (!std::isfinite(x)) return x;
+  const double s = spacing_of_bf16(x, -126), u = (weyl(lane, count, salt) >> 16) * 0x1p-16;
+  return std::copysign(std::min(std::floor(std::abs(x) / s + u) * s, 0x1.FEp127), x);
+}
+
+// ---- _math.py
+
+double flush(double x) { return std::abs(x) < kSmallest ? std::copysign(0, x) : x; }
+
+double limit_range(double g) {
+  return std::isfinite(g) ? std::min(std::max(g, -0x1p63), 0x1p63) : g;
+}
+
+// Adam's numbers at step t, as _math.adam, nadam and moment_ratio make them.
+struct Hyper {
+  const char* name;
+  double b1, b2, t, eps, eps_root;
+};
+
+struct Curve {
+  double a, s;
+};
+
+Curve curve_of(const Hyper& h, double t) {
+  t = std::max(t, 1.0);
+  const double rho = h.b1 * h.b1 / h.b2;
+  const double noise = std::sqrt((1 - h.b1) / (1 + h.b1) * (1 - std::pow(h.b1, 2 * t)) /
+                                 (1 - std::pow(h.b2, t)));
+  const double bound =
+      (1 - h.b1) / std::sqrt(1 - h.b2) * std::sqrt((1 - std::pow(rho, t)) / (1 - rho));
+  const double a = 3 * noise;
+  return {a, 1 + a / std::min(bound, 200 * noise)};
+}
+
+Step step_of(const Hyper& h, bool nesterov) {
+  const Curve before = curve_of(h, h.t - 1), now = curve_of(h, h.t);
+  const double dither = unit(0, uint32_t(h.t), 0) - (0.5 - 0x1p-25);
+  const auto correction = [&](double b, double t) { return -std::expm1(t * std::log(b)); };
+  Step s{};
+  s.complement1 = float(1 - h.b1);
+  s.complement2 = float(1 - h.b2);
+  s.dither = float(1 - h.b2 <= 0.5 ? dither / (1 - h.b2) : 0);
+  s.m_weight = float(nesterov ? h.b1 / correction(h.b1, h.t + 1) : 0);
+  s.g_weight = float(nesterov ? (1 - h.b1) / correction(h.b1, h.t) : 0);
+  s.c1 = float(nesterov ? 1 : correction(h.b1, h.t));
+  s.c2 = float(correction(h.b2, h.t));
+  s.eps = float(h.eps);
+  s.eps_root = float(h.eps_root);
+  s.learning_rate = 1e-3f;
+  s.weight_decay = 0.1f;
+  s.before_a = float(before.a);
+  s.before_s = float(before.s);
+  s.now_a = float(now.a);
+  s.now_s = float(now.s);
+  return s;
+}
+
+// v is a point where it was stored as a float, an interval where as a code.
+Interval second_moment(Interval v, double g, const Step& s) {
+  const auto power = [](double x) { return x > 0 ? std::ldexp(1, std::ilogb(x)) : 0; };
+  const Interval dither = Interval(s.dither) * Interval(power(v.lo), power(v.hi)) * 0x1p-23;
+  return v + s.complement2 * (Interval(g) * g - v + dither);
+}
+
+Interval direction(double g, Interval m, Interval v, bool nesterov, const Step& s) {
+  // 1/c2 is rounded before it multiplies v.
+  const Interval v_hat = v * (Interval(1) / s.c2);
+  const Interval denominator = root_of(at_least(v_hat + s.eps_root, 0x1p-103)) + s.eps;
+  if (nesterov) return (Interval(s.m_weight) * m + Interval(s.g_weight) * g) / denominator;
+  return m / (s.c1 * denominator);
+}
+
+// ---- _codec.py
+
+Interval power_of_two(int level) { return widened(std::exp2(level / 32.0), kPowerError); }
+
+Interval decoded_root(int code, int top) {
+  return code == 0 ? Interval(0) : power_of_two(code - kTop + top);
+}
+
+Interval decoded_m(int x, Interval root, const Step& s) {
+  const Interval rest = Interval(s.before_s) * kM - std::abs(x);
+  return root * (Interval(s.before_a) * x * widened(Interval(1) / rest, 0x1p-23));
+}
+
+double level_of(double v) { return 16 * std::log2(v); }
+
+int code_of_v(double v, bool is_fed, double u, int top) {
+  if (!std::isfinite(v)) return kNaN;
+  if (v < kSmallest) return 0;
+  const int raised = int(std::floor(level_of(v) + u)) - top + kTop;
+  return raised >= 1 ? std::min(raised, kTop) : is_fed;
+}
+
+// m's code, as far up (1) or down (-1) as it may come out.
+int code_of_m(double m, double root, double u, const Step& s, int way) {
+  const double size = std::abs(m), outward = m < 0 ? -way : way;
+  const double x = kM * s.now_s * size / (s.now_a * root + size);
+  const double code = std::floor(x * (1 + outward * kShareError) + u + outward * kCodeError);
+  const int kept = int(std::max(0.0, std::min(code, double(kM))));
+  return m < 0 ? -kept : kept;
+}
+
+// ---- memory
+
+int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }
+
+// bfloat16 is the upper half of a float32, which lies behind the lower one.
+void write(std::vector<char>& to, Float dtype, int64_t i, float x) {
+  const int64_t size = size_of(dtype);
+  std::memcpy(&to[i * size], reinterpret_cast<char*>(&x) + 4 - size, size);
+}
+double read(const std::vector<char>& from, Float dtype, int64_t i) {
+  const int64_t size = size_of(dtype);
+  float x = 0;
+  std::memcpy(reinterpret_cast<char*>(&x) + 4 - size, &from[i * size], size);
+  return x;
+}
+template <class T>
+T read(const std::vector<char>& from, int64_t i) {
+  T x;
+  std::memcpy(&x, &from[i * sizeof x], sizeof x);
+  return x;
+}
+
+// Exactly as many bytes as are needed, at `offset` from what an allocator aligns to.
+class Buffer {
+ public:
+  Buffer(const std::vector<char>& bytes, int64_t offset)
+      : offset_(offset), size_(bytes.size()), memory_(new char[offset + bytes.size()]) {
+    std::memcpy(data(), bytes.data(), size_);
+  }
+  char* data() { return memory_.get() + offset_; }
+  std::vector<char> bytes() { return {data(), data() + size_}; }
+
+ private:
+  int64_t offset_;
+  size_t size_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// ---- cases
+
+enum class Kind { kF32, kBF16, kBF16M, kCodes };
+const char* const kKinds[] = {"float32", "bfloat16", "bfloat16 m", "codes"};
+
+struct Case {
+  Leaf leaf;  // without buffers
+  Kind kind;
+  bool nesterov;
+  Hyper hyper;
+  Step step;
+
+  Float written() const { return leaf.writes_params ? leaf.p_dtype : leaf.g_dtype; }
+  bool has_params() const { return leaf.writes_params || leaf.decays; }
+  int64_t size() const { return leaf.rows * leaf.n; }
+  uint32_t count() const { return uint32_t(hyper.t); }
+
+  std::string name() const {
+    const auto dtype = [](Float x) { return x == Float::kF32 ? "float32" : "bfloat16"; };
+    return std::string("g ") + dtype(leaf.g_dtype) + ", p " + dtype(leaf.p_dtype) + ", moments " +
+           kKinds[int(kind)] + (leaf.writes_params ? ", params" : ", update") +
+           (leaf.decays ? ", decay" : "") + (nesterov ? ", Nesterov, " : ", ") +
+           std::to_string(leaf.rows) + " x " + std::to_string(leaf.n) + ", " + hyper.name;
+  }
+};
+
+Case make_case(Float g, Float p, Kind kind, bool writes_params, bool decays, bool nesterov,
+               int64_t rows, int64_t n, const Hyper& hyper) {
+  Leaf leaf{};
+  leaf.rows = rows;
+  leaf.n = n;
+  leaf.g_dtype = g;
+  leaf.p_dtype = p;
+  leaf.m_dtype = kind == Kind::kF32 ? Float::kF32 : Float::kBF16;
+  leaf.v_dtype = kind == Kind::kBF16 ? Float::kBF16 : Float::kF32;
+  leaf.is_coded = kind == Kind::kCodes;
+  leaf.decays = decays;
+  leaf.writes_params = writes_params;
+  return {leaf, kind, nesterov, hyper, step_of(hyper, nesterov)};
+}
+
+struct Inputs {
+  std::vector<char> g, p, m, v;
+};
+
+struct Outputs {
+  std::vector<char> out, m, v;
+  bool operator==(const Outputs& x) const { return out == x.out && m == x.m && v == x.v; }
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+  uint32_t next() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 32);
+  }
+  uint32_t below(uint32_t n) { return uint32_t(uint64_t(next()) * n >> 32); }
+  int between(int low, int high) { return low + int(below(uint32_t(high - low + 1))); }
+  // Of size 2^-20 to 2^4, and zeros.
+  float number() {
+    const float size = std::ldexp(float(1 + next() * 0x1p-32), between(-20, 3));
+    return below(16) == 0 ? 0 : below(2) == 0 ? size : -size;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+const float kSpecial[] = {0, -0.0f, kInfinity, -kInfinity, NAN, 1e30f, -1e30f, 1e-30f, -1e-30f,
+                          1e-42f, 3e-39f, 0x1p63f};
+
+Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
+  Random random(seed);
+  const int64_t size = c.size();
+  const auto gradient = [&] {
+    const bool is_here = is_special && random.below(16) == 0;
+    return is_here ? kSpecial[random.below(std::size(kSpecial))] : random.number();
+  };
+  Inputs in;
+  in.g.resize(size * size_of(c.leaf.g_dtype));
+  in.p.resize(size * size_of(c.leaf.p_dtype));
+  in.m.resize(size * size_of(c.leaf.m_dtype));
+  in.v.resize(c.leaf.is_coded ? 2 * c.leaf.blocks() : size * size_of(c.leaf.v_dtype));
+  for (int64_t i = 0; i < size; ++i) {
+    write(in.g, c.leaf.g_dtype, i, gradient());
+    write(in.p, c.leaf.p_dtype, i, random.number());
+    if (c.leaf.is_coded) {
+      const bool is_nan = is_special && random.below(64) == 0, is_zero = random.below(16) == 0;
+      const int x = is_nan ? 0 : random.between(-kM, kM);
+      const int code = is_nan ? kNaN : is_zero ? 0 : random.between(1, kTop);
+      const uint16_t both = uint16_t((x + 64) << 9 | code);
+      std::memcpy(&in.m[2 * i], &both, 2);
+    } else {
+      // Some are under 2^-119, where bfloat16 is rounded in another way.
+      const float root = random.number(), scale = random.below(16) == 0 ? 0x1p-110f : 1;
+      write(in.m, c.leaf.m_dtype, i, scale * random.number());
+      write(in.v, c.leaf.v_dtype, i, scale * root * root);
+    }
+  }
+  for (int64_t i = 0; c.leaf.is_coded && i < c.leaf.blocks(); ++i) {
+    const int edges[] = {-1900, 1700, 0};
+    const int16_t top =
+        int16_t(random.below(8) == 0 ? edges[random.below(3)] : random.between(-600, 100));
+    std::memcpy(&in.v[2 * i], &top, 2);
+  }
+  return in;
+}
+
+enum class Place { kApart, kUnaligned, kInPlace, kInPlaceUnaligned, kInTwoParts };
+const char* const kPlaceNames[] = {"apart", "at unaligned addresses", "in place",
+                                   "in place, at unaligned addresses", "in two parts"};
+
+Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
+  const bool unaligned = place == Place::kUnaligned || place == Place::kInPlaceUnaligned;
+  const bool in_place = place == Place::kInPlace || place == Place::kInPlaceUnaligned;
+  const auto buffer = [&](const std::vector<char>& x, Float dtype) {
+    return Buffer(x, unaligned ? size_of(dtype) : 0);
+  };
+  const Float v_dtype = c.leaf.is_coded ? Float::kBF16 : c.leaf.v_dtype;
+  Buffer g = buffer(in.g, c.leaf.g_dtype), p = buffer(in.p, c.leaf.p_dtype);
+  Buffer m = buffer(in.m, c.leaf.m_dtype), v = buffer(in.v, v_dtype);
+  const std::vector<char> empty(c.size() * size_of(c.written()), char(0xAA));
+  Buffer out = buffer(empty, c.written());
+  Buffer m_out = buffer(std::vector<char>(in.m.size(), char(0xAA)), c.leaf.m_dtype);
+  Buffer v_out = buffer(std::vector<char>(in.v.size(), char(0xAA)), v_dtype);
+  Buffer& moved = !in_place ? out : c.leaf.writes_params ? p : g;
+  Buffer& new_m = in_place ? m : m_out;
+  Buffer& new_v = in_place ? v : v_out;
+
+  Leaf leaf = c.leaf;
+  leaf.g = g.data();
+  leaf.p = c.has_params() ? p.data() : nullptr;
+  leaf.m = m.data();
+  leaf.v = v.data();
+  leaf.out = moved.data();
+  leaf.m_out = new_m.data();
+  leaf.v_out = new_v.data();
+  const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
+  const jadam::FlushSubnormals flush;
+  isa.run(leaf, {0, half}, c.step, kTables, c.count());
+  isa.run(leaf, {half, blocks}, c.step, kTables, c.count());
+  return {moved.bytes(), new_m.bytes(), new_v.bytes()};
+}
+
+// ---- what a step gives
+
+// A leaf after a step, before it is stored; `bounds` is the second moment of the largest finite v
+// and |g| of each block of codes.
+struct Expected {
+  std::vector<Interval> out, m, v, bounds;
+  std::vector<double> g;
+};
+
+struct Span {
+  int64_t begin, end;
+};
+Span elements(const Leaf& leaf, int64_t block) {
+  const int64_t row = block / leaf.blocks_in_row();
+  const int64_t begin = row * leaf.n + block % leaf.blocks_in_row() * jadam::kBlock;
+  return {begin, std::min(begin + jadam::kBlock, (row + 1) * leaf.n)};
+}
+
+Interval written(const Case& c, Interval direction, double p) {
+  const auto in_g = c.leaf.g_dtype == Float::kF32 ? to_float32 : to_bf16;
+  const auto in_p = c.leaf.p_dtype == Float::kF32 ? to_float32 : to_bf16;
+  if (c.leaf.decays) direction = direction + Interval(c.step.weight_decay) * p;
+  const Interval update = Interval(-c.step.learning_rate) * direction;
+  const Interval stored(in_g(update.lo), in_g(update.hi));
+  if (!c.leaf.writes_params) return stored;
+  const Interval moved = p + stored;
+  return {in_p(moved.lo), in_p(moved.hi)};
+}
+
+Expected expect(const Case& c, const Inputs& in) {
+  const Step& s = c.step;
+  Expected expected;
+  for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
+    const int top = c.leaf.is_coded ? read<int16_t>(in.v, block) : 0;
+    const Span span = elements(c.leaf, block);
+    int largest_code = 0;
+    double largest_g = 0;
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      const double g = limit_range(flush(read(in.g, c.leaf.g_dtype, i)));
+      Interval m = 0, v = 0;
+      if (c.leaf.is_coded) {
+        const int both = read<uint16_t>(in.m, i), code = both & kNaN;
+        const Interval root = decoded_root(code, top);
+        m = decoded_m((both >> 9) - 64, root, s);
+        v = code == kNaN ? NAN : root * root;
+        if (code != kNaN) largest_code = std::max(largest_code, code);
+        if (std::isfinite(g)) largest_g = std::max(largest_g, std::abs(g));
+      } else {
+        m = flush(read(in.m, c.leaf.m_dtype, i));
+        v = flush(read(in.v, c.leaf.v_dtype, i));
+      }
+      m = m + s.complement1 * (g - m);
+      v = second_moment(v, g, s);
+      const double p = flush(read(in.p, c.leaf.p_dtype, i));
+      expected.out.push_back(written(c, direction(g, m, v, c.nesterov, s), p));
+      expected.m.push_back(m);
+      expected.v.push_back(v);
+      expected.g.push_back(g);
+    }
+    const Interval root = decoded_root(largest_code, top);
+    expected.bounds.push_back(second_moment(root * root, largest_g, s));
+  }
+  return expected;
+}
+
+// ---- the comparison
+
+[[noreturn]] void fail(const std::string& isa, const Case& c, const std::string& what) {
+  std::fprintf(stderr, "check: %s: %s: %s\n", isa.c_str(), c.name().c_str(), what.c_str());
+  std::exit(1);
+}
+
+// How many codes differ: from those of the intervals' middles, or between instruction sets.
+struct Tally {
+  int64_t numbers = 0, different = 0;
+  void count(bool differs) { ++numbers, different += differs; }
+  double share() const { return double(different) / double(std::max<int64_t>(numbers, 1)); }
+};
+
+// One leaf's outputs against what is expected of them.
+class Comparison {
+ public:
+  Comparison(const Isa& isa, const Case& c, const Expected& expected, const Outputs& got)
+      : isa_(isa), c_(c), expected_(expected), got_(got) {}
+
+  void of_all(Tally& codes) const {
+    for (int64_t block = 0; block < c_.leaf.blocks(); ++block) {
+      const Span span = elements(c_.leaf, block);
+      if (c_.leaf.is_coded) of_top(block);
+      for (int64_t i = span.begin; i < span.end; ++i) {
+        const uint32_t lane = uint32_t(i - span.begin);
+        of_number("out", i, read(got_.out, c_.written(), i), expected_.out[i]);
+        if (c_.leaf.is_coded) {
+          of_codes(i, lane, read<int16_t>(got_.v, block), codes);
+        } else {
+          of_moment("m", i, got_.m, c_.leaf.m_dtype, expected_.m[i], lane, 0);
+          of_moment("v", i, got_.v, c_.leaf.v_dtype, expected_.v[i], lane, 1);
+        }
+      }
+    }
+  }
+
+ private:
+  void of_number(const char* what, int64_t i, double got, Interval expected) const {
+    if (std::isnan(expected.lo) ? std::isnan(got) : expected.lo <= got && got <= expected.hi) return;
+    char line[200];
+    std::snprintf(line, sizeof line, "%s[%lld] is %.9g, not in [%.9g, %.9g]", what,
+                  static_cast<long long>(i), got, expected.lo, expected.hi);
+    fail(isa_.name, c_, line);
+  }
+
+  void of_moment(const char* what, int64_t i, const std::vector<char>& got, Float dtype,
+                 Interval expected, uint32_t lane, uint32_t salt) const {
+    if (dtype == Float::kBF16) {
+      expected = {dithered(expected.lo, lane, c_.count(), salt),
+                  dithered(expected.hi, lane, c_.count(), salt)};
+    }
+    of_number(what, i, read(got, dtype, i), expected);
+  }
+
+  void of_top(int64_t block) const {
+    const Interval bound = expected_.bounds[block];
+    const double top = read<int16_t>(got_.v, block);
+    if (top == 0 && bound.lo < kSmallest) return;
+    const auto above = [](double level) { return std::floor(level) + 1; };
+    of_number("top", block, top,
+              {above(level_of(std::max(bound.lo, kSmallest)) - kLevelError),
+               bound.hi < kSmallest ? 0 : above(level_of(bound.hi) + kLevelError)});
+  }
+
+  void of_codes(int64_t i, uint32_t lane, int top, Tally& codes) const {
+    const Interval m = expected_.m[i], v = expected_.v[i];
+    const int both = read<uint16_t>(got_.m, i), of_v = both & kNaN, of_m = (both >> 9) - 64;
+    if (!std::isfinite(v.hi)) {
+      of_number("v's code", i, of_v, kNaN);
+      of_number("m's code", i, of_m, 0);
+      return;
+    }
+    const bool is_fed = expected_.g[i] != 0;
+    const double u_v = unit(lane, c_.count(), 0), u_m = unit(lane, c_.count(), 1);
+    const auto v_code = [&](double x, double u) { return code_of_v(x, is_fed, u, top); };
+    of_number("v's code", i, of_v,
+              {double(v_code(v.lo, u_v - kLevelError)), double(v_code(v.hi, u_v + kLevelError))});
+    const double root = std::exp2((of_v - kTop + top) / 32.0);
+    const auto m_code = [&](double x, int way) { return code_of_m(x, root, u_m, c_.step, way); };
+    of_number("m's code", i, of_m, {double(m_code(m.lo, -1)), double(m_code(m.hi, 1))});
+    codes.count(of_v != v_code((v.lo + v.hi) / 2, u_v) || of_m != m_code((m.lo + m.hi) / 2, 0));
+  }
+
+  const Isa& isa_;
+  const Case& c_;
+  const Expected& expected_;
+  const Outputs& got_;
+};
+
+// Between instruction sets: v's level and m's code.
+void count_codes(const Case& c, const Outputs& x, const Outputs& y, Tally& codes) {
+  for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
+    const Span span = elements(c.leaf, block);
+    const int raised = read<int16_t>(x.v, block) - read<int16_t>(y.v, block);
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      const int in_x = read<uint16_t>(x.m, i), in_y = read<uint16_t>(y.m, i);
+      const bool is_number = (in_x & kNaN) % kNaN != 0;
+      codes.count(in_x + (is_number ? raised : 0) != in_y);
+    }
+  }
+}
+
+struct Totals {
+  int64_t cases = 0, elements = 0;
+  Tally from_equations, between_sets;
+};
+
+void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, Totals& totals) {
+  const Inputs in = make_inputs(c, is_special, uint64_t(++totals.cases));
+  const Expected expected = expect(c, in);
+  totals.elements += c.size();
+  std::vector<Outputs> of_sets;
+  for (const Isa& isa : isas) {
+    const Outputs got = run(c, in, isa, Place::kApart);
+    Comparison(isa, c, expected, got).of_all(totals.from_equations);
+    for (const Place place : {Place::kUnaligned, Place::kInPlace, Place::kInPlaceUnaligned,
+                              Place::kInTwoParts}) {
+      if (!(run(c, in, isa, place) == got)) {
+        fail(isa.name, c, std::string("other bits ") + kPlaceNames[int(place)]);
+      }
+    }
+    of_sets.push_back(got);
+  }
+  for (size_t i = 1; i < isas.size(); ++i) {
+    if (c.leaf.is_coded) {
+      count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
+    } else if (isas[i].run != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
+      // Both fuse the same products; baseline fuses none.
+      fail(isas[i].name, c, std::string("other bits than ") + isas[0].name);
+    }
+  }
+}
+
+const Hyper kHypers[] = {{"t 1", 0.9, 0.999, 1, 1e-8, 0},
+                         {"t 7, b2 .99999", 0.9, 0.99999, 7, 1e-8, 1e-12},
+                         {"t 1000, eps 0", 0.9, 0.999, 1000, 0, 0},
+                         {"t 3, b1 .1, b2 .3", 0.1, 0.3, 3, 1e-6, 0}};
+constexpr std::pair<Float, Float> kDtypes[] = {
+    {Float::kF32, Float::kF32}, {Float::kBF16, Float::kF32}, {Float::kBF16, Float::kBF16}};
+
+void check_templates(const std::vector<Isa>& isas) {
+  // Rows that end within a vector of 16, within a block of 128 and on both; more than 16 blocks.
+  // With the sizes up to 300 their number is prime: each shape comes with each kind of numbers.
+  std::vector<std::pair<int64_t, int64_t>> shapes = {
+      {1, 1000}, {1, 4099}, {33, 5}, {7, 15}, {5, 17}, {20, 40}, {4, 130}, {17, 129}, {3, 256},
+      {3, 384}, {2, 2200}};
+  for (int64_t n = 1; n <= 300; ++n) shapes.push_back({1, n});
+  Totals totals;
+  for (int flags = 0; flags < 8; ++flags) {
+    for (const auto& [g, p] : kDtypes) {
+      for (const Kind kind : {Kind::kF32, Kind::kBF16, Kind::kBF16M, Kind::kCodes}) {
+        for (const auto& [rows, n] : shapes) {
+          const Hyper& hyper = kHypers[totals.cases % std::size(kHypers)];
+          check_case(make_case(g, p, kind, flags & 1, flags & 2, flags & 4, rows, n, hyper),
+                     totals.cases % 3 == 0, isas, totals);
+        }
+      }
+    }
+  }
+  std::string names;
+  for (const Isa& isa : isas) names += std::string(names.empty() ? "" : ", ") + isa.name;
+  std::printf("%s: %lld leaves of 96 templates, %lld numbers\n", names.c_str(),
+              static_cast<long long>(totals.cases), static_cast<long long>(totals.elements));
+  std::printf("codes: %.4f%% are not those of exact arithmetic, %.4f%% differ between sets\n",
+              100 * totals.from_equations.share(), 100 * totals.between_sets.share());
+  // An error of 2e-5 levels crosses a border once in 50,000 numbers, m's no more often.
+  if (totals.from_equations.share() > 1e-3 || totals.between_sets.share() > 1e-3) {
+    std::fprintf(stderr, "check: codes differ too often\n");
+    std::exit(1);
+  }
+}
+
+// ---- threads
+
+// Leaves of one step with their buffers, and what one thread makes of them.
+class Group {
+ public:
+  Group(int64_t small_leaves, int64_t large_rows, bool nesterov, uint64_t seed) {
+    Random random(seed);
+    for (int64_t i = 0; i <= small_leaves; ++i) {
+      const auto [g, p] = kDtypes[random.below(3)];
+      const bool is_large = i == small_leaves / 2 && large_rows > 0;
+      const int64_t rows = is_large ? large_rows : random.between(1, 4);
+      const int64_t n = is_large ? 50021 : random.between(1, 40);
+      const Case c = make_case(g, p, Kind(random.below(4)), random.below(2), random.below(2),
+                               nesterov, rows, n, kHypers[1]);
+      cases_.push_back(c);
+      inputs_.push_back(make_inputs(c, true, seed + uint64_t(i)));
+      alone_.push_back(run(c, inputs_.back(), instruction_sets()[0], Place::kApart));
+    }
+  }
+
+  // As binding.cc does it: helpers and the caller take jobs, the caller waits for the last job but
+  // for no helper. Helpers that come late find nothing left, neither jobs nor buffers.
+  void step(int threads) const {
+    std::vector<std::thread> helpers;
+    {
+      std::vector<Outputs> outputs = alone_;
+      std::vector<Leaf> leaves;
+      for (size_t i = 0; i < cases_.size(); ++i) leaves.push_back(connected(i, outputs[i]));
+      const auto work = std::make_shared<jadam::Work>(leaves, cases_[0].step, kTables,
+                                                      cases_[0].count());
+      for (int i = 1; i < threads; ++i) {
+        const bool is_late = i == 3;
+        helpers.emplace_back([work, is_late] {
+          if (is_late) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+          work->take_jobs();
+        });
+      }
+      work->take_jobs();
+      work->wait();
+      for (size_t i = 0; i < cases_.size(); ++i) {
+        if (!(outputs[i] == alone_[i])) {
+          fail(std::to_string(threads) + " threads", cases_[i], "other bits than on one");
+        }
+      }
+    }
+    for (std::thread& helper : helpers) helper.join();
+  }
+
+ private:
+  Leaf connected(size_t i, Outputs& outputs) const {
+    for (std::vector<char>* x : {&outputs.out, &outputs.m, &outputs.v}) {
+      std::fill(x->begin(), x->end(), char(0xAA));
+    }
+    Leaf leaf = cases_[i].leaf;
+    leaf.g = inputs_[i].g.data();
+    leaf.p = cases_[i].has_params() ? inputs_[i].p.data() : nullptr;
+    leaf.m = inputs_[i].m.data();
+    leaf.v = inputs_[i].v.data();
+    leaf.out = outputs.out.data();
+    leaf.m_out = outputs.m.data();
+    leaf.v_out = outputs.v.data();
+    return leaf;
+  }
+
+  std::vector<Case> cases_;
+  std::vector<Inputs> inputs_;
+  std::vector<Outputs> alone_;
+};
+
+void check_threads() {
+  const Group groups[] = {{600, 3, false, 1}, {5000, 0, true, 2}, {0, 1, false, 3}};
+  for (const int threads : {1, 2, 4}) {
+    for (int round = 0; round < 5; ++round) {
+      std::vector<std::thread> callers;
+      for (const Group& group : groups) {
+        callers.emplace_back([&group, threads] { group.step(threads); });
+      }
+      for (std::thread& caller : callers) caller.join();
+    }
+  }
+  std::printf("threads: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n");
+}
+
+}  // namespace
+
+int main() {
+  check_templates(instruction_sets());
+  check_threads();
+}

@@ -1,0 +1,151 @@
+"""The speed bench: what it compares is comparable, and what it cannot time it names."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.bench import contenders, program, report, rounds, speed
+from experiments.bench.rounds import Workers
+from experiments.bench.workloads import GPT2, QUICK, WORKLOADS, llama3_layer
+
+
+def test_the_shapes_are_those_of_the_published_models():
+    """124,439,808 parameters in GPT-2's published checkpoint; (8.03e9 - embeddings) / 32 layers."""
+    assert (len(GPT2.shapes), GPT2.parameters) == (148, 124_439_808)
+    layer = sum(math.prod(shape) for shape in llama3_layer())
+    assert 32 * layer + 2 * 128_256 * 4096 + 4096 == 8_030_261_248
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_every_group_fits_and_has_the_references(workload):
+    """A ratio to the limit or to torch can be taken in every round, and none is dropped."""
+    budget = 14 * 2**30
+    groups = rounds.groups(contenders.CONTENDERS, workload.parameters, budget)
+    for group in groups:
+        assert group[: len(contenders.REFERENCES)] == list(contenders.REFERENCES)
+        others = group[len(contenders.REFERENCES) :]
+        held = workload.parameters * sum(contender.bytes for contender in group)
+        assert held <= budget or len(others) == 1
+    names = [c.name for group in groups for c in group if c not in contenders.REFERENCES]
+    assert sorted([*names, *(c.name for c in contenders.REFERENCES)]) == sorted(
+        c.name for c in contenders.CONTENDERS
+    )
+
+
+def test_a_ratio_compares_turns_of_the_same_round():
+    """A machine that is slow for a whole round slows no ratio."""
+    slow = [1.0, 10.0, 2.0, 7.0]
+    timed = [
+        {name: {"seconds": own * s, "dispatch": 0.0} for name, own in {"limit": 2, "x": 3}.items()}
+        for s in slow
+    ]
+    alone = {"x": {"seconds": 1000.0, "dispatch": 0.0}}
+    found = rounds.summary("x", [*timed, alone])
+    assert found["over limit"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert "over torch fused" not in found
+
+
+def test_the_figures_of_a_program():
+    """Donated bytes are aliased, a matrix product is no fusion, and the text is counted by kind."""
+    jitted = jax.jit(lambda x: x + 1, donate_argnums=0)
+    found = program.figures(jitted, jnp.ones(1000))
+    assert found["aliased_bytes"] == 4000
+    assert found["temporary_bytes"] == 0
+    text = "%fusion.1 = f32[2] fusion(%copy.2), calls=%c\n%copy.2 = f32[2]{0} copy(%x)"
+    assert [program.count(name, text) for name in program.INSTRUCTIONS] == [1, 0, 1]
+
+
+def adamw(p, g, steps):
+    """Loshchilov & Hutter (2019), algorithm 2, on numbers."""
+    m = v = 0.0
+    for t in range(1, steps + 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        root = math.sqrt(v / (1 - 0.999**t))
+        p -= 1e-3 * (m / (1 - 0.9**t) / (root + 1e-8) + 0.1 * p)
+    return p
+
+
+IN_JAX = [
+    c
+    for c in contenders.CONTENDERS
+    if c.process == "jax" and not c.missing("cpu") and "flashoptim" not in c.name
+]
+
+
+@pytest.mark.parametrize("contender", IN_JAX, ids=lambda contender: contender.name)
+def test_contenders_make_the_same_step(contender, standard_promotion):
+    """Nobody is faster for computing something else; renewed gradients are the first ones again."""
+    shapes = ((64, 64), (8,))
+    trial = contender.make(shapes)
+    for _ in range(2):
+        trial.prepare()
+        params = trial.run()[0]
+    p, g = (next(iter(contenders._normal(shapes, seed)))[0, 0] for seed in (0, 1))
+    expected = adamw(float(p), float(g), 2 * trial.steps)
+    # bfloat16 has 8 bits; a step is 1e-3, of which 8-bit moments may lose a fifth each time.
+    is_bf16, is_coded = params[0].dtype == jnp.bfloat16, contender is contenders.JADAM_8
+    tolerance = 2**-8 * abs(float(p)) if is_bf16 else 4e-4 if is_coded else 1e-5
+    assert float(params[0][0, 0]) == pytest.approx(expected, abs=tolerance)
+    assert trial.compilations() == 1
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Results of a tiny run with a peer that fails and one that is not installed."""
+    failing = functools.partial(contenders._jadam, mu_dtype="int3")
+    chosen = (
+        contenders.LIMIT,
+        contenders.JADAM,
+        contenders.Contender("a failing peer", "jax", failing, 20),
+        contenders.Contender("a peer", "jax", failing, 20, module="no_such_module"),
+        contenders.COPY,
+    )
+    monkeypatch.setattr(rounds, "CONTENDERS", chosen)
+    return rounds.measure(QUICK[1], 2, {})
+
+
+def test_a_run_from_the_processes_to_the_tables(measured):
+    """A peer that cannot be timed is named with its reason, and the others have figures."""
+    found = measured["contenders"]
+    assert found["a peer"] == {"missing": "not installed"}
+    assert re.match(r"\w+Error: ", found["a failing peer"]["missing"])
+    assert found["jadam step"]["over limit"]["median"] > 0
+    assert found["jadam step"]["compilations"] == 1
+
+    results = {
+        "machine": "here",
+        "processor": "a processor",
+        "versions": {"jax": jax.__version__},
+        "kernels": "native",
+        "targets": [],
+        "workloads": {QUICK[1].name: measured},
+    }
+    assert "not installed" in speed.full_markdown(results)
+    assert speed.markdown(results).count("\n") == 4
+    for suffix, beginning in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert speed.picture.draw(results, suffix).startswith(beginning)
+
+
+def test_a_worker_that_dies_takes_only_its_own_contenders():
+    """The next call has a new process."""
+    import os
+
+    with Workers() as workers:
+        with pytest.raises(Exception, match="terminated abruptly"):
+            workers.call("jax", os._exit, 1)
+        assert workers.call("jax", math.sqrt, 4.0) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("median", "verdict"), [(0.9, "met"), (1.04, "tie"), (1.06, "missed"), (None, "not measured")]
+)
+def test_a_target_within_the_noise_is_a_tie(median, verdict):
+    """5% is no difference; a figure that was not measured meets nothing."""
+    ratio = None if median is None else {"median": median, "low": median, "high": median}
+    target = {"workload": "w", "contender": "c", "reference": "r", "at_most": 1.0}
+    rows = speed.target_cells({"targets": [{**target, "measured": ratio}]})
+    assert rows == [["w", "c / r ≤ 1.00", report.spread(ratio), verdict]]

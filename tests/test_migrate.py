@@ -1,0 +1,943 @@
+"""Migration: a trajectory goes on in another library as if nothing had happened, or an error.
+
+torch's and Keras's states are recorded in tests/fixtures, with versions; where the libraries are
+installed, they also go on where jadam stopped.
+"""
+
+import copy
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_drop_in
+from fixtures import optimizer_states
+from helpers import FAMILY, gradients_like
+from hypothesis import given, settings
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trajectories import generate
+
+import jadam
+from jadam import migrate
+
+STEPS = optimizer_states.STEPS
+GRADIENTS = generate.gradients(2 * STEPS)
+RECORDED = optimizer_states.recorded()
+RATE = 1e-3
+SMALL = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+
+
+def assert_identical(found, expected):
+    """The same tree with the same bits; of abstract ones the same shapes and dtypes."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), where
+
+
+def stepper(tx):
+    """Parameters and state after gradients in a row: one compiled step, called for each."""
+
+    @jax.jit
+    def step(g, params, state):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def steps(gradients, params, state):
+        for g in gradients:
+            params, state = step(g, params, state)
+        return params, state
+
+    return steps
+
+
+# optax
+
+# Each set of equations that optax has.
+PEERS = [x for x in FAMILY if x.name in ("adamw", "nadam", "amsgrad_corrected", "adamax", "radam")]
+
+
+@pytest.mark.parametrize("case", PEERS, ids=str)
+def test_optax_and_jadam_go_on_where_the_other_stopped(x64, standard_promotion, case):
+    """Half in one and half in the other is the whole in one, in a chain, with a schedule."""
+    schedule = optax.exponential_decay(0.1, 3, 0.5)
+    clip = optax.clip_by_global_norm(3.0)
+    ours = optax.chain(clip, case(schedule))
+    theirs = optax.chain(clip, case.optax(schedule))
+    params = test_drop_in.problem()
+    gradients = [gradients_like(params, seed) for seed in range(10)]
+    in_jadam, in_optax, maximum = stepper(ours), stepper(theirs), case.options.get("maximum")
+    expected, expected_state = in_optax(gradients, params, theirs.init(params))
+
+    middle, state = in_optax(gradients[:5], params, theirs.init(params))
+    migrated = migrate.from_optax(state, maximum=maximum)
+    assert_identical(migrate.to_optax(migrated, maximum=maximum), state)
+    end, end_state = in_jadam(gradients[5:], middle, migrated)
+    test_drop_in.assert_same(end, expected)
+    test_drop_in.assert_same(migrate.to_optax(end_state, maximum=maximum), expected_state)
+
+    middle, state = in_jadam(gradients[:5], params, ours.init(params))
+    end, _ = in_optax(gradients[5:], middle, migrate.to_optax(state, maximum=maximum))
+    test_drop_in.assert_same(end, expected)
+
+
+@test_drop_in.each_program
+def test_a_state_of_any_program_is_optaxs(program):
+    """Inside chains, masks, partitions and wrappers, also of abstract states."""
+    params = jax.eval_shape(lambda: program.wrap(test_drop_in.problem()))
+    ours, theirs = (jax.eval_shape(program.build(lib).init, params) for lib in (jadam, optax))
+    assert_identical(migrate.to_optax(ours), theirs)
+    assert_identical(migrate.from_optax(theirs), ours)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_complex_parameters_have_a_real_second_moment_in_jadam(abstract):
+    """optax keeps a zero imaginary part; one that is not zero is refused."""
+    params = {"w": jnp.ones(3, jnp.complex64)}
+    ours, theirs = jadam.adam(0.1).init(params), optax.adam(0.1).init(params)
+    wrong = theirs[0]._replace(nu={"w": jnp.full(3, 1j, jnp.complex64)})
+    if abstract:
+        ours, theirs = jax.eval_shape(lambda: (ours, theirs))
+    assert_identical(migrate.from_optax(theirs), ours)
+    assert_identical(migrate.to_optax(ours), theirs)
+    with pytest.raises(ValueError, match=r"^state\[0\].nu\['w'\]: expected .* no imaginary part"):
+        migrate.from_optax((wrong,))
+
+
+@pytest.mark.parametrize("said", [None, "raw", "Raw"])
+def test_the_two_maxima_of_amsgrad_are_not_mixed(said):
+    """optax keeps the maximum of the corrected v, torch and Keras that of the raw one."""
+    ours, theirs = (lib.amsgrad(0.1).init(jnp.ones(3)) for lib in (jadam, optax))
+    for convert, state in ((migrate.to_optax, ours), (migrate.from_optax, theirs)):
+        with pytest.raises(ValueError, match=r"^maximum: expected .*corrected"):
+            convert(state, maximum=said)
+    if said != "raw":
+        state_dict = RECORDED["torch"]["amsgrad"]["state"]
+        with pytest.raises(ValueError, match=r"^maximum: expected .*raw"):
+            migrate.from_torch(state_dict, ours, lambda path: "weight", maximum=said)
+
+
+def test_a_tree_without_adam_is_refused():
+    """A state that was migrated before, and one of another optimizer, come with an error."""
+    adam, sgd = jadam.adam(0.1).init(jnp.ones(3)), optax.sgd(0.1).init(jnp.ones(3))
+    for convert, state, expected in [
+        (migrate.from_optax, adam, "ScaleByAdamState"),
+        (migrate.to_optax, migrate.to_optax(adam), "an AdamState"),
+        (lambda state: migrate.cast_like(adam, state), sgd, "an AdamState"),
+    ]:
+        with pytest.raises(ValueError, match=f"expected .*{expected}.* found none"):
+            convert(state)
+
+
+# torch and Keras
+
+LIKE_TORCH = {
+    "adam": (jadam.adam, {}),
+    "amsgrad": (jadam.amsgrad, {}),
+    "adamw": (jadam.adamw, {"weight_decay": 0.1}),
+    "nadam": (jadam.nadam, {"momentum_decay": 4e-3}),
+    "adamax": (jadam.adamax, {}),
+    "radam": (jadam.radam, {"eps": 1e-30}),
+}
+LIKE_KERAS = {
+    "adam": (jadam.adam, {"eps": 1e-30}),
+    "amsgrad": (jadam.amsgrad, {"eps": 1e-30}),
+    "adamw": (jadam.adamw, {"weight_decay": 0.1, "eps": 1e-30}),
+    "nadam": (jadam.nadam, {"momentum_decay": 1.0, "eps": 1e-30}),
+    "adamax": (jadam.adamax, {"eps": 1e-30}),
+}
+
+
+def torch_name(path):
+    """Flax's path to torch's name and axes."""
+    layer, name = path.split(".")
+    assert layer == "fc"
+    return ("weight", (1, 0)) if name == "kernel" else name
+
+
+def keras_name(path):
+    return path.replace(".", "/")
+
+
+class Torch:
+    library, recorder, like = "torch", optimizer_states.Torch, LIKE_TORCH
+    arrive, depart = staticmethod(migrate.from_torch), staticmethod(migrate.to_torch)
+    name = staticmethod(torch_name)
+
+    @staticmethod
+    def params(arrays):
+        return {"fc": {"kernel": arrays["weight"].T, "bias": arrays["bias"]}}
+
+    @staticmethod
+    def arrays(params):
+        return {
+            "weight": np.array(params["fc"]["kernel"]).T,
+            "bias": np.array(params["fc"]["bias"]),
+        }
+
+    @staticmethod
+    def matrix(numbers):
+        return numbers.reshape(-1, 2, 3).swapaxes(1, 2)
+
+
+class Keras:
+    library, recorder, like = "keras", optimizer_states.Keras, LIKE_KERAS
+    arrive, depart = staticmethod(migrate.from_keras), staticmethod(migrate.to_keras)
+    name = staticmethod(keras_name)
+
+    @staticmethod
+    def params(arrays):
+        return {"fc": {"kernel": arrays["fc/kernel"], "bias": arrays["fc/bias"]}}
+
+    @staticmethod
+    def arrays(params):
+        return {f"fc/{name}": np.array(p) for name, p in params["fc"].items()}
+
+    @staticmethod
+    def matrix(numbers):
+        return numbers.reshape(-1, 3, 2)
+
+
+each_case = pytest.mark.parametrize(
+    ("side", "case"),
+    [(side, case) for side in (Torch, Keras) for case in side.like],
+    ids=lambda x: x if isinstance(x, str) else x.library,
+)
+
+
+def options_of(case):
+    return {"adamax": case == "adamax", "maximum": "raw" if case == "amsgrad" else None}
+
+
+@functools.cache
+def same_algorithm(side, case):
+    """jadam's transformation, with a schedule in its state, and its steps, compiled once."""
+    member, options = side.like[case]
+    tx = member(optax.constant_schedule(RATE), **options)
+    return tx, stepper(tx)
+
+
+def on_the_way(side, case, part):
+    """In float64 the recording, its parameters in the middle and the gradients of a part."""
+    recorded = RECORDED[side.library][case]
+    numbers = jnp.asarray(GRADIENTS[part])
+    gradients = [
+        {"fc": {"kernel": kernel, "bias": bias}}
+        for kernel, bias in zip(side.matrix(numbers[:, :6]), numbers[:, 6:], strict=True)
+    ]
+    start = {k: np.asarray(x) for k, x in recorded["middle"].items()}
+    return recorded, jax.tree.map(jnp.asarray, side.params(start)), gradients
+
+
+@each_case
+def test_jadam_goes_on_where_the_other_stopped(x64, side, case):
+    """20 steps of the other library, migrated, and 20 of jadam are its 40, which are recorded."""
+    recorded, params, gradients = on_the_way(side, case, slice(STEPS, None))
+    tx, steps = same_algorithm(side, case)
+    state = side.arrive(recorded["state"], tx.init(params), side.name, **options_of(case))
+    assert [int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32] == [STEPS, STEPS]
+    end, _ = steps(gradients, params, state)
+    # 1e-13: rounding of 20 steps of 1e-3, measured at most 2e-15. A wrong step, moment or axis
+    # shows at 1e-5 and above.
+    for name, p in side.arrays(end).items():
+        np.testing.assert_allclose(p, recorded["end"][name], rtol=0, atol=1e-13, err_msg=name)
+
+
+@each_case
+def test_the_other_goes_on_where_jadam_stopped(x64, side, case):
+    """20 steps of jadam, migrated, and 20 of the installed library are its 40."""
+    if importlib.util.find_spec(side.library) is None:
+        pytest.skip(f"{side.library} is not installed: there and back stands for it")
+    recorded, _, gradients = on_the_way(side, case, slice(STEPS))
+    tx, steps = same_algorithm(side, case)
+    numbers = jnp.asarray(generate.INITIAL)
+    start = {"fc": {"kernel": side.matrix(numbers[:6])[0], "bias": numbers[6:]}}
+    params, state = steps(gradients, start, tx.init(start))
+    run = side.recorder(case)
+    run.assign(side.arrays(params), side.depart(state, run.state(), side.name, **options_of(case)))
+    end = run.steps(GRADIENTS[STEPS:])
+    # As above; torch's product of momenta in float32 adds 1e-15.
+    for name, p in end.items():
+        np.testing.assert_allclose(p, recorded["end"][name], rtol=0, atol=1e-13, err_msg=name)
+
+
+def flattened(value, where=""):
+    """The values in nested mappings, by their keys."""
+    if not isinstance(value, dict):
+        return {where: value}
+    parts = (flattened(x, f"{where}[{key!r}]") for key, x in value.items())
+    return functools.reduce(dict.__or__, parts, {})
+
+
+@each_case
+def test_there_and_back_is_every_bit(x64, side, case):
+    """What was recorded comes back, nothing that was given is changed."""
+    recorded, params, _ = on_the_way(side, case, slice(STEPS))
+    tx, _ = same_algorithm(side, case)
+    given, options = copy.deepcopy(recorded["state"]), options_of(case)
+    state = side.arrive(given, jax.eval_shape(tx.init, params), side.name, **options)
+    back = side.depart(state, given, side.name, **options)
+    assert given == recorded["state"]
+    found, expected = flattened(back), flattened(given)
+    assert list(found) == list(expected)
+    for where, x in found.items():
+        # torch keeps NAdam's product of momenta in float32; Keras rounded it 20 times.
+        rtol = {"nadam": 1e-7}.get(case, 0) if np.ndim(x) == 0 and side is Torch else 0
+        rtol = 1e-14 if "variable" in where else rtol
+        if isinstance(x, np.ndarray):
+            np.testing.assert_allclose(x, expected[where], rtol=rtol, atol=0, err_msg=where)
+    assert_identical(side.arrive(back, tx.init(params), side.name, **options)[0], state[0])
+
+
+@pytest.mark.parametrize("names", [["weight", "bias"], "numbers", "given as keys"])
+def test_torchs_parameters_are_named_in_every_way_that_torch_has(names):
+    """By param_names, by the user's list, by number, and as torch.distributed.checkpoint does."""
+    state_dict = copy.deepcopy(RECORDED["torch"]["adam"]["state"])
+    like = jadam.adam(RATE).init({"fc": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}})
+    expected = migrate.from_torch(state_dict, like, torch_name)
+    name = torch_name
+    for group, label in zip(state_dict["param_groups"], ("weight", "bias"), strict=True):
+        del group["param_names"]
+        if names == "given as keys":
+            (number,) = group["params"]
+            group["params"] = [label]
+            state_dict["state"][label] = state_dict["state"].pop(number)
+    if names == "numbers":
+        name = {"fc.kernel": (0, (1, 0)), "fc.bias": 1}.get
+    found = migrate.from_torch(
+        state_dict, like, name, names=names if isinstance(names, list) else None
+    )
+    assert_identical(found, expected)
+
+
+def test_arrays_may_be_torchs_own():
+    """Tensors, also in bfloat16, which NumPy does not have; the state does not follow them."""
+    torch = pytest.importorskip("torch")
+    like = jadam.adam(RATE, mu_dtype=jnp.bfloat16).init(jnp.ones(3, jnp.bfloat16))
+    entry = {
+        "step": torch.tensor(7.0),
+        "exp_avg": torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16),
+        "exp_avg_sq": torch.tensor([1.0, 4.0, 9.0], dtype=torch.bfloat16),
+    }
+    group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False}
+    state = migrate.from_torch({"state": {0: entry}, "param_groups": [group]}, like, lambda _: 0)
+    for tensor in entry.values():
+        tensor.zero_()
+    assert int(state[0].count) == 7
+    assert (state[0].mu.dtype, state[0].nu.dtype) == (jnp.bfloat16, jnp.float32)
+    assert state[0].mu.tolist() == [1.0, 2.0, 3.0]
+    assert state[0].nu.tolist() == [1.0, 4.0, 9.0]
+    back = migrate.to_torch(state, {"state": {}, "param_groups": [group]}, lambda _: 0)
+    assert {k: x.dtype for k, x in back["state"][0].items()} == dict.fromkeys(entry, np.float32)
+    back["state"][0]["exp_avg"][:] = 0.0
+    assert state[0].mu.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_only_the_moments_and_counts_of_a_chain_change(standard_promotion):
+    """Several states, masks, schedules and injected hyperparameters; no leaves share a buffer."""
+
+    halved, inject = test_drop_in.halved, optax.inject_hyperparams
+    parts = {
+        "decays": inject(jadam.adamw)(halved, weight_decay=0.1),
+        "not": jadam.adam(halved, b1=0.8),
+    }
+    labels = {"fc": {"kernel": "decays", "bias": "not"}}
+    params = {"fc": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    like = optax.chain(optax.ema(0.9), optax.partition(parts, labels)).init(params)
+    # One transformation for each group may have other betas, one for both may not.
+    state_dict = copy.deepcopy(RECORDED["torch"]["adam"]["state"])
+    state_dict["param_groups"][1]["betas"] = [0.8, 0.999]
+    with pytest.raises(ValueError, match=r"\['param_groups'\]\[.\]: b1: expected 0"):
+        migrate.from_torch(state_dict, jadam.init(params), torch_name)
+    state = migrate.from_torch(state_dict, like, torch_name)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, like)
+    rows = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(like), strict=True)
+    changed = {jax.tree_util.keystr(path) for (path, x), y in rows if np.any(x != y)}
+    decays = "[1].inner_states['decays'].inner_state"
+    not_decays = "[1].inner_states['not'].inner_state"
+    assert changed == {
+        f"{decays}.count",
+        f"{decays}.hyperparams_states['learning_rate'].count",
+        f"{decays}.inner_state[0].count",
+        f"{decays}.inner_state[0].mu['fc']['kernel']",
+        f"{decays}.inner_state[0].nu['fc']['kernel']",
+        f"{not_decays}[0].count",
+        f"{not_decays}[0].mu['fc']['bias']",
+        f"{not_decays}[0].nu['fc']['bias']",
+        f"{not_decays}[1].count",
+    }
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_arrays_go_where_like_is():
+    """A sharded state's moments arrive sharded, also after a file."""
+    mesh = Mesh(np.array(jax.devices()[:2]), "x")
+    sharding = NamedSharding(mesh, P("x"))
+    params = jax.device_put(jnp.ones(2), sharding)
+    entry = {"step": 1, "exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+    group = {"params": ["w"], "betas": (0.9, 0.999), "amsgrad": False}
+    like = jadam.adam(RATE).init(params)
+    state = migrate.from_torch(
+        {"state": {"w": entry}, "param_groups": [group]}, like, lambda _: "w"
+    )
+    assert state[0].mu.sharding == state[0].nu.sharding == like[0].mu.sharding == sharding
+
+
+# What does not fit
+
+GROUP = {"params": [0, 1], "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False, "lr": 0.1}
+
+
+def torch_mapping():
+    entries = {
+        i: {"step": 7.0, "exp_avg": np.ones(shape), "exp_avg_sq": np.full(shape, 2.0)}
+        for i, shape in enumerate([(2, 3), (2,)])
+    }
+    return {"state": entries, "param_groups": [{**GROUP, "param_names": ["weight", "bias"]}]}
+
+
+def keras_mapping():
+    return {
+        "adam/iteration": np.int32(7),
+        "adam/learning_rate": np.float32(0.1),
+        "adam/fc_kernel_momentum": np.ones((3, 2)),
+        "adam/fc_kernel_velocity": np.full((3, 2), 2.0),
+        "adam/fc_bias_momentum": np.ones(2),
+        "adam/fc_bias_velocity": np.full(2, 2.0),
+    }
+
+
+def layer_state(member=jadam.adam, **options):
+    return member(RATE, **options).init({"fc": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}})
+
+
+GONE = object()
+STATE, FIRST = "state_dict['state']", "state_dict['param_groups'][0]"
+TORCH_REFUSED = [
+    (("state",), GONE, "state_dict: expected the keys 'state' and 'param_groups'"),
+    (("more",), 1, "state_dict: expected the keys .* got .*'more'"),
+    (("state",), [], f"{STATE}: expected a mapping, got list"),
+    (("state",), {}, f"{STATE}[1]['step'] is missing"),
+    (("state", 1), GONE, f"{STATE}[1]['step'] is missing"),
+    (("state", 1), None, f"{STATE}[1]: expected a mapping, got NoneType"),
+    (("state", 2), {"step": 7.0}, f"{STATE}[2]['step'] is not expected"),
+    (("state", 0, "step"), GONE, f"{STATE}[0]['step'] is missing"),
+    (("state", 0, "step"), 8.0, f"{STATE}[0]['step']: expected 7 as {STATE}[1]['step'] has, got 8"),
+    (("state", 0, "step"), -1.0, f"{STATE}[0]['step']: expected a whole number >= 0"),
+    (("state", 0, "step"), 7.5, f"{STATE}[0]['step']: expected a whole number"),
+    (("state", 0, "step"), np.nan, f"{STATE}[0]['step']: expected a whole number"),
+    (("state", 0, "step"), 2**31, f"{STATE}[0]['step']: expected a whole number"),
+    (("state", 0, "step"), True, f"{STATE}[0]['step']: expected a number of updates"),
+    (("state", 0, "step"), "7", f"{STATE}[0]['step']: expected a number of updates"),
+    (("state", 0, "step"), [7.0], f"{STATE}[0]['step']: expected a number of updates"),
+    (("state", 0, "exp_avg"), GONE, f"{STATE}[0]['exp_avg'] is missing"),
+    (("state", 0, "exp_avg"), np.ones((3, 2)), f"{STATE}[0]['exp_avg']: expected shape (3, 2)"),
+    (("state", 1, "exp_avg"), np.ones(3), f"{STATE}[1]['exp_avg']: expected shape (2,), got (3,)"),
+    (("state", 1, "exp_avg"), np.ones(2, int), f"{STATE}[1]['exp_avg']: expected floating"),
+    (("state", 1, "exp_avg"), np.ones(2) + 1j, f"{STATE}[1]['exp_avg']: expected floating"),
+    (("state", 1, "exp_avg"), object(), f"{STATE}[1]['exp_avg']: expected floating"),
+    (("state", 1, "exp_avg"), [[1.0], 2.0], f"{STATE}[1]['exp_avg']: expected an array"),
+    (("state", 1, "exp_avg"), np.full(2, 1e39), f"{STATE}[1]['exp_avg']: expected numbers that"),
+    (("state", 1, "exp_avg_sq"), -np.ones(2), f"{STATE}[1]['exp_avg_sq']: expected numbers >= 0"),
+    (("state", 1, "max_exp_avg_sq"), np.ones(2), f"{STATE}[1]['max_exp_avg_sq'] is not expected"),
+    (("state", 1, "exp_inf"), np.ones(2), f"{STATE}[1]['exp_inf'] is not expected"),
+    (("param_groups",), {}, "state_dict['param_groups']: expected a list, got dict"),
+    (("param_groups", 0), 1, f"{FIRST}: expected a mapping, got int"),
+    (("param_groups", 0, "params"), GONE, f"{FIRST}['params'] is missing"),
+    (("param_groups", 0, "params"), [0, 0], f"{FIRST}['params']: 0 is there twice"),
+    (("param_groups", 0, "params"), [0, 1.5], f"{FIRST}['params'][1]: expected a name or a number"),
+    (("param_groups", 0, "params"), [0], f"{FIRST}['param_names']: expected 1, got 2"),
+    (("param_groups", 0, "params"), "01", f"{FIRST}['params']: expected a list, got str"),
+    (("param_groups", 0, "param_names"), GONE, "name('fc.bias'): expected one of 0, 1, got 'bias'"),
+    (("param_groups", 0, "betas"), GONE, f"{FIRST}['betas'] is missing"),
+    (("param_groups", 0, "betas"), None, f"{FIRST}['betas']: expected a list, got NoneType"),
+    (("param_groups", 0, "betas"), (0.9,), f"{FIRST}['betas']: expected 2, got 1"),
+    (("param_groups", 0, "betas"), (0.9, 2.0), f"{FIRST}['betas'][1]: expected a number >= 0"),
+    (("param_groups", 0, "amsgrad"), True, f"{FIRST}['amsgrad']: expected False"),
+    (("param_groups", 0, "amsgrad"), "no", f"{FIRST}['amsgrad']: expected True or False"),
+    (("param_groups", 0, "amsgrad"), GONE, f"{FIRST}: expected a group of Adam, as adamax=False"),
+    (("param_groups", 0, "maximize"), True, f"{FIRST}['maximize']: expected False"),
+    (("param_groups", 0, "momentum_decay"), 0.0, f"{FIRST}['momentum_decay']: expected a number >"),
+    (("param_groups", 0, "momentum_decay"), 0.004, f"{STATE}[1]['mu_product'] is missing"),
+]
+KERAS_REFUSED = [
+    (("adam/iteration",), GONE, "variables: expected one key 'iteration'"),
+    (("iteration",), 7, "variables: expected one key 'iteration'"),
+    (("adam/iteration",), -1, "variables['adam/iteration']: expected a whole number >= 0"),
+    (("adam/fc_bias_momentum",), GONE, "variables['adam/fc_bias_momentum'] is missing"),
+    (("adam/fc_bias_momentum",), np.ones(3), "variables['adam/fc_bias_momentum']: expected shape"),
+    (("adam/fc_bias_velocity",), -np.ones(2), "variables['adam/fc_bias_velocity']: expected .* 0"),
+    (("adam/fc_bias_velocity_hat",), np.ones(2), "variables['adam/fc_bias_velocity_hat'] is not"),
+    (("adam/fc_bias_average",), np.ones(2), "variables['adam/fc_bias_average'] is not expected"),
+    (("variable_3",), 0.5, "variables['variable_3']: expected 0.0"),
+    (("variable",), "x", "variables['variable']: expected a number"),
+    ((3,), 0.5, "variables: expected the variables' paths as keys, got 3"),
+]
+
+
+def changed(mapping, keys, value):
+    """The mapping with one entry, at nested keys, put in its place or gone."""
+    mapping = copy.deepcopy(mapping)
+    *outer, last = keys
+    at = functools.reduce(lambda x, key: x[key], outer, mapping)
+    if value is GONE:
+        del at[last]
+    else:
+        at[last] = value
+    return mapping
+
+
+def pattern(text):
+    """A regular expression that begins with the text; `.*` keeps its meaning."""
+    return "^" + ".*".join(map(re.escape, text.split(".*")))
+
+
+@pytest.mark.parametrize(("keys", "value", "message"), TORCH_REFUSED)
+def test_what_is_not_torchs_is_refused_by_its_key(keys, value, message):
+    """Each entry of a state dict that is missing, not expected, of a wrong type or out of range."""
+    migrate.from_torch(torch_mapping(), layer_state(), torch_name)
+    with pytest.raises((TypeError, ValueError), match=pattern(message)):
+        migrate.from_torch(changed(torch_mapping(), keys, value), layer_state(), torch_name)
+
+
+@pytest.mark.parametrize(("keys", "value", "message"), KERAS_REFUSED)
+def test_what_is_not_kerass_is_refused_by_its_key(keys, value, message):
+    """Each variable that is missing, not expected, of a wrong type or out of range."""
+    migrate.from_keras(keras_mapping(), layer_state(), keras_name)
+    with pytest.raises((TypeError, ValueError), match=pattern(message)):
+        migrate.from_keras(changed(keras_mapping(), keys, value), layer_state(), keras_name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({}, "name('fc.bias'): expected a name, a number or (name, axes), got None"),
+        ({"fc.bias": 1.0}, "name('fc.bias'): expected a name, a number"),
+        (
+            {"fc.bias": "b", "fc.kernel": 0},
+            "name('fc.bias'): expected one of 'weight', 0, 'bias', 1, got 'b'",
+        ),
+        ({"fc.bias": "bias", "fc.kernel": "bias"}, "name('fc.kernel'): 'bias' is what"),
+        ({"fc.bias": "bias", "fc.kernel": "weight"}, f"{STATE}[0]['exp_avg']: expected shape"),
+        ({"fc.bias": ("bias", (1, 0))}, "name('fc.bias'): expected an order of 1 axes"),
+        ({"fc.bias": "bias", "fc.kernel": ("weight", (0, 0))}, "name('fc.kernel'): expected an"),
+    ],
+)
+def test_a_wrong_name_is_refused(answer, message):
+    """The user's function has to give each leaf a parameter of its own."""
+    with pytest.raises((TypeError, ValueError), match=pattern(message)):
+        migrate.from_torch(torch_mapping(), layer_state(), answer.get)
+
+
+def departures():
+    template = {"state": {}, "param_groups": torch_mapping()["param_groups"]}
+    adam = layer_state()
+    two = (adam[0], adam[0]._replace(count=jnp.int32(1)))
+    complex_state = jadam.init(jnp.ones(2, jnp.complex64))
+    one = {"state": {}, "param_groups": [{**GROUP, "params": ["w"]}]}
+    codes = jadam.init(jnp.ones((64, 64)), mu_dtype="int8", nu_dtype="uint8")
+    adamax = {"params": ["w"], "betas": (0.9, 0.999)}
+    other = {**GROUP, "params": [1], "param_names": ["bias"], "betas": (0.8, 0.999)}
+    first = {**GROUP, "params": [0], "param_names": ["weight"]}
+    more = {**GROUP, "params": [0, 1, 2], "param_names": ["weight", "bias", "more"]}
+    w = lambda path: "w"  # noqa: E731
+    return [
+        (adam[0], template | {"param_groups": []}, torch_name, "name('fc.bias'): expected one"),
+        (adam, template | {"param_groups": [more]}, torch_name, f"{FIRST}['params']: no leaf"),
+        (
+            adam,
+            template | {"param_groups": [first, other]},
+            torch_name,
+            "state_dict['param_groups'][0]: b1: expected 0.8",
+        ),
+        (two, template, torch_name, "state[1].count: expected 0 as state[0].count has, got 1"),
+        (complex_state, one, w, "state.mu: expected real numbers, got complex64"),
+        (codes, one, w, "state.mu: expected moments in floats, got 8-bit codes"),
+        (
+            jadam.init(jnp.ones(2)),
+            one | {"param_groups": [adamax]},
+            w,
+            f"{FIRST}: expected a group",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("state", "template", "name", "message"), departures())
+def test_what_torch_cannot_take_is_refused(state, template, name, message):
+    """Leaves or parameters without a partner, two counts or betas, codes, complex numbers."""
+    with pytest.raises((TypeError, ValueError), match=pattern(message)):
+        migrate.to_torch(state, template, name)
+
+
+def test_what_keras_cannot_take_is_refused():
+    """A variable without a leaf, and a leaf without a variable."""
+    template = keras_mapping()
+    without = changed(template, ("adam/fc_bias_momentum",), GONE)
+    with pytest.raises(ValueError, match=r"variables\['adam/fc_bias_momentum'\] is missing"):
+        migrate.to_keras(layer_state(), without, keras_name)
+    with pytest.raises(ValueError, match=r"variables\['adam/more_momentum'\] is not expected"):
+        migrate.to_keras(layer_state(), template | {"adam/more_momentum": 1.0}, keras_name)
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.floats(width=32), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.sampled_from([np.ones((2, 3)), np.full(2, np.nan), np.ones(0), np.array("x"), 1j, b"", ()]),
+)
+
+
+def numbers_of(state):
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_changed_mapping_is_refused_by_its_key_or_migrated_as_it_is(data):
+    """Any entry of a torch or Keras state removed, replaced by anything, or added.
+
+    Never a silent change: whatever is taken lies in the state bit for bit, all else is as before.
+    """
+    arrive, mapping, name = data.draw(
+        st.sampled_from(
+            [
+                (migrate.from_torch, torch_mapping(), torch_name),
+                (migrate.from_keras, keras_mapping(), keras_name),
+            ]
+        )
+    )
+    places = [(), *places_in(mapping)]
+    keys = data.draw(st.sampled_from(places))
+    if not keys:
+        keys, value = (data.draw(st.text(max_size=3) | st.integers()),), data.draw(JUNK)
+    else:
+        value = data.draw(JUNK | st.just(GONE))
+    before = numbers_of(arrive(mapping, layer_state(), name))
+    named = [f"[{key!r}]" for key in keys[-2:]] + [
+        "expected the keys",
+        "['param_names']: expected",
+        "expected one key",
+        "name(",
+        f"got {keys[-1]!r}",
+        f"[{value!r}]",
+    ]
+    try:
+        after = numbers_of(arrive(changed(mapping, keys, value), layer_state(), name))
+    except (TypeError, ValueError) as error:
+        message = str(error)
+    else:
+        message = None
+    if message is not None:
+        assert any(key in message for key in named)
+        return
+    different = [
+        key for key in before if not np.array_equal(before[key], after[key], equal_nan=True)
+    ]
+    if different:
+        # One moment alone, with the numbers that were given.
+        (key,) = different
+        given_numbers = np.asarray(value, after[key].dtype)
+        found = after[key] if after[key].shape == given_numbers.shape else after[key].T
+        np.testing.assert_array_equal(found, given_numbers)
+
+
+def places_in(value, at=()):
+    """The keys that lead to each part of nested mappings and lists."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return [at]
+    return ([at] if at else []) + [place for k, x in items for place in places_in(x, (*at, k))]
+
+
+# Storage
+
+MEMBERS = {"adam": jadam.adam, "amsgrad": jadam.amsgrad, "adamax": jadam.adamax}
+each_member = pytest.mark.parametrize("member", MEMBERS)
+
+
+def hostile(steps):
+    """Gradients over 14 decades, a fifth of them 0, one row dead, one element NaN."""
+    rng = np.random.default_rng(0)
+    scale = 10.0 ** rng.uniform(-12, 2, (8, 200))
+    g = scale * rng.standard_normal((steps, 8, 200)) * (rng.random((steps, 8, 200)) < 0.8)
+    g[:, 3] = 0
+    g[-1, 5, 7] = np.nan
+    return [{"w": jnp.asarray(x, jnp.float32), "b": jnp.asarray(x[0, :3], jnp.float32)} for x in g]
+
+
+@each_member
+def test_from_codes_to_floats_and_back_is_exact(member):
+    """The numbers that codes stand for have codes: the nearest is their own."""
+    adamax = member == "adamax"
+    gradients = hostile(30)
+    small, large = MEMBERS[member](RATE, **SMALL), MEMBERS[member](RATE)
+    _, state = stepper(small)(gradients, gradients[0], small.init(gradients[0]))
+    like = jax.eval_shape(large.init, gradients[0])
+    floats = migrate.cast_like(state, like, adamax=adamax)
+    assert jax.tree.map(jax.typeof, floats) == jax.tree.map(jax.typeof, like)
+    again = migrate.cast_like(floats, state, adamax=adamax)
+    assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
+    jax.tree.map(
+        np.testing.assert_array_equal, migrate.cast_like(again, like, adamax=adamax), floats
+    )
+    assert_identical(migrate.cast_like(state, again), state)
+
+
+@each_member
+def test_floats_go_to_the_nearest_codes(member):
+    """Half a level of √v or u, m no further than half of its 127 levels, within Adam's bound."""
+    adamax = member == "adamax"
+    gradients = [jax.tree.map(jnp.nan_to_num, g) for g in hostile(30)]
+    small, large = MEMBERS[member](RATE, **SMALL), MEMBERS[member](RATE)
+    _, state = stepper(large)(gradients, gradients[0], large.init(gradients[0]))
+    codes = migrate.cast_like(state, small.init(gradients[0]), adamax=adamax)
+    found = migrate.cast_like(codes, state, adamax=adamax)[0]
+    assert found.count == state[0].count
+    v, exact = (np.asarray(x.nu["w"], np.float64) for x in (found, state[0]))
+    in_range = exact > 2.0 ** (-15 if adamax else -30) * exact.max(-1, keepdims=True)
+    assert in_range.mean() > 0.25
+    # Half of 1/32 of an octave, and 1e-5 for the polynomials of the code.
+    factor = v[in_range] / exact[in_range]
+    assert np.abs(np.log2(factor)).max() <= (1 if adamax else 2) / 64 + 1e-5
+    np.testing.assert_array_equal(v[exact == 0], 0)
+    m, expected = (np.asarray(x.mu["w"]) for x in (found, state[0]))
+    # Levels are 3·noise/63 apart at 0, 1.1% of √v, and grow with m: half a level of m at its end.
+    size = np.sqrt(exact) if not adamax else exact
+    error = np.abs(m - expected)[in_range] / (size + np.abs(expected))[in_range]
+    assert error.max() <= 0.05
+    if member == "amsgrad":
+        higher = (
+            np.asarray(found.nu_max["w"])[in_range] / np.asarray(state[0].nu_max["w"])[in_range]
+        )
+        # Upwards, so that it does not fall: less than a level.
+        assert higher.min() >= 1 - 1e-3
+        assert higher.max() <= 2 ** (2 / 32) * (1 + 1e-3)
+
+
+def test_training_goes_on_in_the_other_storage():
+    """Half in float32 and half in 8 bits, both ways, end where all in 8 bits does."""
+    rng = np.random.default_rng(0)
+    scale = np.exp(rng.standard_normal((32, 128)))
+    gradients = [
+        jnp.asarray((0.3 + rng.standard_normal((32, 128))) * scale, jnp.float32) for _ in range(60)
+    ]
+    small, large = jadam.adam(RATE, **SMALL), jadam.adam(RATE)
+    in_codes, in_floats = stepper(small), stepper(large)
+    start = jnp.zeros((32, 128))
+    exact, _ = in_floats(gradients, start, large.init(start))
+    codes, _ = in_codes(gradients, start, small.init(start))
+
+    def error(params):
+        """In learning rates, root mean square: a step is about one."""
+        return float(jnp.sqrt(jnp.mean((params - exact) ** 2))) / RATE
+
+    def half(first, tx, second, other):
+        params, state = first(gradients[:30], start, tx.init(start))
+        return second(gradients[30:], params, migrate.cast_like(state, other.init(start)))[0]
+
+    there, back = half(in_floats, large, in_codes, small), half(in_codes, small, in_floats, large)
+    # The codes' own error, over all 60 steps, bounds that of 30 and one rounding.
+    assert 0 < error(there) <= error(codes) < 1
+    assert 0 < error(back) <= error(codes)
+    # Forgotten moments are another trajectory.
+    params, _ = in_floats(gradients[:30], start, large.init(start))
+    fresh, _ = in_codes(gradients[30:], params, small.init(start))
+    assert error(fresh) > 3 * error(codes)
+
+
+def test_floats_change_their_width():
+    """float32 to bfloat16 to nearest, and back without a loss."""
+    params = {"w": jnp.linspace(-3, 3, 50)}
+    state = jadam.init(params)._replace(mu=params, nu={"w": params["w"] ** 2})
+    narrow = jadam.init(params, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
+    cast = migrate.cast_like(state, narrow)
+    assert_identical(cast.nu["w"], state.nu["w"].astype(jnp.bfloat16))
+    back = migrate.cast_like(cast, state)
+    assert jax.tree.map(jax.typeof, back) == jax.tree.map(jax.typeof, state)
+    assert_identical(migrate.cast_like(back, cast), cast)
+
+
+def test_what_the_other_storage_cannot_hold_is_refused():
+    """Too large, complex, of other shapes or kinds: named, never infinite or cut."""
+    one, many = jnp.ones(2), jnp.ones((64, 64))
+    half = jadam.init(one, nu_dtype=jnp.float16)
+    large = jadam.init(one)._replace(nu=jnp.array([1.0, 1e6]))
+    codes = jadam.init(many, mu_dtype="int8", nu_dtype="uint8")
+    beyond = jadam.init(many)._replace(nu=jnp.full((64, 64), 1e38))
+    for state, like, message in [
+        (large, half, "state.nu: expected numbers that float16 has, got 1000000"),
+        (beyond, codes, "state.nu: expected at most 8.51e"),
+        (
+            jadam.init(jnp.ones(2, jnp.complex64)),
+            jadam.init(one),
+            "state.mu: expected a real dtype",
+        ),
+        (jadam.init(one), jadam.init(jnp.ones(3)), "state.mu: expected shape (3,)"),
+        (jadam.init({"a": one}), jadam.init({"b": one}), "state.mu['b'] is missing"),
+        (
+            jadam.init(one),
+            jadam.amsgrad(RATE).init(one),
+            "state: expected ['AmsgradState'] as in like",
+        ),
+        (
+            jadam.init(one)._replace(nu=jnp.ones(3)),
+            jadam.init(one),
+            "state.nu: expected shape (2,)",
+        ),
+        (jadam.init(one)._replace(nu={"a": one}), jadam.init(one), "state.nu is missing"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=pattern(message)):
+            migrate.cast_like(state, like)
+
+
+# Files
+
+needs_safetensors = pytest.mark.skipif(
+    importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
+)
+
+
+def of_every_kind():
+    """A state with every dtype and shape that a file has to hold, and any bits in it."""
+    params = {
+        "matrix": jnp.ones((64, 128)),
+        "half": jnp.ones(3, jnp.bfloat16),
+        "complex": jnp.ones(2, jnp.complex64),
+        "none": None,
+        "pair": (jnp.ones(()), jnp.ones((0, 4))),
+    }
+    tx = optax.chain(
+        jadam.amsgrad(test_drop_in.halved, mu_dtype="int8", nu_dtype="uint8"),
+        jadam.adam(RATE, mu_dtype=jnp.float8_e4m3fn, nu_dtype=jnp.bfloat16),
+    )
+    rng = np.random.default_rng(0)
+
+    def random(x):
+        return jnp.asarray(np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape))
+
+    return jax.tree.map(random, tx.init(params))
+
+
+@needs_safetensors
+def test_a_file_holds_every_bit(tmp_path):
+    """Codes, bfloat16, float8, complex, 0-d and empty arrays, under the names of their paths."""
+    import safetensors
+
+    state = of_every_kind()
+    path = tmp_path / "state.safetensors"
+    migrate.to_safetensors(path, state)
+    found = migrate.from_safetensors(path, jax.eval_shape(lambda: state))
+    assert_identical(found, state)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found))
+    with safetensors.safe_open(path, framework="np") as file:
+        np.testing.assert_array_equal(file.get_tensor("0.0.mu.matrix"), state[0][0].mu["matrix"])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@needs_safetensors
+def test_a_file_is_read_to_where_like_is(tmp_path):
+    """A sharded state comes back sharded, and goes to another sharding, bit for bit."""
+    meshes = [Mesh(np.array(jax.devices()[:n]), "x") for n in (2, 4)]
+    shardings = [NamedSharding(mesh, P("x")) for mesh in meshes]
+    params = jax.device_put(jnp.arange(8.0), shardings[0])
+    state = jadam.init(params)
+    state = state._replace(mu=params + 1, nu=params + 2)
+    migrate.to_safetensors(tmp_path / "a", state)
+    like = jadam.init(jax.device_put(params, shardings[1]))
+    found = migrate.from_safetensors(tmp_path / "a", like)
+    assert found.mu.sharding == like.mu.sharding == shardings[1]
+    assert_identical(found, state)
+
+
+@needs_safetensors
+def test_a_damaged_file_is_refused(tmp_path):
+    """Cut at any length, or with any byte changed, in the header or in the numbers."""
+    path = tmp_path / "state"
+    state = jadam.adam(RATE).init({"w": jnp.ones(5), "b": jnp.ones(())})
+    migrate.to_safetensors(path, state)
+    whole = path.read_bytes()
+    for n in range(0, len(whole), 7):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            migrate.from_safetensors(path, state)
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n] + bytes([whole[n] ^ 16]) + whole[n + 1 :])
+        try:
+            found = migrate.from_safetensors(path, state)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            assert_identical(found, state)  # padding, or what the header says twice
+    path.write_bytes(whole[:-1] + b"\1")
+    with pytest.raises(ValueError, match=r"0\..*: .* crc32 .* the file was changed"):
+        migrate.from_safetensors(path, state)
+
+
+@needs_safetensors
+def test_a_file_of_another_tree_is_refused(tmp_path):
+    """A leaf that is missing, not expected, of another shape or dtype; no file; no checksum."""
+    import safetensors.numpy
+
+    path = tmp_path / "state"
+    tx = jadam.adam(RATE)
+    migrate.to_safetensors(path, tx.init({"w": jnp.ones(5)}))
+    for params, message in [
+        ({"w": jnp.ones(5), "b": jnp.ones(1)}, "0.mu.b is missing"),
+        ({}, "0..*.w is not expected"),
+        ({"w": jnp.ones((5, 1))}, "0.mu.w: expected shape (5, 1) of like, got (5,)"),
+        ({"w": jnp.ones(5, jnp.complex64)}, "0.mu.w: expected complex64 of like, got float32"),
+    ]:
+        with pytest.raises(ValueError, match=pattern(f"{path}: {message}")):
+            migrate.from_safetensors(path, tx.init(params))
+    with pytest.raises(FileNotFoundError):
+        migrate.from_safetensors(tmp_path / "none", tx.init({}))
+    safetensors.numpy.save_file({"w": np.ones(5)}, path)
+    with pytest.raises(ValueError, match="w: expected float64 of like, got an array without"):
+        migrate.from_safetensors(path, {"w": np.ones(5)})
+
+
+@needs_safetensors
+def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, monkeypatch):
+    """Names that collide, unknown dtypes, no array; an error while writing leaves no half file."""
+    import safetensors.numpy
+
+    path = tmp_path / "state"
+    state = {"w": jnp.ones(5)}
+    migrate.to_safetensors(path, state)
+    for tree, error, message in [
+        ({"a.b": 1.0, "a": {"b": 2.0}}, ValueError, "state['a']['b'] and state['a.b']: .*'a.b'"),
+        ({"w": np.ones(2, np.complex128)}, ValueError, 'state: w: Unknown dtype "complex128"'),
+        ({"w": "text"}, ValueError, "state: w: Unknown dtype"),
+        ({"w": jax.random.key(0)}, TypeError, "state: w: expected an array"),
+    ]:
+        with pytest.raises(error, match=pattern(message)):
+            migrate.to_safetensors(path, tree)
+
+    def full(tensors, filename, metadata=None):
+        Path(filename).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        migrate.to_safetensors(path, {"w": jnp.zeros(5)})
+    assert_identical(migrate.from_safetensors(path, state), state)
+    assert list(tmp_path.iterdir()) == [path]

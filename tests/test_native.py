@@ -1,0 +1,372 @@
+"""The kernel in C++ against the same step in XLA's operations, and the ways around it."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_codec import bounds
+
+import jadam
+from jadam import _native
+
+EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+STORAGE = {
+    "float32": {},
+    "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    "bfloat16 m": {"mu_dtype": "bfloat16"},
+    "8 bits": EIGHT_BITS,
+}
+DTYPES = {
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16 gradients": (jnp.bfloat16, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+}
+# Rows that end within a vector of 16 and within a block of 128, no row, no element, one number.
+SHAPES = [(70, 300), (4099,), (33, 7, 20), (0, 5), (), (4, 2048)]
+
+needs_kernel = pytest.mark.skipif(
+    _native.library().instruction_set is None, reason=_native.library().reason
+)
+
+
+def leaves(dtype, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [
+        jnp.asarray(scale * rng.standard_normal(s) * np.exp(2 * rng.standard_normal(s)), dtype)
+        for s in SHAPES
+    ]
+
+
+def has_kernel(function, *args):
+    return "jadam_step" in jax.jit(function).lower(*args).compile().as_text()
+
+
+@needs_kernel
+@pytest.mark.parametrize("way", ["update", "step"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_kernel_is_the_same_step(nesterov, storage, dtypes, way):
+    """Every dtype and storage: after five steps from the same state, what XLA's form gives."""
+    g_dtype, p_dtype = DTYPES[dtypes]
+    params = leaves(p_dtype, 0)
+    make = functools.partial(
+        jadam.adamw,
+        optax.linear_schedule(1e-2, 1e-3, 10),
+        eps_root=1e-12,
+        weight_decay=0.1,
+        mask=[True, False, True, True, True, False],
+        nesterov=nesterov,
+        min_size=0,
+        **STORAGE[storage],
+    )
+    kernel, xla = make(kernel="native"), make(kernel="xla")
+    call = (lambda tx: tx.step) if way == "step" else (lambda tx: tx.update)
+    in_kernel, in_xla = jax.jit(call(kernel)), jax.jit(call(xla))
+    state = kernel.init(params)
+    assert has_kernel(call(kernel), leaves(g_dtype, 1), state, params)
+    assert not has_kernel(call(xla), leaves(g_dtype, 1), state, params)
+    for t in range(5):
+        grads = leaves(g_dtype, t + 1, scale=10.0**-t)
+        (moved, after), (expected, state) = (f(grads, state, params) for f in (in_kernel, in_xla))
+        assert jax.tree.map(jnp.result_type, (moved, after)) == jax.tree.map(
+            jnp.result_type, (expected, state)
+        )
+        for x, y, p, g in zip(moved, expected, params, grads, strict=True):
+            x, y, p = (np.asarray(a, np.float64) for a in (x, y, p))
+            update = np.abs(y - p if way == "step" else y) + 1e-2 * 0.1 * np.abs(p)
+            # Three units in the last place of what is added, the direction and the decay, which may
+            # cancel, as may m and g in a direction under 1: XLA's fused sum with the decay is up
+            # to 2.3 off. One more for 8 bits, where m comes through a reciprocal to one ulp. And
+            # one of the update's own dtype, and one of the result.
+            update = np.maximum(update, 1e-2)
+            unit = float(jnp.finfo(g.dtype).eps)
+            ulps = 4 if storage == "8 bits" else 3
+            allowed = ulps * 2.0**-23 * update + (unit if unit > 1e-3 else 0) * update
+            if way == "step":
+                allowed += float(jnp.finfo(p_dtype).eps) * np.abs(y)
+            np.testing.assert_array_less(np.abs(x - y) - allowed, 1e-30)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            compare_stored(np.asarray(x), np.asarray(y))
+
+
+def compare_stored(x, y):
+    """Two moments in storage: 2 ulps in float32; what is dithered may fall to either neighbour."""
+    if x.dtype == np.uint16:
+        code, level = (
+            np.abs((x & 511).astype(int) - (y & 511)),
+            np.abs((x >> 9).astype(int) - (y >> 9)),
+        )
+        assert max(code.max(initial=0), level.max(initial=0)) <= 1
+        # The logarithm of the kernel is within 2e-5 levels of that of XLA's form.
+        assert np.sum(x != y) <= 1e-3 * x.size
+    elif x.dtype in (np.int16, np.int32):
+        np.testing.assert_array_equal(x, y)
+    elif x.dtype == np.float32:
+        np.testing.assert_array_max_ulp(x, y, maxulp=2)
+    else:
+        bits = np.abs(x.view(np.int16).astype(int) - y.view(np.int16))
+        assert bits.max(initial=0) <= 1
+        assert np.sum(bits != 0) <= 1e-3 * x.size
+
+
+@needs_kernel
+@pytest.mark.parametrize("storage", STORAGE)
+def test_special_numbers_poison_what_they_poison_in_xla(storage):
+    """NaN, infinities, zeros, huge and tiny gradients: the same element by element."""
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e30, -1e30, 1e20, 1e-30, 1e-42, 1e-20, 1.0]
+    g = np.ones((40, 256), np.float32)
+    g[::3, : len(special)] = special
+    g = jnp.asarray(g)
+    txs = [jadam.adam(1e-2, **STORAGE[storage], kernel=kernel) for kernel in ("native", "xla")]
+    results = []
+    for tx in txs:
+        state = tx.init(g)
+        for x in (g, jnp.ones_like(g), jnp.zeros_like(g)):
+            updates, state = jax.jit(tx.update)(x, state)
+        results.append((updates, state))
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        if x.dtype.kind in "iu":
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-6, equal_nan=True)  # 8 float32 roundings
+
+
+@needs_kernel
+def test_no_update_of_the_kernel_is_beyond_adams_bound():
+    """The gradients on which another 8-bit Adam makes steps of 96,129 learning rates."""
+    tx = jadam.adam(1.0, **EIGHT_BITS, min_size=0, kernel="native")
+    params = jnp.zeros((2, 128))
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    base = np.full((2, 128), 1e-3, np.float32)
+    bound = bounds(301)
+    for t in range(1, 301):
+        g = base.copy()
+        g[:, 0] = (-1.0) ** t
+        if t % 50 == 0:
+            g[:, 1] = 0
+        updates, state = update(jnp.asarray(g), state)
+        # 1e-6: the roundings of the direction, under 4 ulps.
+        assert np.max(np.abs(updates)) <= bound[t - 1] * (1 + 1e-6)
+
+
+@needs_kernel
+def test_differentiation_and_vmap_take_the_form_of_xla():
+    """The kernel has no derivative of its own: gradients through it are those without it."""
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((3, 50)), jnp.float32)
+
+    def loss(g, rate, kernel):
+        updates, _ = jadam.update(g, jadam.init(g), learning_rate=rate, kernel=kernel)
+        return jnp.sum(updates**2)
+
+    for argument in (0, 1):
+        derivative = jax.jit(jax.grad(loss, argument), static_argnums=2)
+        for x, y in zip(
+            jax.tree.leaves(derivative(g, jnp.float32(0.1), "native")),
+            jax.tree.leaves(derivative(g, jnp.float32(0.1), "xla")),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x, y)
+    one = jax.jit(lambda g, kernel: jadam.update(g, jadam.init(g), kernel=kernel), static_argnums=1)
+    many = jax.vmap(lambda g: jadam.update(g, jadam.init(g), kernel="native"))(g)
+    for i in range(3):
+        jax.tree.map(
+            lambda x, y, i=i: np.testing.assert_array_max_ulp(x[i], y, 2), many, one(g[i], "native")
+        )
+
+
+@needs_kernel
+def test_a_scan_and_single_calls_give_the_same_bits():
+    """The kernel is in both; and in a call outside of jit, which rounds the step's numbers apart."""
+    tx = jadam.adamw(1e-2, kernel="native")
+    params = jnp.ones((8, 200))
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 200)), jnp.float32)
+    start = (params, tx.init(params))
+
+    def all_steps(carry):
+        return jax.lax.scan(lambda c, g: (tx.step(g, c[1], c[0]), None), carry, grads)[0]
+
+    assert has_kernel(all_steps, start)
+    scanned = jax.jit(all_steps)(start)
+    eager = jitted = start
+    for g in grads:
+        eager = tx.step(g, eager[1], eager[0])
+        jitted = jax.jit(tx.step)(g, jitted[1], jitted[0])
+    jax.tree.map(np.testing.assert_array_equal, jitted, scanned)
+    # 1e-6: a few ulps of the step's numbers.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6), eager, scanned)
+
+
+@needs_kernel
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", None), P()], ids=str)
+def test_each_device_steps_its_own_shard(spec, storage):
+    """No collective, nothing gathered, and the bits of one device."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 1024)), jnp.float32)
+    tx = jadam.adamw(1e-2, **STORAGE[storage], kernel="native")
+    step = jax.jit(tx.step)
+    one, many = ((x, tx.init(x)) for x in (g, jax.device_put(g, NamedSharding(mesh, spec))))
+    program = step.lower(many[0], many[1], many[0]).compile().as_text()
+    assert "jadam_step" in program
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in program
+    for _ in range(2):
+        one, many = step(g, one[1], one[0]), step(many[0] * 0 + g, many[1], many[0])
+    jax.tree.map(np.testing.assert_array_equal, many, one)
+
+
+@needs_kernel
+def test_blocks_that_a_sharding_divides_are_put_together():
+    """A last axis in shards of 125: right, if not without communication."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 1000)), jnp.float32)
+    sharded = jax.device_put(g, NamedSharding(mesh, P(None, "x")))
+    tx = jadam.adam(1e-2, **EIGHT_BITS, kernel="native")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(tx.update)(sharded, tx.init(sharded)),
+        jax.jit(tx.update)(g, tx.init(g)),
+    )
+
+
+@needs_kernel
+def test_inside_shard_map_each_device_calls_the_kernel():
+    """Under manual sharding the arrays are whole."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 64)), jnp.float32)
+    update = jax.shard_map(
+        lambda g: jadam.update(g, jadam.init(g), kernel="native")[0],
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+    )
+    assert has_kernel(update, g)
+    expected, _ = jax.jit(jadam.update)(g, jadam.init(g))
+    np.testing.assert_array_equal(jax.jit(update)(g), expected)
+
+
+@needs_kernel
+def test_an_exported_program_needs_no_kernel():
+    """jax.export refuses calls of a library that the reader may not have: it gets XLA's form."""
+    g = jnp.ones((64, 64))
+    state = jadam.init(g)
+    exported = jax.export.export(jax.jit(jadam.update))(g, state)
+    assert "custom_call" not in exported.mlir_module()
+    expected = jax.jit(functools.partial(jadam.update, kernel="xla"))(g, state)
+    jax.tree.map(np.testing.assert_array_equal, exported.call(g, state), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("storage", STORAGE)
+def test_under_donation_the_step_is_in_place_in_one_pass(storage):
+    """The compiled step: nothing is copied, one call for 32 leaves, no loop over a leaf."""
+    params = [jnp.ones((256, 512)) for _ in range(40)]
+    tx = jadam.adamw(1e-3, **STORAGE[storage], kernel="native")
+    state = tx.init(params)
+
+    def step(params, state, grads):
+        return tx.step(grads, state, params)
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    assert memory.temp_size_in_bytes <= 0.01 * params[0].nbytes
+    text = program.as_text()
+    assert text.count('custom_call_target="jadam_step"') == 2
+    assert "f32[256,512]{1,0} fusion" not in text
+
+
+@needs_kernel
+def test_without_donation_the_inputs_stay_as_they_were():
+    """The kernel writes in place; a buffer that somebody holds is copied before."""
+    params = jnp.ones((64, 64))
+    tx = jadam.adam(1e-2, kernel="native")
+    state = tx.init(params)
+    before = jax.tree.map(np.array, (params, state))
+    jax.jit(tx.step)(params, state, params)
+    jax.jit(tx.update)(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), before)
+
+
+@needs_kernel
+def test_several_threads_at_once():
+    """Programs that run side by side share XLA's threads, and give what each gives alone."""
+    g = [
+        jnp.asarray(np.random.default_rng(i).standard_normal(100_000), jnp.float32)
+        for i in range(4)
+    ]
+    step = jax.jit(functools.partial(jadam.update, kernel="native"))
+    expected = [step(x, jadam.init(x)) for x in g]
+    results = [[] for _ in g]
+
+    def work(i):
+        for _ in range(20):
+            results[i].append(step(g[i], jadam.init(g[i])))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, result in enumerate(results):
+        assert len(result) == 20
+        for x in result:
+            jax.tree.map(np.testing.assert_array_equal, x, expected[i])
+
+
+@needs_kernel
+@pytest.mark.parametrize("make", [jadam.amsgrad, jadam.adamax, jadam.radam])
+def test_other_members_and_dtypes_fall_back(make):
+    """ "native" asks for the kernel where it has the equations and the dtypes, and for no more."""
+    params = {
+        "w": jnp.ones((4, 64)),
+        "h": jnp.ones(3, jnp.float16),
+        "z": jnp.ones(3, jnp.complex64),
+    }
+    for tx in (make(1e-2, kernel="native"), jadam.adam(1e-2, kernel="native")):
+        peer = jax.jit(tx.update)(params, tx.init(params))
+        assert jax.tree.map(jnp.result_type, peer[0]) == jax.tree.map(jnp.result_type, params)
+    tx = jadam.adam(1e-2, kernel="native")
+    assert has_kernel(tx.update, params, tx.init(params))
+
+
+def test_kernels_says_what_is_in_use_and_why():
+    """A name and a reason for each platform."""
+    assert jadam.kernels().keys() == {"cpu", "gpu", "tpu"}
+    for text in jadam.kernels().values():
+        kind, reason = text.split(": ", 1)
+        assert kind.split(" ")[0] in ("native", "xla")
+        assert reason
+
+
+def test_without_the_library_jadam_runs_in_xla(monkeypatch):
+    """No compiler at installation: the same results, and an error for who insists on the kernel."""
+    g = jnp.ones((4, 64))
+    expected = jadam.update(g, jadam.init(g), kernel="xla")
+    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
+    _native.library.cache_clear()
+    try:
+        assert jadam.kernels()["cpu"].startswith("xla: not built")
+        jax.tree.map(np.testing.assert_array_equal, jadam.update(g, jadam.init(g)), expected)
+        with pytest.raises(RuntimeError, match='kernel: expected one for "native", got none: not'):
+            jadam.adam(1e-3, kernel="native")
+    finally:
+        monkeypatch.undo()
+        _native.library.cache_clear()
+
+
+def test_a_wrong_kernel_is_refused():
+    """The name of the argument, what was expected, what came."""
+    with pytest.raises(
+        ValueError, match="kernel: expected one of 'auto', 'xla', 'native', got 'c'"
+    ):
+        jadam.adam(1e-3, kernel="c")
