@@ -30,6 +30,14 @@ lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 check: ## what continuous integration runs: lint, then test
 	$(MAKE) lint test TEST=dev
 
+check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and with sanitizers
+	@for sanitize in "" address,undefined thread; do \
+	  dir=build/native-$${sanitize:-plain}; \
+	  cmake -S tests/native -B $$dir -DSANITIZE=$$sanitize \
+	    -DPython3_EXECUTABLE=$(abspath $(RUN)) && \
+	  cmake --build $$dir --target check --parallel && $$dir/check || exit 1; \
+	done
+
 soak: $(call STAMP,test) ## the long forms of the tests, several processes among them
 	$(RUN) -m pytest -m soak
 

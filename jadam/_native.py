@@ -5,11 +5,13 @@ pass. It is one primitive of many leaves. On another platform, under differentia
 export the leaf's XLA form takes its place.
 """
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -74,7 +75,7 @@ def kernels() -> dict[str, str]:
 
     On a CPU the native kernel takes the leaves of `adam`, `adamw`, `nadam`, `nadamw` and
     `scale_by_adam` whose gradients and parameters are float32 or bfloat16 and whose moments are
-    float32, bfloat16 or codes, in programs for one device. The rest is XLA's.
+    float32, bfloat16 or codes; each device its own shard. The rest is XLA's.
 
     >>> import jadam
     >>> sorted(jadam.kernels())
@@ -87,6 +88,31 @@ def kernels() -> dict[str, str]:
         "gpu": "xla: it fuses a leaf's step into one kernel by itself",
         "tpu": "xla: it fuses a leaf's step into one kernel by itself",
     }
+
+
+_is_left_to_xla = contextvars.ContextVar("is_left_to_xla", default=False)
+
+
+@contextlib.contextmanager
+def left_to_xla() -> Iterator[None]:
+    """Traces updates without the kernel, unless it is insisted on.
+
+    Where XLA makes gradients and parameters from something smaller, it does so inside its loops;
+    for the kernel they would have to lie in memory, in float32.
+    """
+    token = _is_left_to_xla.set(True)
+    try:
+        yield
+    finally:
+        _is_left_to_xla.reset(token)
+
+
+def is_wanted(kernel: str) -> bool:
+    """Whether the argument `kernel` asks for the library, and it is there."""
+    # Off the CPU XLA takes leaf by leaf, which leaves it free in their order.
+    automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()
+    wanted = kernel == "native" or (kernel == "auto" and automatic)
+    return wanted and library().instruction_set is not None
 
 
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -280,7 +306,12 @@ def _sharding_rule(plan: Plan, mesh: Any, operands: Any, results: Any) -> Any:
     return f"numbers, tables, , {leaf} -> {of_m}, {of_m}, {of_v}", sizes
 
 
-_partitioned.def_partition(_partition, sharding_rule=_sharding_rule)
+def _places(plan: Plan, mesh: Any, operands: Any, results: Any) -> Any:
+    """Where the results lie: the same rule for XLA's older partitioner."""
+    return _partition(plan, mesh, operands, results)[2]
+
+
+_partitioned.def_partition(_partition, _places, sharding_rule=_sharding_rule)
 
 
 _step_p = jax.extend.core.Primitive(_TARGET)
@@ -325,17 +356,22 @@ def _lower_cpu(ctx: Any, *operands: Any, plan: Plan, arrays: int) -> Any:
 
 def _form_on_cpu(module: Any) -> Callable[..., Any]:
     """The kernel, in shards where arrays are divided; XLA's form in a program that is exported."""
-    if module.lowering_parameters.for_export:
-        return _in_xla
     context = module.axis_context
     mesh = getattr(context, "mesh", None)
     is_manual = mesh is not None and context.manual_axes == frozenset(mesh.axis_names)
-    is_whole = is_manual or getattr(context, "num_devices", None) == 1
-    return _in_kernel if is_whole else _in_shards
+    if module.lowering_parameters.for_export:
+        return _in_xla
+    if is_manual or getattr(context, "num_devices", None) == 1:
+        return _in_kernel
+    return _in_xla if getattr(context, "device_assignment", None) is None else _in_shards
 
 
-# Partitioning needs to know the devices. There is no public name for this.
-dispatch.prim_requires_devices_during_lowering.add(_step_p)
+# Partitioning needs to know the devices. There is no public name for this: without it a divided
+# array takes XLA's form.
+with contextlib.suppress(ImportError):
+    from jax._src.dispatch import prim_requires_devices_during_lowering
+
+    prim_requires_devices_during_lowering.add(_step_p)
 batching.primitive_batchers[_step_p] = _batched
 mlir.register_lowering(_step_p, _lower)
 mlir.register_lowering(_step_p, _lower_cpu, platform="cpu")

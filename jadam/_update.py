@@ -176,10 +176,10 @@ def step(
 ) -> tuple[PyTree, AdamState]:
     """`update` and `optax.apply_updates` in one: the next parameters and the next state.
 
-    No update goes through memory in between. Donate both in the `jax.jit` of a train step that takes
-    parameters and state in the order in which it returns them: JAX pairs donated arguments with
-    results by their order, and a parameter in the place of its moment costs copies. Arguments as
-    in `update`.
+    No update goes through memory in between. Donate both in the `jax.jit` of a train step that
+    takes parameters and state in the order in which it returns them: JAX pairs donated arguments
+    with results by their order, and a parameter in its moment's place costs copies. Arguments as in
+    `update`.
 
     Raises:
         RuntimeError, TypeError, ValueError: as in `update`.
@@ -256,7 +256,11 @@ def advance(
     rows = list(zip(leaves, given, decaying, *stored, strict=True))
 
     numbers = (rule, learning_rate, weight_decay, state.count)
-    native = [_is_native(kernel, rule, to_params, *row) for row in rows]
+    wanted = _native.is_wanted(kernel)
+    native = [
+        wanted and _native.takes(rule, g, p if to_params or decays else None, *moments)
+        for g, p, decays, *moments in rows
+    ]
     in_xla = leaf_step(*numbers, to_params=to_params)
     chosen = [row for row, is_native in zip(rows, native, strict=True) if is_native]
     in_kernel = iter(_native.step(*numbers, chosen, to_params=to_params) if chosen else ())
@@ -267,16 +271,6 @@ def advance(
     columns = zip(*results, strict=True) if results else ((),) * (1 + len(stored))
     moved, *moments = (jax.tree.unflatten(structure, column) for column in columns)
     return moved, kind(increment(state.count), *moments)
-
-
-def _is_native(
-    kernel: Kernel, rule: Rule, to_params: bool, g: Any, p: Any, decays: bool, *stored: Any
-) -> bool:
-    # Elsewhere XLA takes leaf by leaf, which leaves it free in their order.
-    is_wanted = kernel == "native" or (kernel == "auto" and jax.default_backend() == "cpu")
-    if not is_wanted or _native.library().instruction_set is None:
-        return False
-    return _native.takes(rule, g, p if to_params or decays else None, *stored)
 
 
 def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:

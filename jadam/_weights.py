@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
 
 from jadam import _math, _validate
+from jadam._native import left_to_xla
 from jadam._rounding import grid, weyl
 from jadam._types import DType, PyTree
 
@@ -289,9 +290,10 @@ def compensated_weights(
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
         residual, dither, inner_state = state
         masters = _joined(params, residual)
-        steps, inner_state = transformation.update(
-            _widened(updates), inner_state, masters, **extra_args
-        )
+        with left_to_xla():
+            steps, inner_state = transformation.update(
+                _widened(updates), inner_state, masters, **extra_args
+            )
         structure = jax.tree.structure(params)
 
         def leaf(place: int, p: Any, master: Any, r: Any, step: Any) -> tuple[Any, Any]:
@@ -397,9 +399,10 @@ def stochastic_rounding(
         _check_update(updates, params, "stochastic_rounding")
         _narrow_leaves(params, supported, "stochastic_rounding")
         wide = _widened(params)
-        steps, inner_state = transformation.update(
-            _widened(updates), state.inner_state, wide, **extra_args
-        )
+        with left_to_xla():
+            steps, inner_state = transformation.update(
+                _widened(updates), state.inner_state, wide, **extra_args
+            )
         leaves, structure = jax.tree.flatten(params)
         random = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         next_words, *words = jax.random.bits(random, (1 + len(leaves), 2), jnp.uint32)

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from tests.checkpoints.generate import HERE, STATES, parameters, step
+from tests.checkpoints.states import HERE, STATES, parameters, step
 
 FIXTURES = sorted(path.parent for path in HERE.glob("*/step.npz"))
 

@@ -192,7 +192,10 @@ def test_the_report_writes_table_json_and_picture(tmp_path, monkeypatch):
     runs.run_all("lm", list(SETTINGS), 3, tmp_path, {"steps": 40}, fake_run, guess=1)
     readme = tmp_path / "README.md"
     readme.write_text("Before.\n<!-- lowmem: begin -->\nold\n<!-- lowmem: end -->\nAfter.\n")
-    report.main(report.Report(tmp_path, tmp_path / "results", readme))
+    project = tmp_path / "project.md"
+    project.write_text("<!-- memory: begin -->\n<!-- memory: end -->\n")
+    report.main(report.Report(tmp_path, tmp_path / "results", readme, project))
+    assert "FlashOptim" in project.read_text()
     written = readme.read_text()
     assert written.startswith("Before.\n")
     assert written.endswith("<!-- lowmem: end -->\nAfter.\n")

@@ -185,7 +185,7 @@ def test_differentiation_and_vmap_take_the_form_of_xla():
 
 @needs_kernel
 def test_a_scan_and_single_calls_give_the_same_bits():
-    """The kernel is in both; and in a call outside of jit, which rounds the step's numbers apart."""
+    """The kernel is in both; outside of jit the step's numbers may be rounded in another way."""
     tx = jadam.adamw(1e-2, kernel="native")
     params = jnp.ones((8, 200))
     grads = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 200)), jnp.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import accuracy, report, speed
+from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -15,8 +16,13 @@ PRINTED = [
     r"loss 0\.0000\d+ after 1000 updates",
     r"\[0\.\d+ .*\]",
     r"loss \d\.\d+e-\d+",
+    r"True (native|xla).*",
     r"2\.04 bytes a parameter",
     r"-?0\.00\d+|-?\d\.\d+e-0\d",
+    r"512 rows of codes in \d+ parts",
+    r"100 updates made",
+    r"\['unused'\]: eps_share 1\.00, zero_share 1\.00\n"
+    r"\['used'\]: eps_share 1\.00, zero_share 0\.00",
 ]
 
 
@@ -35,6 +41,17 @@ def test_the_figures_are_the_committed_ones(table):
     name = table.__name__.split(".")[-1]
     results = json.loads((report.RESULTS / f"{name}.json").read_text())
     assert report.readme_block(name)[1] == table.markdown(results) + "\n"
+
+
+def test_the_full_tables_are_the_committed_ones():
+    """Nor in the READMEs of the bench and of the small-memory study."""
+    results = json.loads((report.RESULTS / "speed.json").read_text())
+    block = report.readme_block("speed-full", report.BENCH_README)[1]
+    assert block == speed.full_markdown(results) + "\n"
+    results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
+    block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
+    assert block == lowmem.markdown(results) + "\n"
+    assert report.readme_block("memory")[1] == lowmem.peers_table(results["memory"]) + "\n"
 
 
 LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason

@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 import jadam
 from experiments.bench.report import write_file
 from experiments.mnist import data
-from tests.checkpoints.generate import STATES, gradients, parameters
+from tests.checkpoints.states import STATES, gradients, parameters
 from tests.checkpoints.training import train
 from tests.helpers import gradients_like
 

@@ -27,9 +27,9 @@ class Lm:
     """Rows of the table to run."""
     seeds: int = 3
     """Of parameters and batches: 0, 1, ..."""
-    steps: int = 300
+    steps: int = 200
     """Batches to train on."""
-    warmup: int = 30
+    warmup: int = 20
     """Steps in which the learning rate rises; then it falls as a cosine to a tenth."""
     batch_size: int = 16
     """Pieces of text in a step, each as long as the context."""

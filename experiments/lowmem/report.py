@@ -13,7 +13,7 @@ from matplotlib import ticker
 from rich.progress import track
 from scipy import stats
 
-from experiments.bench.report import provenance, update_readme, write_file
+from experiments.bench.report import README, provenance, update_readme, write_file
 
 from .gpt import Shape
 from .lm import Lm
@@ -27,6 +27,14 @@ TITLES = {"mnist": "MNIST, CNN", "lm": "Language model of bytes"}
 SEEDS = {"mnist": Mnist.seeds, "lm": Lm.seeds}
 WINDOWS = {"mnist": 1, "lm": 10}  # neighbours of a curve that are averaged: MNIST's are means of 12
 PERCENT = "test accuracy"
+NOT_RUN = "not run"
+# Bytes a parameter with AdamW that others publish: weights, gradient, state.
+PUBLISHED = {
+    "[torch.optim](https://docs.pytorch.org/docs/stable/optim.html), float32": (4, 4, 8),
+    "[bitsandbytes](https://arxiv.org/abs/2110.02861) 8-bit, float32 weights": (4, 4, 2),
+    "[torchao](https://github.com/pytorch/ao) 8-bit, float32 weights": (4, 4, 2),
+    "[FlashOptim](https://arxiv.org/abs/2602.23349) for PyTorch": (2, 2, 3),
+}
 # Okabe and Ito's palette, safe for the colour-blind; peers are dashed.
 STYLES = {
     "float32": ("#000000", "-"),
@@ -51,6 +59,8 @@ class Report:
     """Where the JSON file and the picture go."""
     readme: Path = HERE / "README.md"
     """The file whose table is replaced."""
+    project_readme: Path = README
+    """The file whose short table of bytes is replaced."""
 
 
 class Interval(NamedTuple):
@@ -129,13 +139,6 @@ def median_seconds(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     }
 
 
-def absent(setting: str) -> str:
-    """Why a row has no numbers."""
-    if not SETTINGS[setting].is_installed:
-        return f"not run: {SETTINGS[setting].package} is not installed"
-    return "not run"
-
-
 def final_table(experiment: str, summary: dict[str, Any]) -> str:
     """Each quantity with its interval; below the first row also the difference to float32's."""
     quantities = list(next(iter(summary.values()))["quantities"])
@@ -148,7 +151,7 @@ def final_table(experiment: str, summary: dict[str, Any]) -> str:
     lines = [f"**{TITLES[experiment]}**", "", row(header), row(["---"] * len(header))]
     for name in SETTINGS:
         if name not in summary:
-            lines.append(row([name, "0", absent(name), *[""] * (len(header) - 3)]))
+            lines.append(row([name, "0", NOT_RUN, *[""] * (len(header) - 3)]))
             continue
         found = summary[name]["quantities"]
         cells = [name, str(len(summary[name]["seeds"]))]
@@ -191,8 +194,33 @@ def memory_table(memory: dict[str, dict[str, float]]) -> str:
         if name in memory:
             lines.append(row([name, *(f"{memory[name][key]:.3f}" for key in keys)]))
         else:
-            lines.append(row([name, absent(name), *[""] * (len(keys) - 1)]))
+            lines.append(row([name, NOT_RUN, *[""] * (len(keys) - 1)]))
     return "\n".join(lines)
+
+
+def peers_table(memory: dict[str, dict[str, float]]) -> str:
+    """Bytes a parameter beside those that others publish, for the project's README."""
+    lines = [
+        row(["AdamW, bytes a parameter", "weights", "gradient", "state", "together"]),
+        row(["---"] * 5),
+    ]
+    measured = {
+        name if name == "flashoptim-jax" or name.startswith("optax") else f"jadam, {name}": x
+        for name, x in memory.items()
+        if not name.endswith("plain")
+    }
+    for name, x in measured.items():
+        cells = (f"{x[key]:.2f}" for key in ("weights", "gradient", "state", "live"))
+        lines.append(row([name, *cells]))
+    for name, parts in PUBLISHED.items():
+        lines.append(row([f"{name} (published)", *map(str, parts), str(sum(parts))]))
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables of results/lowmem.json."""
+    tables = [final_table(name, results[name]["settings"]) for name in TITLES if name in results]
+    return "\n\n".join([memory_table(results["memory"]), *tables])
 
 
 def smooth(x: np.ndarray, window: int) -> np.ndarray:
@@ -280,7 +308,7 @@ def main(config: Report) -> None:
     }
     write_file(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
     draw(all_runs, config.results)
-    tables = [final_table(experiment, summary) for experiment, summary in summaries.items()]
-    block = "\n\n".join([memory_table(memory), *tables])
+    block = markdown(results)
     update_readme("lowmem", block, config.readme)
+    update_readme("memory", peers_table(memory), config.project_readme)
     print(f"{block}\n\nwritten to {config.results} and {config.readme}")

@@ -47,17 +47,17 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
     arg += has_params ? 4 : 3;
     const auto [g, m, v, p] = buffers;
     leaf.is_coded = m.element_type() == ffi::DataType::U16;
-    const bool known = float_of(g.element_type(), leaf.g_dtype) &&
-                       float_of(p.element_type(), leaf.p_dtype) &&
-                       (leaf.is_coded || (float_of(m.element_type(), leaf.m_dtype) &&
-                                          float_of(v.element_type(), leaf.v_dtype)));
+    const bool known =
+        float_of(g.element_type(), leaf.g_dtype) && float_of(p.element_type(), leaf.p_dtype) &&
+        (leaf.is_coded ||
+         (float_of(m.element_type(), leaf.m_dtype) && float_of(v.element_type(), leaf.v_dtype)));
     if (!known) return wrong("a leaf has a dtype that the kernel does not know");
     const auto dims = g.dimensions();
     const int64_t size = int64_t(g.element_count());
     if (size == 0) continue;
     // Lanes and blocks count along the last axis; all-float32 leaves have neither.
-    const bool is_flat = !leaf.is_coded && leaf.m_dtype == Float::kF32 &&
-                         leaf.v_dtype == Float::kF32;
+    const bool is_flat =
+        !leaf.is_coded && leaf.m_dtype == Float::kF32 && leaf.v_dtype == Float::kF32;
     leaf.n = is_flat || dims.size() == 0 ? size : dims.back();
     leaf.rows = size / leaf.n;
     leaf.decays = decays[i];
@@ -75,8 +75,8 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
   Tables table_numbers;
   std::memcpy(&step_numbers, step->untyped_data(), sizeof step_numbers);
   std::memcpy(&table_numbers, tables->untyped_data(), sizeof table_numbers);
-  const auto work = std::make_shared<Work>(std::move(leaves), step_numbers, table_numbers,
-                                           *count->typed_data());
+  const auto work =
+      std::make_shared<Work>(std::move(leaves), step_numbers, table_numbers, *count->typed_data());
   const int64_t helpers = std::min(threads.num_threads(), work->jobs()) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
     threads.Schedule([work] { work->take_jobs(); });

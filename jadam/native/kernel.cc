@@ -37,9 +37,11 @@ JADAM_INLINE U32 round_to_bf16(F32 x, U32 dither) {
   U32 rounded = at_most(magnitude + dither, kMax + 0xFFFFu);
   if (__builtin_expect(any_below(magnitude - 1u, kSmall - 1u), false)) {
     F32 small = floor(abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f) * 0x1p-126f;
-    rounded = bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(rounded)));
+    rounded =
+        bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(rounded)));
   }
-  rounded = bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(rounded)));
+  rounded =
+      bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(rounded)));
   return (rounded | (bits<U32>(x) & 0x80000000u)) >> 16;
 }
 
@@ -192,7 +194,8 @@ class Codec {
 #if defined(__AVX512F__)
     F32 fraction = exp2_[level];
 #else
-    F32 fraction = polynomial(tables_.exp2_polynomial, bits<F32>(((level & 31) << 18) | 0x3F800000));
+    F32 fraction =
+        polynomial(tables_.exp2_polynomial, bits<F32>(((level & 31) << 18) | 0x3F800000));
 #endif
     return bits<F32>(bits<I32>(fraction) + ((level >> 5) << 23));
   }
@@ -249,10 +252,11 @@ struct Units {
 // A block through one step. In three short loops, since a processor overlaps the vectors of a short
 // one.
 template <bool kIsSpecial, class G, class Member, class Out>
-__attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g, int64_t n,
-                             int32_t top, int32_t new_top, const Units& dither_v,
-                             const Units& dither_m, const Codec& codec, const Member& member,
-                             const Out& move) {
+__attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g,
+                                          int64_t n, int32_t top, int32_t new_top,
+                                          const Units& dither_v, const Units& dither_m,
+                                          const Codec& codec, const Member& member,
+                                          const Out& move) {
   const I32 offset = I32{} + (top - kTop), new_offset = I32{} + (new_top - kTop);
   const auto gradient = [&](int64_t i) {
     return kIsSpecial ? limit_range(load(g + i)) : load(g + i);
@@ -411,15 +415,15 @@ void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
   const int64_t in_row = leaf.blocks_in_row();
 
   const auto step = [&](const G* g, const M* m, const V* v, M* m_out, V* v_out,
-                        const Move<G, P, kWritesParams>& move,
-                        int64_t n) __attribute__((noinline)) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      F32 m_ = load(m + i), v_ = load(v + i);
-      move(member(limit_range(load(g + i)), m_, v_), i);
-      store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i) >> 16);
-      store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i) >> 16);
-    }
-  };
+                        const Move<G, P, kWritesParams>& move, int64_t n)
+                        __attribute__((noinline)) {
+                          for (int64_t i = 0; i < n; i += kLanes) {
+                            F32 m_ = load(m + i), v_ = load(v + i);
+                            move(member(limit_range(load(g + i)), m_, v_), i);
+                            store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i) >> 16);
+                            store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i) >> 16);
+                          }
+                        };
 
   for (int64_t block = range.begin; block < range.end; ++block) {
     const int64_t row = block / in_row, in = (block % in_row) * kBlock, i = row * leaf.n + in;
@@ -467,8 +471,8 @@ void run_moments(const Leaf& leaf, Range range, const Step& s, const Tables& tab
 template <class Member, class G, class P>
 void run_params(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
                 uint32_t count) {
-  (leaf.writes_params ? run_moments<Member, G, P, true> : run_moments<Member, G, P, false>)(
-      leaf, range, s, tables, count);
+  (leaf.writes_params ? run_moments<Member, G, P, true>
+                      : run_moments<Member, G, P, false>)(leaf, range, s, tables, count);
 }
 
 template <class Member>

@@ -60,9 +60,9 @@ struct Range {
 
 using Kernel = void (*)(const Leaf&, Range, const Step&, const Tables&, uint32_t count);
 
-#define JADAM_DECLARE(isa)                                                        \
-  namespace isa {                                                                 \
-  void run(const Leaf&, Range, const Step&, const Tables&, uint32_t count);       \
+#define JADAM_DECLARE(isa)                                                  \
+  namespace isa {                                                           \
+  void run(const Leaf&, Range, const Step&, const Tables&, uint32_t count); \
   }
 JADAM_DECLARE(avx512)
 JADAM_DECLARE(avx2)

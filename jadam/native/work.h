@@ -30,13 +30,29 @@ inline Kernel choose_kernel() {
 // Numbers under 2^-126 count as 0, as in XLA's own loops.
 class FlushSubnormals {
  public:
-#if defined(__x86_64__)
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals() : saved_(control()) { set_control(saved_ | kFlush); }
+  ~FlushSubnormals() { set_control(saved_); }
 
  private:
-  const unsigned saved_;
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlush = 0x8040;  // results and operands
+  static uint64_t control() { return _mm_getcsr(); }
+  static void set_control(uint64_t control) { _mm_setcsr(unsigned(control)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = 1 << 24;
+  static uint64_t control() {
+    uint64_t control;
+    __asm__("mrs %0, fpcr" : "=r"(control));
+    return control;
+  }
+  static void set_control(uint64_t control) { __asm__ volatile("msr fpcr, %0" ::"r"(control)); }
+#else
+  static constexpr uint64_t kFlush = 0;
+  static uint64_t control() { return 0; }
+  static void set_control(uint64_t) {}
 #endif
+
+  const uint64_t saved_;
 };
 
 // A part of a leaf.

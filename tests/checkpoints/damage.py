@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from tests.checkpoints.generate import STATES, after_steps, parameters
+from tests.checkpoints.states import STATES, after_steps, parameters
 
 LAYOUTS = ("adam", "adam_8_bits", "amsgrad_8_bits", "compensated_int8", "compensated_int16")
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

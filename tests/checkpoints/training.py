@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from tests.checkpoints.generate import STATES, gradients, parameters, step
+from tests.checkpoints.states import STATES, gradients, parameters, step
 
 NAME = "compensated_int8"  # with codes, residuals and a dither: the layout with most to lose
 EVERY = 2

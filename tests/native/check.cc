@@ -143,8 +143,8 @@ struct Curve {
 Curve curve_of(const Hyper& h, double t) {
   t = std::max(t, 1.0);
   const double rho = h.b1 * h.b1 / h.b2;
-  const double noise = std::sqrt((1 - h.b1) / (1 + h.b1) * (1 - std::pow(h.b1, 2 * t)) /
-                                 (1 - std::pow(h.b2, t)));
+  const double noise =
+      std::sqrt((1 - h.b1) / (1 + h.b1) * (1 - std::pow(h.b1, 2 * t)) / (1 - std::pow(h.b2, t)));
   const double bound =
       (1 - h.b1) / std::sqrt(1 - h.b2) * std::sqrt((1 - std::pow(rho, t)) / (1 - rho));
   const double a = 3 * noise;
@@ -328,8 +328,8 @@ class Random {
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-const float kSpecial[] = {0, -0.0f, kInfinity, -kInfinity, NAN, 1e30f, -1e30f, 1e-30f, -1e-30f,
-                          1e-42f, 3e-39f, 0x1p63f};
+const float kSpecial[] = {0,      -0.0f,  kInfinity, -kInfinity, NAN,    1e30f,
+                          -1e30f, 1e-30f, -1e-30f,   1e-42f,     3e-39f, 0x1p63f};
 
 Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
   Random random(seed);
@@ -508,7 +508,8 @@ class Comparison {
 
  private:
   void of_number(const char* what, int64_t i, double got, Interval expected) const {
-    if (std::isnan(expected.lo) ? std::isnan(got) : expected.lo <= got && got <= expected.hi) return;
+    const bool is_in = expected.lo <= got && got <= expected.hi;
+    if (std::isnan(expected.lo) ? std::isnan(got) : is_in) return;
     char line[200];
     std::snprintf(line, sizeof line, "%s[%lld] is %.9g, not in [%.9g, %.9g]", what,
                   static_cast<long long>(i), got, expected.lo, expected.hi);
@@ -585,8 +586,8 @@ void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, To
   for (const Isa& isa : isas) {
     const Outputs got = run(c, in, isa, Place::kApart);
     Comparison(isa, c, expected, got).of_all(totals.from_equations);
-    for (const Place place : {Place::kUnaligned, Place::kInPlace, Place::kInPlaceUnaligned,
-                              Place::kInTwoParts}) {
+    for (const Place place :
+         {Place::kUnaligned, Place::kInPlace, Place::kInPlaceUnaligned, Place::kInTwoParts}) {
       if (!(run(c, in, isa, place) == got)) {
         fail(isa.name, c, std::string("other bits ") + kPlaceNames[int(place)]);
       }
@@ -613,9 +614,9 @@ constexpr std::pair<Float, Float> kDtypes[] = {
 void check_templates(const std::vector<Isa>& isas) {
   // Rows that end within a vector of 16, within a block of 128 and on both; more than 16 blocks.
   // With the sizes up to 300 their number is prime: each shape comes with each kind of numbers.
-  std::vector<std::pair<int64_t, int64_t>> shapes = {
-      {1, 1000}, {1, 4099}, {33, 5}, {7, 15}, {5, 17}, {20, 40}, {4, 130}, {17, 129}, {3, 256},
-      {3, 384}, {2, 2200}};
+  std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 1000}, {1, 4099}, {33, 5},  {7, 15},
+                                                     {5, 17},   {20, 40},  {4, 130}, {17, 129},
+                                                     {3, 256},  {3, 384},  {2, 2200}};
   for (int64_t n = 1; n <= 300; ++n) shapes.push_back({1, n});
   Totals totals;
   for (int flags = 0; flags < 8; ++flags) {
@@ -670,8 +671,8 @@ class Group {
       std::vector<Outputs> outputs = alone_;
       std::vector<Leaf> leaves;
       for (size_t i = 0; i < cases_.size(); ++i) leaves.push_back(connected(i, outputs[i]));
-      const auto work = std::make_shared<jadam::Work>(leaves, cases_[0].step, kTables,
-                                                      cases_[0].count());
+      const auto work =
+          std::make_shared<jadam::Work>(leaves, cases_[0].step, kTables, cases_[0].count());
       for (int i = 1; i < threads; ++i) {
         const bool is_late = i == 3;
         helpers.emplace_back([work, is_late] {

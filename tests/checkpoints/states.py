@@ -1,4 +1,4 @@
-"""Writes this version's fixture: `python -m tests.checkpoints.generate`.
+"""Writes this version's fixture: `python -m tests.checkpoints.states`.
 
 One Orbax checkpoint with a state of each layout after three steps, and beside it, as .npz, what a
 fourth step needs and gives. A later version must restore it and make the same step. Run it once
