@@ -16,7 +16,7 @@ from jadam import _math, _validate
 from jadam._leaf import Rule, increment
 from jadam._state import AdamState, AmsgradState
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Kernel, State, advance, chosen_kernel, initializer, rule
+from jadam._update import Kernel, State, adam_rule, advance, chosen_kernel, initializer, rule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
@@ -143,10 +143,9 @@ def scale_by_adam(
     ...     optax.clip_by_global_norm(1.0), jadam.scale_by_adam(), optax.scale(-1e-3)
     ... )
     """
-    member = _math.nadam if nesterov else _math.adam
     move = functools.partial(
         advance,
-        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate=-1.0,
         kernel=chosen_kernel(kernel),
     )
@@ -207,9 +206,8 @@ def adam(
     >>> params["w"].tolist()
     [0.9990000128746033, 2.000999927520752]
     """
-    member = _math.nadam if nesterov else _math.adam
     return _transformation(
-        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
         kernel=kernel,
@@ -250,9 +248,8 @@ def adamw(
     >>> abs(updates["w"]).tolist(), abs(updates["b"]).tolist()
     ([0.5, 0.5], [0.0, 0.0])
     """
-    member = _math.nadam if nesterov else _math.adam
     return _transformation(
-        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate,
         initializer(mu_dtype, nu_dtype, min_size),
         decay=(weight_decay, mask),

@@ -146,9 +146,8 @@ def update(
     >>> updates["w"].tolist()
     [-0.0010000000474974513, 0.0010000000474974513]
     """
-    member = _math.nadam if nesterov else _math.adam
     return advance(
-        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        adam_rule(b1, b2, eps, eps_root, nesterov),
         grads,
         state,
         params,
@@ -193,9 +192,8 @@ def step(
     >>> params["w"].tolist()
     [0.9990000128746033, 2.000999927520752]
     """
-    member = _math.nadam if nesterov else _math.adam
     return advance(
-        rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        adam_rule(b1, b2, eps, eps_root, nesterov),
         grads,
         state,
         params,
@@ -225,6 +223,12 @@ def rule(member: Callable[..., _math.Equations], **hyperparameters: Any) -> Rule
         elif name in ("eps", "eps_root"):
             hyperparameters[name] = _validate.non_negative(name, value)
     return jax.tree_util.Partial(member, **hyperparameters)
+
+
+def adam_rule(b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, nesterov: bool) -> Rule:
+    """Adam's, or with `nesterov` NAdam's."""
+    member = _math.nadam if nesterov else _math.adam
+    return rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
 
 def advance(

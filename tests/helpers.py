@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from hypothesis import strategies as st
 
 import jadam
 
@@ -111,4 +112,17 @@ def gradients_like(params: Any, seed: int, scale: float = 1.0) -> Any:
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda p: jax.numpy.asarray(scale * rng.standard_normal(p.shape), p.dtype), params
+    )
+
+
+def trees_of(leaves: st.SearchStrategy) -> st.SearchStrategy:
+    """Any tree: nested, empty, with `None`."""
+    return st.recursive(
+        leaves | st.none() | st.just({}) | st.just(()),
+        lambda children: (
+            st.lists(children, max_size=3)
+            | st.tuples(children, children)
+            | st.dictionaries(st.sampled_from("abc"), children, max_size=3)
+        ),
+        max_leaves=6,
     )

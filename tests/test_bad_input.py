@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import trees_of
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
@@ -234,15 +235,7 @@ def test_a_state_that_is_not_adams():
 
 
 leaves = st.sampled_from([(), (1,), (0,), (2, 3), (0, 2)]).map(lambda s: np.ones(s, np.float32))
-trees = st.recursive(
-    leaves | st.none() | st.just({}) | st.just(()),
-    lambda children: (
-        st.lists(children, max_size=3)
-        | st.tuples(children, children)
-        | st.dictionaries(st.sampled_from("abc"), children, max_size=3)
-    ),
-    max_leaves=6,
-)
+trees = trees_of(leaves)
 
 
 @hypothesis_settings(max_examples=60)

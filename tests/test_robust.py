@@ -23,7 +23,7 @@ from experiments.bench.report import write_file
 from experiments.mnist import data
 from tests.checkpoints.states import STATES, gradients, parameters
 from tests.checkpoints.training import train
-from tests.helpers import gradients_like
+from tests.helpers import gradients_like, trees_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,15 +213,7 @@ shapes = st.sampled_from([(), (1,), (0,), (3,), (2, 40), (0, 33), (1, 1, 1)])
 leaves = st.builds(lambda shape, seed: (shape, seed), shapes, st.integers(0, 99)).map(
     lambda drawn: np.random.default_rng(drawn[1]).standard_normal(drawn[0]).astype(np.float32)
 )
-trees = st.recursive(
-    leaves | st.none() | st.just({}) | st.just(()),
-    lambda children: (
-        st.lists(children, max_size=3)
-        | st.tuples(children, children)
-        | st.dictionaries(st.sampled_from("abc"), children, max_size=3)
-    ),
-    max_leaves=6,
-)
+trees = trees_of(leaves)
 TRANSFORMATIONS = {
     "8 bits": jadam.amsgrad(1e-2, mu_dtype="int8", nu_dtype="uint8", min_size=0),
     "compensated": jadam.compensated_weights(jadam.adam(1e-2)),
