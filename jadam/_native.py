@@ -75,7 +75,7 @@ def kernels() -> dict[str, str]:
 
     On a CPU the native kernel takes the leaves of `adam`, `adamw`, `nadam`, `nadamw` and
     `scale_by_adam` whose gradients and parameters are float32 or bfloat16 and whose moments are
-    float32, bfloat16 or codes; each device its own shard. The rest is XLA's.
+    float32 (in `step` alone), bfloat16 or codes; each device its own shard. The rest is XLA's.
 
     >>> import jadam
     >>> sorted(jadam.kernels())
@@ -113,6 +113,16 @@ def is_wanted(kernel: str) -> bool:
     automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()
     wanted = kernel == "native" or (kernel == "auto" and automatic)
     return wanted and library().instruction_set is not None
+
+
+def gains(kernel: str, to_params: bool, *stored: Any) -> bool:
+    """Whether the kernel is the faster form of a leaf's step, or insisted on.
+
+    Alone, the update of float32 moments is memory that is read again, in either form, and XLA can
+    order its own loops.
+    """
+    narrow = any(jnp.result_type(x) != jnp.float32 for x in stored)
+    return kernel == "native" or to_params or narrow
 
 
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))

@@ -159,6 +159,18 @@ def test_no_update_of_the_kernel_is_beyond_adams_bound():
 
 
 @needs_kernel
+def test_by_itself_the_kernel_is_taken_where_it_is_faster():
+    """`step`, and moments of 16 and 8 bits; an update of float32 moments is XLA's, unless asked."""
+    g = jnp.ones((64, 128))
+    for storage, options in STORAGE.items():
+        tx = jadam.adam(1e-2, **options)
+        state = tx.init(g)
+        assert has_kernel(tx.step, g, state, g)
+        assert has_kernel(tx.update, g, state) == (storage != "float32")
+        assert has_kernel(jadam.adam(1e-2, **options, kernel="native").update, g, state)
+
+
+@needs_kernel
 def test_differentiation_and_vmap_take_the_form_of_xla():
     """The kernel has no derivative of its own: gradients through it are those without it."""
     g = jnp.asarray(np.random.default_rng(0).standard_normal((3, 50)), jnp.float32)
@@ -250,7 +262,7 @@ def test_inside_shard_map_each_device_calls_the_kernel():
         out_specs=P("x"),
     )
     assert has_kernel(update, g)
-    expected, _ = jax.jit(jadam.update)(g, jadam.init(g))
+    expected, _ = jax.jit(functools.partial(jadam.update, kernel="native"))(g, jadam.init(g))
     np.testing.assert_array_equal(jax.jit(update)(g), expected)
 
 
@@ -259,7 +271,8 @@ def test_an_exported_program_needs_no_kernel():
     """jax.export refuses calls of a library that the reader may not have: it gets XLA's form."""
     g = jnp.ones((64, 64))
     state = jadam.init(g)
-    exported = jax.export.export(jax.jit(jadam.update))(g, state)
+    update = jax.jit(functools.partial(jadam.update, kernel="native"))
+    exported = jax.export.export(update)(g, state)
     assert "custom_call" not in exported.mlir_module()
     expected = jax.jit(functools.partial(jadam.update, kernel="xla"))(g, state)
     jax.tree.map(np.testing.assert_array_equal, exported.call(g, state), expected)
@@ -357,6 +370,7 @@ def test_without_the_library_jadam_runs_in_xla(monkeypatch):
     try:
         assert jadam.kernels()["cpu"].startswith("xla: not built")
         jax.tree.map(np.testing.assert_array_equal, jadam.update(g, jadam.init(g)), expected)
+        assert not has_kernel(jadam.step, g, jadam.init(g), g)
         with pytest.raises(RuntimeError, match='kernel: expected one for "native", got none: not'):
             jadam.adam(1e-3, kernel="native")
     finally:

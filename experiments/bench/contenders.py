@@ -4,9 +4,7 @@ AdamW with the paper's b1, b2 and eps; float32 where the name says nothing else.
 training program would donate are donated. One call is one step on given gradients:
 
 - step: `tx.step(grads, state, params)`, jadam's fused step.
-- update: `tx.update` and `optax.apply_updates` in one jit. jadam's kernel writes the updates in
-  the gradients' place, as in a training program, where gradients are temporaries: the gradients
-  are donated and renewed before the clock starts.
+- update: `tx.update` and `optax.apply_updates` in one jit.
 - in a scan: 20 steps in one `jax.lax.scan`, the time of one.
 """
 
@@ -32,7 +30,7 @@ SCANNED = 20
 
 Arrays = list[jax.Array]
 Step = Callable[[Arrays, Any, Arrays], tuple[Any, ...]]
-"""Parameters, state and gradients to parameters and state, and updates where they are kept."""
+"""Parameters, state and gradients to parameters and state."""
 
 
 def _normal(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
@@ -50,24 +48,17 @@ def _trial(
     donate: tuple[int, ...] = (0, 1),
     scanned: int = 1,
 ) -> Trial:
-    """A jitted step at work. Gradients that are donated come back as updates, and are renewed."""
+    """A jitted step at work."""
     params, grads = ([jnp.array(x, dtype) for x in _normal(shapes, seed)] for seed in (0, 1))
     jitted = jax.jit(step, donate_argnums=donate)
-    held = [params, init(params), grads]
-    kept = [jnp.copy(g) for g in grads] if 2 in donate else []
-    figures = program.figures(jitted, *held)
+    held = [params, init(params)]
+    figures = program.figures(jitted, *held, grads)
 
-    def prepare() -> None:
-        if kept:
-            held[2] = []
-            held[2] = jax.block_until_ready([jnp.copy(g) for g in kept])
+    def run() -> list[Any]:
+        held[:] = jitted(*held, grads)
+        return held
 
-    def run() -> tuple[Any, ...]:
-        moved = jitted(*held)
-        held[: len(moved)] = moved
-        return moved
-
-    return Trial(run, prepare, jax.block_until_ready, scanned, figures, jitted._cache_size)
+    return Trial(run, jax.block_until_ready, scanned, figures, jitted._cache_size)
 
 
 def _step(tx: Any, shapes: Shapes, **options: Any) -> Trial:
@@ -78,12 +69,9 @@ def _step(tx: Any, shapes: Shapes, **options: Any) -> Trial:
 
 
 def _update(tx: Any, shapes: Shapes, **options: Any) -> Trial:
-    keeps_updates = 2 in options.get("donate", ())
-
     def step(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
         updates, state = tx.update(grads, state, params)
-        moved = optax.apply_updates(params, updates), state
-        return (*moved, updates) if keeps_updates else moved
+        return optax.apply_updates(params, updates), state
 
     return _trial(step, tx.init, shapes, **options)
 
@@ -103,8 +91,11 @@ def _jadam(shapes: Shapes, kernel: Any = "auto", **options: Any) -> Trial:
 
 
 def _jadam_update(shapes: Shapes) -> Trial:
-    donate = (0, 1, 2) if _is_native() else (0, 1)
-    return _update(jadam.adamw(**OPTIONS), shapes, donate=donate)
+    return _update(jadam.adamw(**OPTIONS), shapes)
+
+
+def _jadam_packed(shapes: Shapes) -> Trial:
+    return _update(optax.flatten(jadam.adamw(**OPTIONS)), shapes)
 
 
 def _jadam_scan(shapes: Shapes) -> Trial:
@@ -112,8 +103,8 @@ def _jadam_scan(shapes: Shapes) -> Trial:
     return _scan(tx, shapes, lambda params, state, grads: tx.step(grads, state, params))
 
 
-def _compensated(shapes: Shapes) -> Trial:
-    tx = jadam.compensated_weights(jadam.adamw(**OPTIONS))
+def _compensated(shapes: Shapes, **options: Any) -> Trial:
+    tx = jadam.compensated_weights(jadam.adamw(**OPTIONS, **options))
     return _update(tx, shapes, dtype=jnp.bfloat16)
 
 
@@ -173,10 +164,6 @@ def _torch_peer(shapes: Shapes, module: str, name: str, dtype: str = "float32") 
     return _torch(shapes, make, dtype)
 
 
-def _is_native() -> bool:
-    return jax.default_backend() == "cpu" and jadam.kernels()["cpu"].startswith("native")
-
-
 @dataclass(frozen=True)
 class Contender:
     """A row of the tables.
@@ -188,7 +175,7 @@ class Contender:
         bytes: a parameter's, at most, temporaries included.
         module: what must be installed.
         where: backends that it runs on.
-        in_scan: several steps in one call.
+        many_leaves: for thousands of leaves only.
     """
 
     name: str
@@ -197,7 +184,7 @@ class Contender:
     bytes: int
     module: str = "jadam"
     where: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    in_scan: bool = False
+    many_leaves: bool = False
 
     def missing(self, backend: str) -> str | None:
         """Why it cannot be timed, if it cannot."""
@@ -222,7 +209,7 @@ JADAM = Contender("jadam step", "jax", _jadam, 20)
 JADAM_UPDATE = Contender("jadam update", "jax", _jadam_update, 22)
 JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_16_BITS), 19)
 JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
-JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, in_scan=True)
+JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, many_leaves=True)
 OPTAX = Contender("optax", "jax", _optax, 20)
 FLASHOPTIM_JAX = Contender(
     "flashoptim-jax 8-bit", "jax", _flashoptim_jax, 36, "flashoptim_jax", CPU_GPU
@@ -251,8 +238,9 @@ CONTENDERS = (
         "flashoptim_jax",
         CPU_GPU,
     ),
+    Contender("jadam update in optax.flatten", "jax", _jadam_packed, 40, many_leaves=True),
     JADAM_SCAN,
-    Contender("optax, in a scan", "jax", _optax_scan, 24, in_scan=True),
+    Contender("optax, in a scan", "jax", _optax_scan, 24, many_leaves=True),
     Contender(
         "torch foreach",
         "torch",

@@ -158,7 +158,7 @@ def measure(workload: Workload, rounds: int, pace: dict[str, float]) -> dict[str
     with Workers() as workers:
         measurement = Measurement(workload, workers, pace)
         for contender in CONTENDERS:
-            if contender.in_scan and not workload.in_scan:
+            if contender.many_leaves and not workload.many_leaves:
                 continue
             reason = measurement.missing(contender, jax.default_backend())
             measurement.found[contender.name] = {"missing": reason} if reason else {}

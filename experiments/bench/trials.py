@@ -21,7 +21,6 @@ class Trial(NamedTuple):
 
     Attributes:
         run: starts a step.
-        prepare: what comes before a step and is not timed.
         wait: returns when what `run` returned is computed.
         steps: of the optimizer in one run.
         program: figures of the compiled program, if there is one.
@@ -29,7 +28,6 @@ class Trial(NamedTuple):
     """
 
     run: Callable[[], Any]
-    prepare: Callable[[], None] = lambda: None
     wait: Callable[[Any], Any] = lambda _: None
     steps: int = 1
     program: dict[str, float] | None = None
@@ -37,7 +35,6 @@ class Trial(NamedTuple):
 
     def seconds(self) -> tuple[float, float]:
         """Wall time of a step: until the call returned, and until its results were there."""
-        self.prepare()
         start = time.perf_counter()
         started = self.run()
         called = time.perf_counter()

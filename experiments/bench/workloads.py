@@ -30,13 +30,13 @@ class Workload:
     Attributes:
         name: as the tables show it.
         shapes: of the parameters.
-        in_scan: whether 20 steps in one `jax.lax.scan` are timed too.
+        many_leaves: whether steps in one `jax.lax.scan` and leaves in one buffer are timed too.
         gpu_only: too large for a CPU's patience.
     """
 
     name: str
     shapes: Shapes
-    in_scan: bool = False
+    many_leaves: bool = False
     gpu_only: bool = False
 
     @property
@@ -47,7 +47,7 @@ class Workload:
 ONE_LEAF = Workload("1 leaf of 50M", ((50_000_000,),))
 GPT2 = Workload("GPT-2 124M", gpt2())
 MANY_LEAVES = Workload("300 leaves of 100k", ((100_000,),) * 300)
-TINY_LEAVES = Workload("2,000 leaves of 2k", ((2_000,),) * 2_000, in_scan=True)
+TINY_LEAVES = Workload("2,000 leaves of 2k", ((2_000,),) * 2_000, many_leaves=True)
 WORKLOADS = (
     ONE_LEAF,
     GPT2,
@@ -58,5 +58,5 @@ WORKLOADS = (
 )
 QUICK = (
     Workload("1 leaf of 100k", ((100_000,),)),
-    Workload("20 leaves of 64 x 64", ((64, 64),) * 20, in_scan=True),
+    Workload("20 leaves of 64 x 64", ((64, 64),) * 20, many_leaves=True),
 )
