@@ -219,8 +219,9 @@ def _tables() -> np.ndarray:
     reciprocal = (1 / (1 + places + 1 / 64)).astype(np.float32)
     # 16·log(1 + r)/log 2, to 2e-8 for |r| <= 1/64
     series = 16 / np.log(2) * np.array([1, -1 / 2, 1 / 3])
-    powers = np.polynomial.polynomial.polyval(2 * places - 1, _codec.EXP2)
-    logarithms = -16 * np.log2(reciprocal.astype(np.float64))
+    powers = np.polynomial.polynomial.polyval(2 * places - 1, _codec.EXP2).astype(np.float32)
+    powers = (powers.view(np.int32) - (np.arange(32) << 18)).astype(np.int32).view(np.float32)
+    logarithms = -16 * np.log2(reciprocal.astype(np.float64)) - np.arange(32) // 2
     tables = (powers, reciprocal, logarithms, series, _codec.EXP2, 16 * _codec.LOG2)
     return np.concatenate(tables).astype(np.float32)
 

@@ -17,12 +17,14 @@ constexpr uint32_t kStep = 0x9E3779B9u;
 constexpr uint32_t kLane = 0xC13FA9A9u;
 constexpr uint32_t kSalt = 0x85EBCA6Bu;
 
-// The dithers of a block's lanes, in [0, 2^32).
+// The dithers of a block's lanes: the upper bits of 32.
 struct Weyl {
   alignas(64) uint32_t lanes[kBlock];
 
-  Weyl(uint32_t count, uint32_t salt) {
-    for (uint32_t i = 0; i < kBlock; ++i) lanes[i] = i * kLane + count * kStep + salt * kSalt;
+  Weyl(uint32_t count, uint32_t salt, int bits) {
+    for (uint32_t i = 0; i < kBlock; ++i) {
+      lanes[i] = (i * kLane + count * kStep + salt * kSalt) >> (32 - bits);
+    }
   }
 };
 
@@ -34,15 +36,15 @@ JADAM_INLINE F32 power(F32 x) { return bits<F32>(bits<U32>(x) & 0x7F800000u); }
 JADAM_INLINE U32 round_to_bf16(F32 x, U32 dither) {
   constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;
   U32 magnitude = bits<U32>(abs(x));
-  U32 rounded = at_most(magnitude + dither, kMax + 0xFFFFu);
-  if (__builtin_expect(any_below(magnitude - 1u, kSmall - 1u), false)) {
+  U32 rounded = bits<U32>(x) + dither;
+  if (__builtin_expect(any_above(magnitude - kSmall, kMax - kSmall), false)) {
     F32 small = floor(abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f) * 0x1p-126f;
-    rounded =
-        bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(rounded)));
+    U32 size = at_most(magnitude + dither, kMax + 0xFFFFu);
+    size = bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(size)));
+    size = bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(size)));
+    rounded = size | (bits<U32>(x) & 0x80000000u);
   }
-  rounded =
-      bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(rounded)));
-  return (rounded | (bits<U32>(x) & 0x80000000u)) >> 16;
+  return rounded >> 16;
 }
 
 // ---- memory
@@ -132,6 +134,7 @@ struct Move {
 // ---- _codec.py
 
 constexpr int kTop = 510, kNaN = 511, kM = 63;
+constexpr int kBias = 127 * 16;  // of a float's exponent, in levels
 
 // x in [1, 2)
 template <int n>
@@ -156,11 +159,11 @@ class Codec {
     v = root * root;
   }
 
-  // The code of v after a step with gradient g; the dither is in [1, 2).
+  // The code of v after a step with gradient g; the dither is in [0, 1).
   JADAM_INLINE I32 encode_v(F32 v, F32 g, I32 offset, F32 dither) const {
-    I32 raised = level_of(v, dither) - (offset + 1);
+    I32 raised = biased_level(v, dither) - (offset + kBias);
     I32 fed = (g != 0.0f) & 1;
-    return select(raised >= 1, at_most(raised, I32{} + kTop), fed) & (v > 0.0f);
+    return max(at_most(raised, I32{} + kTop), fed) & (v > 0.0f);
   }
 
   // Both codes, with that of v.
@@ -168,36 +171,33 @@ class Codec {
     F32 size = abs(m);
     F32 share = size * reciprocal(s_.now_a * power_of_two(code + offset) + size);
     // Of NaN, which has a code of its own, this is any number: it may wrap.
-    U32 raised = bits<U32>(truncate(scale_ * share + dither)) - 1u;
-    I32 level = at_most(bits<I32>(raised), I32{} + kM);
-    I32 sign = bits<I32>(m) >> 31;
-    return ((((level ^ sign) - sign) + 64) << 9) | code;
+    I32 level = copysign(at_most(truncate(scale_ * share + dither), I32{} + kM), m);
+    return bits<I32>((bits<U32>(level) + 64u) << 9) | code;
   }
 
-  // floor(32 log2 sqrt(x) + u), for x > 0
-  JADAM_INLINE I32 level_of(F32 x, F32 u) const {
+  // floor(32 log2 sqrt(x) + u) + kBias, for x > 0
+  JADAM_INLINE I32 biased_level(F32 x, F32 u) const {
     I32 b = bits<I32>(x);
     F32 mantissa = bits<F32>((b & 0x7FFFFF) | 0x3F800000);
 #if defined(__AVX512F__)
     I32 place = b >> 18;
     F32 r = mantissa * reciprocal_[place] - 1.0f;
-    F32 rest = r * (tables_.series[0] + r * (tables_.series[1] + r * tables_.series[2]));
-    F32 log2 = log2_[place] + u + rest;
+    F32 rest = r * (series_[0] + r * (series_[1] + r * series_[2]));
+    return (b >> 19) + truncate(log2_[place] + u + rest);
 #else
-    F32 log2 = polynomial(tables_.log2_polynomial, mantissa) + u;
+    return ((b >> 19) & ~15) + truncate(polynomial(tables_.log2_polynomial, mantissa) + u);
 #endif
-    return ((b >> 19) & ~15) - 127 * 16 + truncate(log2);
   }
 
   // 2^(level/32)
   JADAM_INLINE F32 power_of_two(I32 level) const {
 #if defined(__AVX512F__)
-    F32 fraction = exp2_[level];
+    return bits<F32>(bits<I32>(exp2_[level]) + (level << 18));
 #else
     F32 fraction =
         polynomial(tables_.exp2_polynomial, bits<F32>(((level & 31) << 18) | 0x3F800000));
-#endif
     return bits<F32>(bits<I32>(fraction) + ((level >> 5) << 23));
+#endif
   }
 
  private:
@@ -205,6 +205,7 @@ class Codec {
   const Tables& tables_;
   const float scale_ = kM * s_.now_s;
 #if defined(__AVX512F__)
+  const float series_[3] = {tables_.series[0], tables_.series[1], tables_.series[2]};
   const Table exp2_{tables_.exp2};
   const Table reciprocal_{tables_.reciprocal};
   const Table log2_{tables_.log2};
@@ -221,15 +222,16 @@ struct Largest {
 
 template <class G>
 JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
-  I32 code{}, g_bits{};
+  U16 codes{};
+  I32 g_bits{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    code = max(code, widen(load_vector<U16>(both + i)) & kNaN);
+    codes = max(codes, load_vector<U16>(both + i) & uint16_t(kNaN));
     g_bits = max(g_bits, bits<I32>(abs(load(g + i))));
   }
-  Largest found{largest(code), largest(g_bits)};
+  Largest found{largest(widen(codes)), largest(g_bits)};
   found.is_special = found.code == kNaN || found.g_bits > bits<int32_t>(0x1p63f);
   if (!found.is_special) return found;
-  code = g_bits = I32{};
+  I32 code = g_bits = I32{};
   for (int64_t i = 0; i < n; i += kLanes) {
     I32 c = widen(load_vector<U16>(both + i)) & kNaN;
     I32 b = bits<I32>(abs(load(g + i)));
@@ -239,13 +241,13 @@ JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
   return {largest(code), largest(g_bits), true};
 }
 
-// The dithers of a block's lanes in [1, 2), from 23 bits.
+// The dithers of a block's lanes in [0, 1), from 23 bits.
 struct Units {
   alignas(64) float lanes[kBlock];
 
   Units(uint32_t count, uint32_t salt) {
-    const Weyl weyl(count, salt);
-    for (int i = 0; i < kBlock; ++i) lanes[i] = bits<float>((weyl.lanes[i] >> 9) | 0x3F800000u);
+    const Weyl weyl(count, salt, 23);
+    for (int i = 0; i < kBlock; ++i) lanes[i] = float(weyl.lanes[i]) * 0x1p-23f;
   }
 };
 
@@ -255,8 +257,12 @@ template <bool kIsSpecial, class G, class Member, class Out>
 __attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g,
                                           int64_t n, int32_t top, int32_t new_top,
                                           const Units& dither_v, const Units& dither_m,
-                                          const Codec& codec, const Member& member,
-                                          const Out& move) {
+                                          const Codec& known_codec, const Member& known_member,
+                                          const Out& known_move) {
+  // Copies: the compiler sees that no store changes them.
+  const Codec codec = known_codec;
+  const Member member = known_member;
+  const Out move = known_move;
   const I32 offset = I32{} + (top - kTop), new_offset = I32{} + (new_top - kTop);
   const auto gradient = [&](int64_t i) {
     return kIsSpecial ? limit_range(load(g + i)) : load(g + i);
@@ -299,7 +305,7 @@ JADAM_INLINE I32 tops_after(const Largest* largest, const int32_t* tops, const C
   }
   F32 root = bits<F32>(bits<I32>(codec.power_of_two(code - kTop + top)) & (code > 0));
   F32 bound = second_moment(root * root, at_most(g, all(0x1p63f)), s);
-  return (codec.level_of(bound, F32{}) + 1) & (bound > 0.0f);
+  return (codec.biased_level(bound, F32{}) - (kBias - 1)) & (bound > 0.0f);
 }
 
 // ---- a leaf
@@ -410,18 +416,21 @@ JADAM_INLINE void store_moment(BF16* p, F32 x, U32 dither) {
 template <class Member, class G, class P, bool kWritesParams, class M, class V>
 void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
   using Written = std::conditional_t<kWritesParams, P, G>;
-  const Member member{s};
-  const Weyl dither_m(count, 0), dither_v(count, 1);
+  const Member known_member{s};
+  const Weyl dither_m(count, 0, 16), dither_v(count, 1, 16);
   const int64_t in_row = leaf.blocks_in_row();
 
   const auto step = [&](const G* g, const M* m, const V* v, M* m_out, V* v_out,
-                        const Move<G, P, kWritesParams>& move, int64_t n)
+                        const Move<G, P, kWritesParams>& known_move, int64_t n)
                         __attribute__((noinline)) {
+                          // Copies, as in step_block.
+                          const Member member = known_member;
+                          const auto move = known_move;
                           for (int64_t i = 0; i < n; i += kLanes) {
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
-                            store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i) >> 16);
-                            store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i) >> 16);
+                            store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i));
+                            store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i));
                           }
                         };
 

@@ -57,6 +57,18 @@ JADAM_INLINE F32 select(I32 mask, F32 x, F32 y) {
 }
 JADAM_INLINE I32 select(I32 mask, I32 x, I32 y) { return (x & mask) | (y & ~mask); }
 
+// For size >= 0.
+JADAM_INLINE I32 copysign(I32 size, F32 sign) {
+#if defined(__AVX512F__)
+  const __m512i x = __m512i(size);
+  return I32(
+      _mm512_mask_sub_epi32(x, _mm512_movepi32_mask(__m512i(sign)), _mm512_setzero_si512(), x));
+#else
+  U32 negative = bits<U32>(bits<I32>(sign) >> 31);
+  return bits<I32>((bits<U32>(size) ^ negative) - negative);
+#endif
+}
+
 // NaN in x stays; `low` and `high` are numbers.
 JADAM_INLINE F32 at_least(F32 x, F32 low) {
 #if defined(__AVX512F__)
@@ -86,13 +98,13 @@ JADAM_INLINE U32 at_most(U32 x, uint32_t high) {
   return bits<U32>(select(bits<I32>(x > high), bits<I32>(U32{} + high), bits<I32>(x)));
 #endif
 }
-JADAM_INLINE bool any_below(U32 x, uint32_t high) {
+JADAM_INLINE bool any_above(U32 x, uint32_t high) {
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epu32_mask(__m512i(x), _mm512_set1_epi32(int(high))) != 0;
+  return _mm512_cmpgt_epu32_mask(__m512i(x), _mm512_set1_epi32(int(high))) != 0;
 #else
-  I32 below = bits<I32>(x < high);
+  I32 above = bits<I32>(x > high);
   int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= below[i];
+  for (int i = 0; i < kLanes; ++i) found |= above[i];
   return found != 0;
 #endif
 }
@@ -101,6 +113,14 @@ JADAM_INLINE I32 max(I32 x, I32 y) {
   return I32(_mm512_max_epi32(__m512i(x), __m512i(y)));
 #else
   return select(x > y, x, y);
+#endif
+}
+
+JADAM_INLINE U16 max(U16 x, U16 y) {
+#if defined(__AVX512F__)
+  return U16(_mm256_max_epu16(__m256i(x), __m256i(y)));
+#else
+  return x > y ? x : y;
 #endif
 }
 

@@ -26,8 +26,10 @@ struct Step {
   float now_s;
 };
 
-// Powers of two and 16 times logarithms, in the order of _native._tables: of (1 + i/32), with the
-// series of log(1 + r), and as polynomials in 2x - 3 on [1, 2).
+// Powers of two and 16 times logarithms, in the order of _native._tables: at 1 + i/32, with the
+// series of log(1 + r), and as polynomials in 2x - 3 on [1, 2). What a level or a number's upper
+// bits hold of i is taken off the first and the third, so that either can be added as it is:
+// i << 18 off the power's bits, i >> 1 off the logarithm.
 struct Tables {
   float exp2[32];
   float reciprocal[32];
