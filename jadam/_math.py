@@ -128,7 +128,8 @@ class Decay(NamedTuple):
         if isinstance(b, (int, float)):
             return cls(b, 1.0 - b, math.log(max(b, 1e-300)))
         b = jnp.asarray(b, widen(b.dtype))
-        log = jnp.log1p(jnp.maximum(b, jnp.finfo(b.dtype).tiny) - 1)
+        # Kept from -∞, which is NaN times t - 1 = 0; where it counts, b⁰ or b·bᵗ⁻¹, b is 0 itself.
+        log = jnp.log1p(jnp.maximum(b - 1, jnp.finfo(b.dtype).eps - 1))
         return cls(*(x.astype(dtype) for x in (b, 1 - b, log)))
 
 

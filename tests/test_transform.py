@@ -248,6 +248,32 @@ def test_weight_decay_by_schedule_and_mask():
     np.testing.assert_array_equal(updates["dense"]["bias"], -0.5)
 
 
+EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("case", "storage"), [*((case, {}) for case in FAMILY), (FAMILY[0], EIGHT_BITS)], ids=str
+)
+def test_decay_rates_of_zero_in_a_vmap(case, storage):
+    """b1 = 0 or b2 = 0 in a grid of rates is what the number 0 is: once it was NaN.
+
+    The other rate is .5, whose logarithm is good to an ulp in both; a step has a few more.
+    """
+    g = jnp.asarray([np.linspace(-2, 3, 64)] * 2, jnp.float32)
+
+    def three_steps(b1, b2):
+        tx = case.make(0.1, **{**case.options, "b1": b1, "b2": b2}, **storage)
+        state = tx.init(g)
+        for _ in range(3):
+            updates, state = tx.update(g, state, g)
+        return updates
+
+    rates = [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0)]
+    found = jax.jit(jax.vmap(three_steps))(*jnp.asarray(rates, jnp.float32).T)
+    for ours, (b1, b2) in zip(found, rates, strict=True):
+        np.testing.assert_allclose(ours, three_steps(b1, b2), rtol=8 * 2**-23)
+
+
 @pytest.mark.parametrize("case", **each_member)
 def test_learning_rates_in_a_vmap(case):
     """A batch of learning rates in one program: the members take traced arrays."""

@@ -19,7 +19,9 @@ import tyro
 from rich.console import Console
 
 import jadam
-from experiments.bench import picture, report
+from experiments import picture
+from experiments.bench import report
+from experiments.bench.bars import draw
 from experiments.bench.contenders import (
     COPY,
     FLASHOPTIM_JAX,
@@ -203,8 +205,7 @@ def main(config: Config = Config()) -> None:
     quick_out = Path("runs", "bench")
     out = config.out or (quick_out if config.quick else report.RESULTS)
     report.write_json(out / "speed.json", results)
-    for suffix in ("png", "svg"):
-        report.write_file(out / f"speed.{suffix}", picture.draw(results, suffix))
+    picture.write(draw(results), out / "speed", dpi=150)
     console.print(f"written to {out}/speed.json, .png, .svg")
     if out == report.RESULTS and not config.quick:
         report.update_readme("speed", markdown(results))

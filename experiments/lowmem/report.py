@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.progress import track
 from scipy import stats
 
+from experiments import picture
 from experiments.bench.report import README, provenance, update_readme, write_file
 
 from .gpt import Shape
@@ -228,13 +230,17 @@ def smooth(x: np.ndarray, window: int) -> np.ndarray:
     return x[..., : x.shape[-1] // window * window].reshape(*x.shape[:-1], -1, window).mean(-1)
 
 
-def draw(all_runs: dict[str, dict[str, list[dict[str, Any]]]], results: Path) -> None:
+LOOK = {
+    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.25},
+    **{"axes.spines.top": False, "axes.spines.right": False},
+}
+
+
+@mpl.rc_context(LOOK)
+def draw(all_runs: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
     """Above the loss, below its difference to float32's with the same seed; means and intervals."""
-    matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "jadam", "font.size": 9, "axes.grid": True})
-    matplotlib.rcParams.update({"grid.alpha": 0.25, "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False})
-    figure, axes = plt.subplots(2, len(all_runs), figsize=(6 * len(all_runs), 7), squeeze=False)
+    figure = Figure((6 * len(all_runs), 7), layout="constrained")
+    axes = figure.subplots(2, len(all_runs), squeeze=False)
     for (experiment, runs), (above, below) in zip(all_runs.items(), axes.T, strict=True):
         window = WINDOWS[experiment]
         curves = {
@@ -260,21 +266,17 @@ def draw(all_runs: dict[str, dict[str, list[dict[str, Any]]]], results: Path) ->
         below.axhline(0, color=STYLES[REFERENCE][0], linewidth=1)
         below.set(xlabel="step", ylabel="loss minus float32's, same seed [nats]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    results.mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / "lowmem.png", dpi=150, metadata={"Software": None})
-    figure.savefig(results / "lowmem.svg", metadata={"Date": None})
-    plt.close(figure)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
-def line(axis: plt.Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
+def line(axis: Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
     """The mean over seeds."""
     color, style = STYLES[name]
     axis.plot(steps, curves.mean(0), style, color=color, linewidth=1.2, label=name)
 
 
-def band(axis: plt.Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
+def band(axis: Axes, name: str, steps: np.ndarray, curves: np.ndarray) -> None:
     """The interval of the mean over seeds."""
     if len(curves) > 1:
         _, low, high = np.transpose([interval(values) for values in curves.T])
@@ -307,7 +309,7 @@ def main(config: Report) -> None:
         },
     }
     write_file(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
-    draw(all_runs, config.results)
+    picture.write(draw(all_runs), config.results / "lowmem", dpi=150)
     block = markdown(results)
     update_readme("lowmem", block, config.readme)
     update_readme("memory", peers_table(memory), config.project_readme)

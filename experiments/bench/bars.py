@@ -1,9 +1,9 @@
 """The picture of the speed bench: each contender's time over the limit, a panel for a workload."""
 
-import io
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 FULL = 6.0
 """Where an axis ends; a longer bar is cut and says its length."""
@@ -11,20 +11,16 @@ JADAM, PEER, SPREAD = "#1f6fb4", "#b9b9b9", "#444444"
 REFERENCES = ("limit", "copy")
 
 
-def draw(results: dict[str, Any], suffix: str) -> bytes:
-    """PNG or SVG of the medians, with the quartiles as whiskers."""
+def draw(results: dict[str, Any]) -> Figure:
+    """The medians, with the quartiles as whiskers."""
     panels = {name: _bars(workload) for name, workload in results["workloads"].items()}
     columns = min(2, len(panels))
     pairs = [list(panels.values())[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [3.5 + max(map(len, pair)) for pair in pairs]
-    with plt.rc_context({"svg.hashsalt": "jadam", "font.size": 8, "svg.fonttype": "none"}):
-        figure, grid = plt.subplots(
-            len(pairs),
-            columns,
-            figsize=(6 * columns, 0.2 * sum(heights)),
-            height_ratios=heights,
-            squeeze=False,
-            layout="constrained",
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure((6 * columns, 0.2 * sum(heights)), layout="constrained")
+        grid = figure.subplots(
+            len(pairs), columns, gridspec_kw={"height_ratios": heights}, squeeze=False
         )
         axes = list(grid.flat)
         for axis, (name, bars) in zip(axes, panels.items(), strict=False):
@@ -35,11 +31,7 @@ def draw(results: dict[str, Any], suffix: str) -> bytes:
             f"Time of an AdamW step over the limit, a kernel that moves the same bytes\n"
             f"({results['machine']}, {results['processor']})"
         )
-        content = io.BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(content, format=suffix, dpi=150, metadata=metadata)
-        plt.close(figure)
-    return content.getvalue()
+    return figure
 
 
 def _bars(workload: dict[str, Any]) -> dict[str, dict[str, float]]:
