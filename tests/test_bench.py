@@ -73,7 +73,10 @@ def adamw(p, g, steps):
 IN_JAX = [
     c
     for c in contenders.CONTENDERS
-    if c.process == "jax" and not c.missing("cpu") and "flashoptim" not in c.name
+    if c.process == "jax"
+    and c is not contenders.BUFFERS
+    and not c.missing("cpu")
+    and "flashoptim" not in c.name
 ]
 
 
@@ -194,3 +197,20 @@ def test_a_target_within_the_noise_is_a_tie(median, verdict):
     target = {"workload": "w", "contender": "c", "reference": "r", "at_most": 1.0}
     rows = speed.target_cells({"targets": [{**target, "measured": ratio}]})
     assert rows == [["w", "c / r ≤ 1.00", report.spread(ratio), verdict]]
+
+
+def test_a_stopped_bench_goes_on(tmp_path, monkeypatch):
+    """What a stopped run has finished is not measured again; without --resume it is."""
+    measured = []
+
+    def measure(workload, rounds, pace):
+        measured.append(workload.name)
+        return {"rounds": rounds}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "measure", measure)
+    for resume in (False, True, False):
+        config = speed.Config(rounds=5, resume=resume)
+        found = speed.measured_once(GPT2, config, {})
+        assert found == {"rounds": 5}
+    assert len(measured) == 2

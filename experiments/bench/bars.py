@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 FULL = 6.0
 """Where an axis ends; a longer bar is cut and says its length."""
 JADAM, PEER, SPREAD = "#1f6fb4", "#b9b9b9", "#444444"
-REFERENCES = ("limit", "copy")
+REFERENCES = ("limit", "copy", "buffers alone")
 
 
 def draw(results: dict[str, Any]) -> Figure:

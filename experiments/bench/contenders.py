@@ -5,6 +5,7 @@ training program would donate are donated. One call is one step on given gradien
 
 - step: `tx.step(grads, state, params)`, jadam's fused step.
 - update: `tx.update` and `optax.apply_updates` in one jit.
+- buffers alone: a call that takes and returns a step's arrays, donated, and computes nothing.
 - in a scan: 20 steps in one `jax.lax.scan`, the time of one.
 """
 
@@ -122,6 +123,13 @@ def _optax_scan(shapes: Shapes) -> Trial:
     return _scan(tx, shapes, step)
 
 
+def _buffers(shapes: Shapes) -> Trial:
+    def nothing(params: Arrays, state: Any, grads: Arrays) -> tuple[Any, ...]:
+        return jax.lax.optimization_barrier((params, state, grads))[:2]
+
+    return _trial(nothing, jadam.adamw(**OPTIONS).init, shapes)
+
+
 def _flashoptim_jax(shapes: Shapes, dtype: Any = jnp.float32) -> Trial:
     from flashoptim_jax import flash_adamw
 
@@ -175,7 +183,7 @@ class Contender:
         bytes: a parameter's, at most, temporaries included.
         module: what must be installed.
         where: backends that it runs on.
-        many_leaves: for thousands of leaves only.
+        many_leaves: for hundreds of leaves and more.
     """
 
     name: str
@@ -210,6 +218,7 @@ JADAM_UPDATE = Contender("jadam update", "jax", _jadam_update, 22)
 JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_16_BITS), 19)
 JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
 JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, many_leaves=True)
+BUFFERS = Contender("buffers alone", "jax", _buffers, 16)
 OPTAX = Contender("optax", "jax", _optax, 20)
 FLASHOPTIM_JAX = Contender(
     "flashoptim-jax 8-bit", "jax", _flashoptim_jax, 36, "flashoptim_jax", CPU_GPU
@@ -219,6 +228,7 @@ REFERENCES = (LIMIT, TORCH_FUSED)
 CONTENDERS = (
     LIMIT,
     TORCH_FUSED,
+    BUFFERS,
     JADAM,
     JADAM_UPDATE,
     OPTAX,

@@ -9,7 +9,9 @@ is timed in groups, of which each has the limit and torch's fused AdamW in its r
 medians, with the quartiles as spread.
 """
 
+import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,10 @@ from experiments.bench.contenders import (
 from experiments.bench.limit import COPY_BYTES, STEP_BYTES
 from experiments.bench.program import INSTRUCTIONS
 from experiments.bench.rounds import measure, targets
-from experiments.bench.workloads import QUICK, WORKLOADS
+from experiments.bench.workloads import QUICK, WORKLOADS, Workload
 
+PARTS = Path("runs", "bench", "parts")
+"""Where finished workloads lie until all are."""
 TIE = 0.05
 """Differences under this are no differences on a shared machine."""
 
@@ -51,6 +55,8 @@ class Config:
     """Small sizes, 3 rounds, no README: whether it works."""
     rounds: int = 9
     """Turns of each contender."""
+    resume: bool = False
+    """Goes on after a run that was stopped, with the workloads that it finished."""
     out: Path | None = None
     """The folder for JSON and pictures. Default: results/, or runs/bench with --quick."""
 
@@ -178,16 +184,27 @@ def program_cells(workload: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def measured_once(workload: Workload, config: Config, pace: dict[str, float]) -> Any:
+    """A workload's figures: measured and kept, or those that a stopped run has kept."""
+    kept = PARTS / f"{workload.name}.json"
+    if config.resume and kept.exists():
+        return json.loads(kept.read_text())
+    found = measure(workload, 3 if config.quick else config.rounds, pace)
+    report.write_json(kept, found)
+    return found
+
+
 def main(config: Config = Config()) -> None:
     """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
     # The processes share a GPU's memory: none may take it all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     backend, console = jax.default_backend(), Console()
     chosen = [w for w in WORKLOADS if backend == "gpu" or not w.gpu_only]
-    workloads, rounds = (QUICK, 3) if config.quick else (chosen, config.rounds)
+    workloads = QUICK if config.quick else chosen
+    out = config.out or (Path("runs", "bench") if config.quick else report.RESULTS)
     load = os.getloadavg()[0]  # above 0: others disturb the times
     pace: dict[str, float] = {}
-    measured = {w.name: measure(w, rounds, pace) for w in workloads}
+    measured = {w.name: measured_once(w, config, pace) for w in workloads}
     results = {
         **report.provenance("python -m experiments.bench.speed"),
         "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
@@ -202,9 +219,8 @@ def main(config: Config = Config()) -> None:
     if results["targets"]:
         report.show(console, "Targets", TARGET_COLUMNS, target_cells(results))
 
-    quick_out = Path("runs", "bench")
-    out = config.out or (quick_out if config.quick else report.RESULTS)
     report.write_json(out / "speed.json", results)
+    shutil.rmtree(PARTS)
     picture.write(draw(results), out / "speed", dpi=150)
     console.print(f"written to {out}/speed.json, .png, .svg")
     if out == report.RESULTS and not config.quick:
