@@ -8,6 +8,7 @@ whole step with each optimizer; the share is what the round's difference is of t
 """
 
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Config:
     heads: int = 12
     tokens: int = 64
     """In the one sequence of a step."""
-    rounds: int = 11
+    rounds: int = 25
 
 
 def trials(config: Config) -> dict[str, Trial]:
@@ -80,10 +81,11 @@ def measure(config: Config) -> dict[str, Any]:
     contenders = trials(config)
     for trial in contenders.values():
         trial.seconds()
-    rounds = [
-        {name: trial.seconds()[1] for name, trial in contenders.items()}
-        for _ in track(range(config.rounds), "whole steps")
-    ]
+    rounds = []
+    for number in track(range(config.rounds), "whole steps"):
+        # Another order in each round: nobody always comes after the same one.
+        order = random.Random(number).sample(list(contenders), len(contenders))
+        rounds.append({name: contenders[name].seconds()[1] for name in order})
     found = {}
     for name in contenders:
         shares = [1 - r[GRADIENTS] / r[name] for r in rounds]
