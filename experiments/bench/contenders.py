@@ -219,6 +219,9 @@ JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_1
 JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
 JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, many_leaves=True)
 BUFFERS = Contender("buffers alone", "jax", _buffers, 16)
+JADAM_PACKED = Contender(
+    "jadam update in optax.flatten", "jax", _jadam_packed, 40, many_leaves=True
+)
 OPTAX = Contender("optax", "jax", _optax, 20)
 FLASHOPTIM_JAX = Contender(
     "flashoptim-jax 8-bit", "jax", _flashoptim_jax, 36, "flashoptim_jax", CPU_GPU
@@ -248,7 +251,7 @@ CONTENDERS = (
         "flashoptim_jax",
         CPU_GPU,
     ),
-    Contender("jadam update in optax.flatten", "jax", _jadam_packed, 40, many_leaves=True),
+    JADAM_PACKED,
     JADAM_SCAN,
     Contender("optax, in a scan", "jax", _optax_scan, 24, many_leaves=True),
     Contender(

@@ -16,6 +16,7 @@ from experiments.bench.contenders import (
     JADAM,
     JADAM_8,
     JADAM_16,
+    JADAM_PACKED,
     JADAM_SCAN,
     JADAM_UPDATE,
     LIMIT,
@@ -216,6 +217,7 @@ TARGETS = (
     *(Target(w, JADAM_UPDATE, LIMIT, 1.35) for w in LARGE),
     Target(MANY_LEAVES, JADAM, LIMIT, 1.15),
     Target(TINY_LEAVES, JADAM, OPTAX, 0.6),
+    Target(TINY_LEAVES, JADAM_PACKED, OPTAX, 0.6),
     Target(TINY_LEAVES, JADAM_SCAN, TORCH_FUSED, 1.0),
 )
 """On a CPU."""

@@ -57,6 +57,8 @@ class Config:
     """Turns of each contender."""
     resume: bool = False
     """Goes on after a run that was stopped, with the workloads that it finished."""
+    redraw: bool = False
+    """Measures nothing: tables, targets and picture from the JSON that is there."""
     out: Path | None = None
     """The folder for JSON and pictures. Default: results/, or runs/bench with --quick."""
 
@@ -194,35 +196,45 @@ def measured_once(workload: Workload, config: Config, pace: dict[str, float]) ->
     return found
 
 
-def main(config: Config = Config()) -> None:
-    """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
+def measured(config: Config) -> dict[str, Any]:
+    """Every workload's figures, and where they come from."""
     # The processes share a GPU's memory: none may take it all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    backend, console = jax.default_backend(), Console()
+    backend = jax.default_backend()
     chosen = [w for w in WORKLOADS if backend == "gpu" or not w.gpu_only]
-    workloads = QUICK if config.quick else chosen
-    out = config.out or (Path("runs", "bench") if config.quick else report.RESULTS)
     load = os.getloadavg()[0]  # above 0: others disturb the times
     pace: dict[str, float] = {}
-    measured = {w.name: measured_once(w, config, pace) for w in workloads}
-    results = {
+    workloads = {
+        w.name: measured_once(w, config, pace) for w in (QUICK if config.quick else chosen)
+    }
+    return {
         **report.provenance("python -m experiments.bench.speed"),
         "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
+        "backend": backend,
         "kernels": jadam.kernels()[backend],
         "load_average_before": load,
-        "targets": targets(measured) if backend == "cpu" else [],
-        "workloads": measured,
+        "workloads": workloads,
     }
-    for name, workload in measured.items():
+
+
+def main(config: Config = Config()) -> None:
+    """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
+    out = config.out or (Path("runs", "bench") if config.quick else report.RESULTS)
+    kept = out / "speed.json"
+    results = json.loads(kept.read_text()) if config.redraw else measured(config)
+    on_cpu = results.get("backend", "cpu") == "cpu"
+    results["targets"] = targets(results["workloads"]) if on_cpu else []
+
+    console = Console()
+    for name, workload in results["workloads"].items():
         report.show(console, f"{name}: {rates(workload)}", COLUMNS, cells(workload))
         report.show(console, f"{name}: programs", PROGRAM_COLUMNS, program_cells(workload))
     if results["targets"]:
         report.show(console, "Targets", TARGET_COLUMNS, target_cells(results))
-
-    report.write_json(out / "speed.json", results)
-    shutil.rmtree(PARTS)
+    report.write_json(kept, results)
+    shutil.rmtree(PARTS, ignore_errors=True)
     picture.write(draw(results), out / "speed", dpi=150)
-    console.print(f"written to {out}/speed.json, .png, .svg")
+    console.print(f"written to {kept}, .png, .svg")
     if out == report.RESULTS and not config.quick:
         report.update_readme("speed", markdown(results))
         report.update_readme("speed-full", full_markdown(results), report.BENCH_README)
