@@ -8,10 +8,11 @@ ACCELERATOR ?=
 TEST ?= test
 comma := ,
 EXTRAS = $(1)$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu_2020 dozat_2016
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check lint bench format clean
+.PHONY: help mnist test check check-native lint soak bench experiments playground scale format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -43,6 +44,14 @@ soak: $(call STAMP,test) ## the long forms of the tests, several processes among
 
 bench: $(call STAMP,bench) ## accuracy and speed beside optax, torch and others, as tables and JSON
 	$(RUN) -m experiments.bench
+
+experiments: $(call STAMP,experiments) ## all pictures and figures of the experiments, into runs/: hours on 2 cores
+	$(RUN) -m experiments.trajectories
+	for paper in $(PAPERS); do $(RUN) -m experiments.papers.$$paper || exit 1; done
+	$(RUN) -m experiments.mnist.presets --out runs/presets
+
+playground: $(call STAMP,playground) ## a page of sliders on localhost
+	$(RUN) -m experiments.playground
 
 scale: $(call STAMP,experiments) ## memory and communication of large models, from their shapes
 	$(RUN) -m experiments.scale

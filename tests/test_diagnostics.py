@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jadam
 from experiments.mnist import data, train
+from experiments.mnist.config import Config
 from tests.helpers import FAMILY, gradients_like, tree_of_parameters
 
 EDGES = [0.01, 0.03, 0.1, 0.3, 0.7, 2]
@@ -349,31 +350,30 @@ def test_what_does_not_fit_is_named(arguments, options, message):
 class Linear(nnx.Module):
     """In the place of the CNN, which takes ten seconds to compile."""
 
-    def __init__(self, rngs):
+    def __init__(self, *, rngs, dropout):
         self.dense = nnx.Linear(784, 10, rngs=rngs)
 
-    def __call__(self, images):
+    def __call__(self, images, *, key=None):
         return self.dense(images.reshape(-1, 784))
 
 
 def test_mnist_with_diagnostics(tmp_path, monkeypatch):
     """The flag changes no bit of the training; it adds 20 lines of JSON an epoch and a picture."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (800, 28, 28, 1), np.uint8)
-    labels = rng.integers(0, 10, 800, np.int32)
-    mnist = data.Mnist(images[:640], labels[:640], images[:200], labels[:200])
-    monkeypatch.setattr(train, "load", lambda data_dir: mnist)
-    monkeypatch.setattr(train, "CNN", Linear)
-    results = []
-    for folder, flag in {"plain": False, "observed": True}.items():
-        out = tmp_path / folder / "result.json"
-        train.main(train.Config(epochs=2, batch_size=32, diagnostics=flag, out=out))
-        results.append(json.loads(out.read_text()))
+    images = rng.integers(0, 255, (940, 28, 28, 1), np.uint8)
+    labels = rng.integers(0, 10, 940, np.int32)
+    mnist = data.Mnist(images[:740], labels[:740], images[740:], labels[740:])
+    monkeypatch.setitem(train.MODELS, "cnn", Linear)
+    monkeypatch.setattr(train.pictures, "write_all", lambda *arguments: None)
+    folders, results = [tmp_path / "plain", tmp_path / "observed"], []
+    for folder, flag in zip(folders, (False, True), strict=True):
+        config = Config(epochs=2, validation=100, diagnostics=flag, out=folder)
+        results.append(train.train_and_test(config, mnist))
     plain, observed = results
     assert plain["test"] == observed["test"]
     assert plain.keys() == observed.keys()
-    names = {path.name for path in (tmp_path / "observed").iterdir()}
-    assert names == {"result.json", "diagnostics.jsonl", "diagnostics.png", "diagnostics.svg"}
+    plain, observed = ({path.name for path in folder.iterdir()} for folder in folders)
+    assert observed - plain == {"diagnostics.jsonl", "diagnostics.png", "diagnostics.svg"}
     lines = (tmp_path / "observed" / "diagnostics.jsonl").read_text().splitlines()
     # Strictly JSON: no NaN and no Infinity.
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]

@@ -1,15 +1,17 @@
-"""`python -m experiments.mnist` trains the CNN; `--help` lists the options."""
+"""`python -m experiments.mnist` trains a model; `--help` lists the options."""
 
 import sys
 
-import tyro
 from absl import logging
 
-from .train import Config, main
+from .config import parse
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)  # TFDS would advise a faster decoder than Pillow
     try:
-        main(tyro.cli(Config, prog="python -m experiments.mnist"))
+        config = parse()
+        from .train import main  # for seconds, for which a wrong option need not wait
+
+        main(config)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -60,7 +60,9 @@ def main(config: Config) -> None:
         np.savez(arrays, **load()._asdict())
         for number in range(config.rounds):
             seed, epochs, batch = str(number), str(config.epochs), str(config.batch_size)
-            options = ["--seed", seed, "--epochs", epochs, "--batch-size", batch, "--out", out]
+            # All images, as the other trains on.
+            options = ["--validation", "0", "--epochs", epochs, "--batch-size", batch]
+            options += ["--seed", seed, "--out", out.parent]
             script = [arrays, epochs, batch, seed, out]
             commands = {
                 "jadam": [sys.executable, "-m", "experiments.mnist", *options],

@@ -1,7 +1,5 @@
-"""What `jadam.diagnostics` said during a training, as JSON lines and as a picture."""
+"""What `jadam.diagnostics` said during a training, as JSON and as a picture."""
 
-import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,29 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from experiments.bench.report import write_file
+from experiments.picture import write as write_picture
 from jadam._diagnostics import RATIO_EDGES
 
 Rows = list[dict[str, Any]]
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """diagnostics.jsonl, a line a step, and diagnostics.png and .svg."""
-    lines = (json.dumps(jax.tree.map(_as_json, row)) for row in rows)
-    write_file(folder / "diagnostics.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    # The same bytes for the same numbers: no date, and names that are not random.
-    with mpl.rc_context({"svg.hashsalt": "jadam", "svg.fonttype": "none"}):
-        figure = picture(rows)
-        for kind, metadata in {"png": {}, "svg": {"Date": None}}.items():
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=kind, dpi=120, metadata=metadata)
-            write_file(folder / f"diagnostics.{kind}", drawn.getvalue())
+    """diagnostics.png and .svg."""
+    write_picture(picture(rows), folder / "diagnostics")
 
 
-def _as_json(x: Any) -> Any:
+def as_json(report: dict[str, Any]) -> dict[str, Any]:
     """Numbers and lists of them, with null for what JSON has no number for."""
-    x = np.asarray(x)
-    return np.where(np.isfinite(x), x, None).tolist()
+
+    def plain(x: Any) -> Any:
+        x = np.asarray(x)
+        return np.where(np.isfinite(x), x, None).tolist()
+
+    return jax.tree.map(plain, report)
 
 
 def picture(rows: Rows) -> Figure:
@@ -48,7 +42,9 @@ def picture(rows: Rows) -> Figure:
     def draw(axes: Axes, quantity: str, title: str) -> None:
         for path, name in names.items():
             line = "--" if name.endswith("bias") else "-"
-            axes.plot(steps, [row["leaves"][path][quantity] for row in rows], line, label=name)
+            # null becomes NaN, a gap in the line.
+            numbers = np.array([row["leaves"][path][quantity] for row in rows], float)
+            axes.plot(steps, numbers, line, label=name)
         axes.set_title(title, fontsize="medium")
 
     draw(ratio, "update_to_param", "update_to_param: size of the update by that of the weights")

@@ -1,4 +1,7 @@
-"""The CNN: two 5x5 convolutions, each with ReLU and 2x2 max pooling, and a dense layer."""
+"""The models: images float32[n, 28, 28, 1] to logits float32[n, 10].
+
+Each is called with a key while it is trained, for dropout, and without one to be used.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +10,81 @@ from flax import nnx
 from jax import lax
 
 
-class CNN(nnx.Module):
-    """28x28x1 -> conv 32 -> 14x14x32 -> conv 64 -> 7x7x64 -> dense 10: 83,466 parameters."""
+class MLP(nnx.Module):
+    """784 -> dense 128, ReLU -> dense 10: 101,770 parameters."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: nnx.Rngs, dropout: float = 0.0):
+        self.hidden = nnx.Linear(784, 128, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+        self.dense = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Images float32[n, 28, 28, 1] to logits float32[n, 10]."""
+        x = nnx.relu(self.hidden(images.reshape(-1, 784)))
+        return self.dense(self.dropout(x, deterministic=key is None, rngs=key))
+
+
+class CNN(nnx.Module):
+    """28x28x1 -> conv 32 -> 14x14x32 -> conv 64 -> 7x7x64 -> dense 10: 83,466 parameters.
+
+    Two 5x5 convolutions, each with ReLU and 2x2 max pooling.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs, dropout: float = 0.0):
         self.conv1 = nnx.Conv(1, 32, kernel_size=(5, 5), rngs=rngs)
         self.conv2 = nnx.Conv(32, 64, kernel_size=(5, 5), rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
         self.dense = nnx.Linear(7 * 7 * 64, 10, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Images float32[n, 28, 28, 1] to logits float32[n, 10]."""
         x = images.transpose(1, 2, 0, 3)  # conv_max_pool says why
         # ReLU and maximum commute: after the pooling ReLU has a quarter of the work.
         x = nnx.relu(conv_max_pool(self.conv1, x))
         x = nnx.relu(conv_max_pool(self.conv2, x))
-        return self.dense(x.transpose(2, 0, 1, 3).reshape(images.shape[0], -1))
+        x = x.transpose(2, 0, 1, 3).reshape(images.shape[0], -1)
+        return self.dense(self.dropout(x, deterministic=key is None, rngs=key))
+
+
+class VGG(nnx.Module):
+    """Four convolutions with batch norm, after Simonyan & Zisserman (2015): 151,178 parameters.
+
+    32x32x1 -> conv 5x5x32, pool -> 16x16x32 -> conv 3x3x64, conv 3x3x64, pool -> 8x8x64
+    -> conv 3x3x128, pool -> 4x4x128 -> dropout, dense 10; 20 million multiply-adds an image.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs, dropout: float = 0.0):
+        def conv(inputs: int, outputs: int, size: int) -> nnx.Conv:
+            return nnx.Conv(inputs, outputs, kernel_size=(size, size), rngs=rngs)
+
+        def norm(features: int) -> nnx.BatchNorm:
+            return nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+
+        self.conv1, self.norm1 = conv(1, 32, 5), norm(32)
+        self.conv2, self.norm2 = conv(32, 64, 3), norm(64)
+        self.conv3, self.norm3 = conv(64, 64, 3), norm(64)
+        self.conv4, self.norm4 = conv(64, 128, 3), norm(128)
+        self.dropout = nnx.Dropout(dropout)
+        self.dense = nnx.Linear(4 * 4 * 128, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Images float32[n, 28, 28, 1] to logits float32[n, 10]."""
+        used = key is None
+
+        def normed(norm: nnx.BatchNorm, x: jax.Array) -> jax.Array:
+            return nnx.relu(norm(x, use_running_average=used))
+
+        # 32x32 is cut into the tiles of all layers without a rest.
+        x = jnp.pad(images.transpose(1, 2, 0, 3), ((2, 2), (2, 2), (0, 0), (0, 0)))
+        x = normed(self.norm1, conv_max_pool(self.conv1, x))
+        x = normed(self.norm2, conv_3x3(self.conv2, x))
+        x = normed(self.norm3, max_pool(conv_3x3(self.conv3, x)))
+        x = normed(self.norm4, max_pool(conv_3x3(self.conv4, x)))
+        x = x.transpose(2, 0, 1, 3).reshape(images.shape[0], -1)
+        return self.dense(self.dropout(x, deterministic=used, rngs=key))
+
+
+MODELS = {"mlp": MLP, "cnn": CNN, "vgg": VGG}
 
 
 def conv_max_pool(conv: nnx.Conv, x: jax.Array) -> jax.Array:
@@ -30,12 +93,9 @@ def conv_max_pool(conv: nnx.Conv, x: jax.Array) -> jax.Array:
     Equal to `nnx.max_pool(conv(x), (2, 2), (2, 2))`, but written as matrix products: on a CPU
     XLA's convolution gradients are slow, and inside a loop tens of times slower still.
 
-    A maximum over 2x2 needs a 6x6 tile of the input; tiles start at every other pixel. Per tile:
-
-    - One input channel: its 36 pixels times the kernel, shifted to each of the four positions.
-    - More channels: Winograd's minimal filtering F(2x2, 5x5) (Lavin & Gray 2016, section 4),
-      Y = Aᵀ[(G kernel Gᵀ) ⊙ (Bᵀ tile B)]A: 36 products for a pair of channels instead of 100.
-      The transforms are matrix products too, Bᵀ for all tiles along an axis at once.
+    A maximum over 2x2 needs a 6x6 tile of the input; tiles start at every other pixel. One input
+    channel: a tile's 36 pixels times the kernel, shifted to each of the four positions. More
+    channels: `winograd`.
 
     Rows and columns come first, images and channels last, so that every product reads and writes
     memory in order. The gradient is JAX's own: the same products, transposed.
@@ -52,13 +112,43 @@ def conv_max_pool(conv: nnx.Conv, x: jax.Array) -> jax.Array:
         ]
         y = jnp.stack([jnp.einsum("kp,ko->po", tiles, block.reshape(36, o)) for block in shifted])
     else:
-        u = (np.kron(_G, _G) @ kernel.reshape(25, -1)).reshape(36, c, o)
-        v = jnp.asarray(_tile_transform(h)) @ x.reshape(h, -1)
-        columns = jnp.broadcast_to(_tile_transform(w), (3 * h, 3 * w, w))
-        v = jnp.einsum("rqw,rwz->rqz", columns, v.reshape(3 * h, w, n * c))
-        v = v.reshape(6, h // 2, 6, w // 2, n * c).swapaxes(1, 2).reshape(36, -1, c)
-        y = np.kron(_A, _A) @ jnp.einsum("kpc,kco->kpo", v, u).reshape(36, -1)
-    return _max_of_4(y).reshape(h // 2, w // 2, n, o) + bias.reshape(1, 1, 1, o)
+        y = winograd(kernel, x)
+    return _max_of_4(y.reshape(4, -1)).reshape(h // 2, w // 2, n, o) + bias.reshape(1, 1, 1, o)
+
+
+def conv_3x3(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """A 3x3 "SAME" convolution of [h, w, n, c], h and w multiples of 4, as matrix products."""
+    h, w, n, _ = x.shape
+    y = winograd(conv.kernel[...], x).reshape(4, 4, h // 4, w // 4, n, -1)
+    return y.transpose(2, 0, 3, 1, 4, 5).reshape(h, w, n, -1) + conv.bias[...].reshape(1, 1, 1, -1)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The 2x2 maxima of [h, w, n, c], with the gradient of `nnx.max_pool`."""
+    return _max_of_4(jnp.stack([x[i::2, j::2] for i, j in np.ndindex(2, 2)]))
+
+
+def winograd(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """A "SAME" convolution of [h, w, n, c] by kernel [r, r, c, o] in 6x6 tiles, r = 3 or 5.
+
+    Winograd's minimal filtering F(m x m, r x r) with m = 7 - r (Lavin & Gray 2016, section 4),
+    Y = Aᵀ[(G kernel Gᵀ) ⊙ (Bᵀ tile B)]A: 36 products for a pair of channels instead of m²r², 100
+    or 144. The transforms are matrix products too, Bᵀ for all tiles along an axis at once.
+
+    Returns:
+        [m², h/m · w/m · n · o]: the positions in a tile come first.
+    """
+    h, w, n, c = x.shape
+    r, o = kernel.shape[0], kernel.shape[-1]
+    m = 7 - r
+    g, a = _powers(r) / np.array([[4], [-6], [-6], [24], [24], [1]]), _powers(m).T
+    u = np.kron(g, g).astype(np.float32) @ kernel.reshape(r * r, -1)
+    v = jnp.asarray(_tile_transform(h, m)) @ x.reshape(h, -1)
+    columns = jnp.broadcast_to(_tile_transform(w, m), (6 * h // m, 6 * w // m, w))
+    v = jnp.einsum("rqw,rwz->rqz", columns, v.reshape(6 * h // m, w, n * c))
+    v = v.reshape(6, h // m, 6, w // m, n * c).swapaxes(1, 2).reshape(36, -1, c)
+    y = jnp.einsum("kpc,kco->kpo", v, u.reshape(36, c, o)).reshape(36, -1)
+    return np.kron(a, a).astype(np.float32) @ y
 
 
 @jax.custom_vjp
@@ -81,8 +171,13 @@ def _max_of_4_bwd(first: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 _max_of_4.defvjp(_max_of_4_fwd, _max_of_4_bwd)
 
 
-# F(2, 5) at the points 0, 1, -1, 2, -2, infinity.
-_A = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 1]], np.float32)
+def _powers(count: int) -> np.ndarray:
+    """Winograd's points 0, 1, -1, 2, -2 to the powers 0, 1, ...; infinity has the highest alone."""
+    points = np.vander([0, 1, -1, 2, -2], count, increasing=True)
+    return np.vstack([points, np.eye(count)[-1:]])
+
+
+# For the same points.
 _B = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -94,22 +189,12 @@ _B = np.array(
     ],
     np.float32,
 )
-_G = np.array(
-    [
-        [1 / 4, 0, 0, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3],
-        [1 / 24, -1 / 12, 1 / 6, -1 / 3, 2 / 3],
-        [0, 0, 0, 0, 1],
-    ],
-    np.float32,
-)
 
 
-def _tile_transform(size: int) -> np.ndarray:
-    """Padding, cutting into tiles and Bᵀ along one axis as one matrix, [6 * size/2, size]."""
-    matrix = np.zeros((6, size // 2, size + 4), np.float32)
-    for tile in range(size // 2):
-        matrix[:, tile, 2 * tile : 2 * tile + 6] = _B
-    return matrix[:, :, 2:-2].reshape(-1, size)
+def _tile_transform(size: int, m: int) -> np.ndarray:
+    """Padding, cutting into tiles and Bᵀ along one axis as one matrix, [6 * size/m, size]."""
+    padding = (6 - m) // 2
+    matrix = np.zeros((6, size // m, size + 2 * padding), np.float32)
+    for tile in range(size // m):
+        matrix[:, tile, m * tile : m * tile + 6] = _B
+    return matrix[:, :, padding:-padding].reshape(-1, size)
