@@ -15,7 +15,7 @@ STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 .PHONY: help mnist test check check-native lint soak bench experiments playground scale format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 mnist: $(call STAMP,experiments) ## train the Flax CNN on MNIST with jadam.adam
 	$(RUN) -m experiments.mnist
