@@ -1,0 +1,1 @@
+"""What papers on Adam show, reproduced by `python -m experiments.papers.AUTHOR_YEAR`."""
