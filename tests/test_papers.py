@@ -280,16 +280,15 @@ def test_liu_radam_needs_no_warm_up(mnist):
 
 
 def test_dozat_nadam_is_faster_than_momentum(mnist, monkeypatch):
-    """The short form: two optimizers, fewer layers, 80 steps."""
-    monkeypatch.setattr(dozat_2016, "WIDTHS", (196, 64, 16, 64, 196))
+    """The short form: two optimizers, one hidden layer, 80 steps; and the claim can fail."""
+    monkeypatch.setattr(dozat_2016, "WIDTHS", (196, 32, 196))
     config = dozat_2016.Config(
         steps=80, seeds=2, octaves=0, validation=200, optimizers=("Nesterov", "NAdam")
     )
-    numbers, claims = dozat_2016.run(config, mnist)
-    assert len(claims) == 2
-    assert not failed(claims)
+    numbers, (claim,) = dozat_2016.run(config, mnist)
+    assert claim.holds, claim
     swapped = {**numbers, "NAdam": numbers["Nesterov"], "Nesterov": numbers["NAdam"]}
-    assert len(failed(dozat_2016.judge(swapped, config))) == 2
+    assert len(failed(dozat_2016.judge(swapped, config))) == 1
 
 
 @pytest.mark.parametrize(
