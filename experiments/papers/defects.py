@@ -203,7 +203,8 @@ def stuck_parameter() -> Panel:
 def first_updates(library: ModuleType, sizes: jax.Array) -> np.ndarray:
     """-update/α of a first step, for each gradient."""
     tx = library.adam(1.0)
-    return -np.asarray(tx.update(sizes, tx.init(sizes))[0], np.float64)
+    updates = jax.jit(lambda g: tx.update(g, tx.init(g))[0])(sizes)
+    return -np.asarray(updates, np.float64)
 
 
 def sizes_of_gradients(
@@ -241,7 +242,7 @@ def slope() -> Panel:
             tx = library.adam(1.0)
             return -tx.update(g, tx.init(g))[0]
 
-        slopes = np.asarray(jax.vmap(jax.grad(moved))(gradients), np.float64)
+        slopes = np.asarray(jax.jit(jax.vmap(jax.grad(moved)))(gradients), np.float64)
         results[name] = decided("slope_at_zero", name, 1e-3, slopes * 1e-8)
     row = ROWS["slope_at_zero"]
     exact = 1e-16 / (np.abs(g) + 1e-8) ** 2

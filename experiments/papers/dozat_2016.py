@@ -156,6 +156,8 @@ def judge(numbers: dict[str, Any], config: Config) -> list[Claim]:
                 f"{(gain > 0).sum()} of {len(gain)} seeds, at the end {one[-1].mean():.4f} against "
                 f"{other[-1].mean():.4f}"
             )
+        if numbers[theirs]["best_is_at_an_end"]:
+            shown.append(f"a rate beyond the grid may be better for {theirs}")
         return Claim(f"{ours} is faster than {theirs}", "; ".join(shown), bool(np.min(gains) > 0))
 
     pairs = [("NAdam", name) for name in config.optimizers if not name.startswith("NAdam")]
