@@ -281,7 +281,9 @@ def belongs(number, config, claims_of):
     return results
 
 
-@pytest.mark.parametrize(("number", "module", "config"), [(1, logistic, logistic.Logistic())])
+@pytest.mark.parametrize(
+    ("number", "module", "config"), [(1, logistic, logistic.Logistic()), (2, mlp, mlp.Mlp())]
+)
 def test_the_committed_comparison_belongs_to_the_committed_code(number, module, config):
     """Configuration, contenders and verdicts; no best learning rate lies at its grid's edge."""
 
