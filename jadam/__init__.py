@@ -3,7 +3,7 @@
 from jadam import migrate as migrate
 from jadam import sharding as sharding
 from jadam._diagnostics import diagnostics as diagnostics
-from jadam._native import kernels as kernels
+from jadam._kernels.choice import kernels as kernels
 from jadam._state import AdamState as AdamState
 from jadam._state import AmsgradState as AmsgradState
 from jadam._transform import FusedTransformation as FusedTransformation

@@ -2,17 +2,20 @@
 
 import functools
 import itertools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, UInt16
+from jaxtyping import Array, Bool, Float
 
-from jadam import _codec, _math, _validate
-from jadam._state import AdamState, AmsgradState
-from jadam._types import Count, PyTree, Real, Scalar
+from jadam import _math, _validate
+from jadam._members import Member
+from jadam._search import Found, Parameter, states_in
+from jadam._state import Role
+from jadam._types import PyTree, Real, Scalar
 
 RATIO_EDGES = (0.01, 0.03, 0.1, 0.3, 0.7, 2.0)
 """Between the bins of `ratio_histogram`; the first begins at 0, the last is open."""
@@ -33,6 +36,7 @@ def diagnostics(
     eps_root: Scalar = 0.0,
     adamax: bool = False,
     maximum: Literal["raw", "corrected"] = "raw",
+    **rates: Scalar,
 ) -> dict[str, Any]:
     """What a step did, for each leaf and for all: sizes, signal and noise, where eps rules.
 
@@ -48,6 +52,7 @@ def diagnostics(
         b1: the optimizer's, as are `b2`, `eps` and `eps_root`.
         adamax: whether the state is `adamax`'s, with u in `nu`.
         maximum: the optimizer's, for `amsgrad`.
+        **rates: its other decay rates, where the member has more than two.
 
     Returns:
         `{"whole": report, "leaves": {path: report}}`, with the paths of `jax.tree_util.keystr`;
@@ -84,15 +89,15 @@ def diagnostics(
     b1, b2 = _validate.decay_rate("b1", b1), _validate.decay_rate("b2", b2)
     eps, eps_root = _validate.non_negative("eps", eps), _validate.non_negative("eps_root", eps_root)
     _validate.choice("maximum", maximum, ("raw", "corrected"))
-    states = _stored(state)
+    rates |= {"b1": b1, "b2": b2}
+    states = _by_parameter(states_in("state", state, adamax=adamax))
     named = {"update": updates, "param": params}
     if grads is not None:
         named["grad"] = grads
     arrays = {name: _matching(f"{name}s", tree, states) for name, tree in named.items()}
 
-    def sums(path: str) -> Report:
-        count, stored = states[path]
-        moments = _moments(count, stored, b1, b2, adamax, maximum)
+    def sums(state: Found, parameter: Parameter, path: str) -> Report:
+        moments = _moments(state, parameter, rates, maximum)
         root = jnp.sqrt(moments.v_hat + jnp.asarray(eps_root, moments.v_hat.dtype))
         flags = {
             "eps": jnp.asarray(eps * (2 if adamax else 1), root.dtype) > root,
@@ -101,12 +106,12 @@ def diagnostics(
             **moments.ends,
         }
         totals = {name: jnp.sum(_square(leaves[path])) for name, leaves in arrays.items()}
-        totals |= {"size": jnp.float32(stored[0].size), "v": moments.v_total}
+        totals |= {"size": jnp.float32(math.prod(parameter.shape)), "v": moments.v_total}
         if moments.ends:
             totals["coded"] = totals["size"]
         return {name: x.astype(jnp.float32) for name, x in (totals | _counts(flags)).items()}
 
-    leaves = {path: sums(path) for path in states}
+    leaves = {path: sums(*covered, path) for path, covered in states.items()}
     return {
         "whole": _report(list(leaves.values())),
         "leaves": {path: _report([leaf]) for path, leaf in leaves.items()},
@@ -121,40 +126,30 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
-def _stored(state: Any) -> dict[str, tuple[Count, tuple[Array, ...]]]:
-    """For each leaf that a state of the family covers, the count and the stored moments."""
-
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, (AdamState, AmsgradState))
-
-    states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
-    if not states:
-        raise ValueError(
-            "state: expected an AdamState or AmsgradState in it, found none in "
-            f"{type(state).__name__}"
-        )
-    found = {}
-    for count, *trees in states:
-        mu, *others = (_by_path(tree) for tree in trees)
-        for path, m in mu.items():
-            if path in found:
+def _by_parameter(found: list[Found]) -> dict[str, tuple[Found, Parameter]]:
+    """Each parameter that a state of the family covers, with its state, by its path."""
+    by_path = {}
+    for state in found:
+        for parameter in state.parameters:
+            path = jax.tree_util.keystr(parameter.path)
+            if path in by_path:
                 raise ValueError(
                     f"state: expected one state of the family for each leaf, found two for {path}"
                 )
-            found[path] = count, (m, *(other[path] for other in others))
-    return found
+            by_path[path] = state, parameter
+    return by_path
 
 
 def _matching(name: str, tree: PyTree, states: dict[str, Any]) -> dict[str, Array]:
     """The leaves of a tree that the states cover, of the shapes there."""
     leaves = _by_path(tree)
-    for path, (_, (m, *_)) in states.items():
+    for path, (_, parameter) in states.items():
         if path not in leaves:
             raise ValueError(f"{name}{path} is missing: state.mu{path} exists")
         _validate.inexact_leaves(f"{name}{path}", leaves[path])
-        if np.shape(leaves[path]) != m.shape:
+        if np.shape(leaves[path]) != parameter.shape:
             raise ValueError(
-                f"{name}{path}: expected shape {m.shape} of state.mu{path}, got "
+                f"{name}{path}: expected shape {parameter.shape} of state.mu{path}, got "
                 f"{np.shape(leaves[path])}"
             )
     return {path: jnp.asarray(leaves[path]) for path in states}
@@ -180,46 +175,42 @@ def _square(x: Array) -> Real:
 
 
 def _moments(
-    count: Count, stored: tuple[Array, ...], b1: Scalar, b2: Scalar, adamax: bool, maximum: str
+    state: Found, parameter: Parameter, rates: dict[str, Scalar], maximum: str
 ) -> _Moments:
-    coded = _codec.is_coded(stored[0])
-    dtype = jnp.float32 if coded else np.result_type(*(_math.widen(x.dtype) for x in stored))
-    real = jnp.finfo(dtype).dtype
-    step = _math.Step.of(jnp.maximum(count, 1), real)
-    ends = {}
-    if coded:
-        member = _math.adamax if adamax else functools.partial(_math.adam, eps_root=0.0)
-        m, *norms = _codec.Codes(*stored).decode(member(step, b1=b1, b2=b2, eps=0.0))
-        ends = _ends(stored[0])
-    else:
-        m, *norms = (_codec.load(stored[0], dtype), *(_codec.load(x, real) for x in stored[1:]))
-    c1, c2 = (_math.bias_correction(_math.Decay.of(b, real), step.t) for b in (b1, b2))
+    member, storage, stored = state.member, parameter.storage, parameter.stored
+    wide = storage.wide(jnp.result_type(jnp.float32))
+    real = jnp.finfo(wide).dtype
+    time = _math.Time.of(jnp.maximum(state.state.count, 1), real)
+    relation = functools.partial(member.relation_at, time, **rates)
+    m, second, largest = _by_role(member, storage.load(stored, relation, wide))
+    c1, c2 = (
+        _math.bias_correction(_math.Decay.of(rates[name], real), time.t) for name in ("b1", "b2")
+    )
     m_squared = _math.square(m) * (1 / c1**2)
-    if adamax:
-        return _Moments(m_squared, norms[0] ** 2, jnp.sum(norms[0] ** 2), ends)
-    is_corrected = len(norms) > 1 and maximum == "corrected"
-    v_hat = norms[-1] if is_corrected else norms[-1] * (1 / c2)
-    # Corrected after the sum: XLA:CPU would keep v̂ in memory.
-    return _Moments(m_squared, v_hat, jnp.sum(norms[0]) / c2, ends)
+    ends = storage.range_ends(stored)
+    if member.power == 1:
+        return _Moments(m_squared, second**2, jnp.sum(second**2), ends)
+    is_corrected = largest is not None and maximum == "corrected"
+    v_hat = second if largest is None else largest
+    # Corrected after the sum: XLA:CPU would store v̂ as a whole array.
+    return _Moments(
+        m_squared, v_hat if is_corrected else v_hat * (1 / c2), jnp.sum(second) / c2, ends
+    )
+
+
+def _by_role(member: Member, moments: tuple[Array, ...]) -> tuple[Array, Array, Array | None]:
+    """The first of the first moments, the second moment and its maximum, where there is one."""
+    by_role: dict[Role, Array] = {}
+    for moment, x in zip(member.moments, moments, strict=True):
+        by_role.setdefault(moment.role, x)
+    return by_role[Role.FIRST], by_role[Role.SECOND], by_role.get(Role.MAXIMUM)
 
 
 def _bins(moments: _Moments) -> Flags:
-    """|m̂|/√v̂ up to each edge, as squares: XLA:CPU would keep a quotient that is used often."""
+    """|m̂|/√v̂ up to each edge, as squares: XLA:CPU would store a quotient that is used often."""
     m_squared, v_hat = moments.m_squared, moments.v_hat
     upto = {f"upto_{edge}": m_squared <= edge**2 * v_hat for edge in RATIO_EDGES}
     return upto | {"above": m_squared > RATIO_EDGES[-1] ** 2 * v_hat}
-
-
-def _ends(both: UInt16[Array, "*shape"]) -> Flags:
-    """Which codes are the outermost ones, of those that stand for a number."""
-    code = both & np.uint16(_codec.NAN)
-    x = (both >> 9).astype(jnp.int32) - 64
-    number = (code > 0) & (code < _codec.NAN)
-    return {
-        # An m at its bound is on either of the last two, by rounding and dither.
-        "m_end": number & (jnp.abs(x) >= _codec.M_LEVELS - 1),
-        "v_end": (code == 1) | (code == _codec.TOP),
-    }
 
 
 def _counts(flags: Flags) -> Report:

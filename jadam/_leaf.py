@@ -2,16 +2,32 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jadam import _codec, _math
-from jadam._types import Count, Leaf, Scalar
+from jadam import _math
+from jadam._members import Rule
+from jadam._storage import storage_of
+from jadam._types import Count, Number, Scalar
 
-Rule = Callable[[_math.Step], _math.Equations]
-"""A member of the family with its hyperparameters: the step ↦ its equations."""
+
+class Options(NamedTuple):
+    """What else a leaf's step does. A kernel takes a leaf if it has each option that is set.
+
+    Attributes:
+        decays: the parameter decays.
+        to_params: p + update is wanted in place of the update.
+    """
+
+    decays: bool
+    to_params: bool
+
+    @property
+    def needs_params(self) -> bool:
+        """Whether the step reads the parameter."""
+        return self.decays or self.to_params
 
 
 def increment(count: Count) -> Count:
@@ -21,58 +37,48 @@ def increment(count: Count) -> Count:
 
 
 def leaf_step(
-    rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count, *, to_params: bool
-) -> Callable[..., tuple[Leaf, ...]]:
-    """The step after `count` updates: `(g, p, decays, *stored) -> (update, *stored)`.
+    rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
+) -> Callable[..., tuple[Number, ...]]:
+    """The step after `count` updates: `(g, p, options, *stored) -> (update, *stored)`.
 
-    update = -learning_rate·(direction + weight_decay·p), without the decay where `decays` is
-    false; `p` may be None there. With `to_params` p + update comes in its place, in p's dtype.
+    update = -learning_rate·(direction + weight_decay·p), the decay where the leaf decays. With
+    `to_params` p + update comes in its place, in p's dtype. `p` may be None if it is not needed.
     """
-    before, count = count, increment(count)
-    equations = functools.cache(lambda dtype: rule(_math.Step.of(count, dtype)))
+    now = increment(count)
 
     @functools.cache
-    def coded_equations() -> tuple[_math.Equations, _math.Equations]:
-        """Those of the step that the codes were made in, and of this one."""
-        float32 = jnp.dtype(jnp.float32)
-        return rule(_math.Step.of(before, float32)), equations(float32)
+    def equations(dtype: np.dtype) -> _math.Equations:
+        return rule.at(_math.Time.of(now, dtype))
 
-    def float_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
-        dtype = np.result_type(*(_math.widen(x.dtype) for x in (g, *stored)))
-        real = jnp.finfo(dtype).dtype
-        moments = (_codec.load(x, dtype if i == 0 else real) for i, x in enumerate(stored))
-        gradient = _math.limit_range(g.astype(dtype))
-        direction, moments = equations(real).step(gradient, *moments)
-        kept = [
-            _codec.store(x, like.dtype, count, salt)
-            for salt, (x, like) in enumerate(zip(moments, stored, strict=True))
-        ]
-        return direction, kept
+    @functools.cache
+    def relation(dtype: np.dtype, *, before: bool) -> _math.Relation:
+        """That of this step, or of the one before it, which stored the moments."""
+        return rule.relation_at(_math.Time.of(count if before else now, dtype))
 
-    def coded_moments(g: Leaf, *stored: Any) -> tuple[Leaf, list[Any]]:
-        then, now = coded_equations()
-        gradient = _math.limit_range(g.astype(jnp.float32))
-        codes = _codec.Codes(*stored)
-        direction, moments = now.step(gradient, *codes.decode(then))
-        return direction, list(codes.encode(moments, g, now, count))[: len(stored)]
-
-    def leaf(g: Any, p: Any, decays: bool, *stored: Any) -> tuple[Leaf, ...]:
+    def leaf(g: Any, p: Any, options: Options, *stored: Any) -> tuple[Number, ...]:
         g = jnp.asarray(g)
-        moved = coded_moments if _codec.is_coded(stored[0]) else float_moments
-        direction, kept = moved(g, *stored)
-        if decays:
-            wide = jnp.asarray(p).astype(direction.dtype)
-            direction += jnp.asarray(weight_decay, direction.dtype) * wide
+        storage = storage_of(rule.member.moments, stored)
+        wide = storage.wide(g.dtype)
+        real = jnp.finfo(wide).dtype
+        gradient = _math.limit_range(g.astype(wide))
+        moments = storage.load(stored, lambda: relation(real, before=True), wide)
+        direction, moments = equations(real)(gradient, *moments)
+        kept = storage.store(
+            moments, stored, g, equations(real), lambda: relation(real, before=False), now
+        )
+        if options.decays:
+            param = jnp.asarray(p).astype(direction.dtype)
+            direction += jnp.asarray(weight_decay, direction.dtype) * param
         update = -jnp.asarray(learning_rate, direction.dtype) * direction
         if not jnp.iscomplexobj(g):
             update = update.real
         update = update.astype(g.dtype)
-        return (_add(jnp.asarray(p), update) if to_params else update), *kept
+        return (_add(jnp.asarray(p), update) if options.to_params else update), *kept
 
     return leaf
 
 
-def _add(p: Leaf, update: Leaf) -> Leaf:
+def _add(p: Number, update: Number) -> Number:
     """What `optax.apply_updates` makes of a leaf: one rounding, to p's dtype."""
     dtype = np.result_type(_math.widen(p.dtype), _math.widen(update.dtype))
     return (p.astype(dtype) + update.astype(dtype)).astype(p.dtype)

@@ -1,8 +1,29 @@
-"""The states of the family."""
+"""The states of the family, and what a moment is in them."""
 
+import enum
 from typing import NamedTuple
 
 from jadam._types import Count, PyTree
+
+
+class Role(enum.Enum):
+    """What a moment is to the equations, hence what a storage may do with it."""
+
+    FIRST = "an average of gradients; complex for complex parameters"
+    SECOND = "an average or a maximum of the gradients' sizes, or of their squares; real"
+    MAXIMUM = "the largest second moment so far"
+
+
+class Moment(NamedTuple):
+    """A moment of a member: its field in the state, and its role."""
+
+    name: str
+    role: Role
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is an average of gradients."""
+        return self.role is Role.FIRST
 
 
 class AdamState(NamedTuple):

@@ -7,62 +7,74 @@ into the state finds everything in its place, and a checkpoint of one restores i
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import optax
 
-from jadam import _math, _validate
-from jadam._leaf import Rule, increment
-from jadam._state import AdamState, AmsgradState
+from jadam import _validate
+from jadam._kernels import choice
+from jadam._kernels.choice import Choice
+from jadam._leaf import increment
+from jadam._members import ADAM, ADAMAX, AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Kernel, State, adam_rule, advance, chosen_kernel, initializer, rule
-
-Mask = PyTree | Callable[[PyTree], PyTree] | None
+from jadam._update import Mask, adam_rule, advance, initializer
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation that can also make the whole step.
 
-    `tx.step(grads, state, params)` returns the next parameters and state: `tx.update` and
-    `optax.apply_updates` in one, without an update in memory between them. Donate parameters and
-    state, in this order, as `jadam.step` says.
-
-    >>> import jax, jax.numpy as jnp, jadam
-    >>> tx = jadam.adam(1e-3)
-    >>> params = {"w": jnp.array([1.0, 2.0])}
-    >>> def train_step(params, state, grads):
-    ...     return tx.step(grads, state, params)
-    >>> train_step = jax.jit(train_step, donate_argnums=(0, 1))
-    >>> params, state = train_step(params, tx.init(params), {"w": jnp.array([0.5, -3.0])})
-    >>> params["w"].tolist()
-    [0.9990000128746033, 2.000999927520752]
+    It is the pair of `init` and `update` that every optax transformation is, and a tree of these
+    two for JAX. `step` follows from `update`, also where a tool has put another one in its place.
     """
 
-    step: Callable[..., tuple[PyTree, Any]]
+    def step(
+        self, grads: PyTree, state: Any, params: PyTree, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        """The next parameters and state: `update` and `optax.apply_updates` in one.
 
-    def __new__(
-        cls,
-        init: optax.TransformInitFn,
-        update: optax.TransformUpdateExtraArgsFn,
-        step: Callable[..., tuple[PyTree, Any]],
-    ) -> "FusedTransformation":
-        self = super().__new__(cls, init, update)
-        self.step = step
-        return self
+        Of jadam's own `update` no update lies in memory in between. Donate parameters and state,
+        in this order, as `jadam.step` says.
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.init, self.update, self.step
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> tx = jadam.adam(1e-3)
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> def train_step(params, state, grads):
+        ...     return tx.step(grads, state, params)
+        >>> train_step = jax.jit(train_step, donate_argnums=(0, 1))
+        >>> params, state = train_step(params, tx.init(params), {"w": jnp.array([0.5, -3.0])})
+        >>> params["w"].tolist()
+        [0.9990000128746033, 2.000999927520752]
+        """
+        if isinstance(self.update, _Update):
+            return self.update.move(grads, state, params, to_params=True)
+        updates, state = self.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An `update` that can also make the whole step: `move(grads, state, params, *, to_params)`."""
+
+    move: Callable[..., tuple[PyTree, Any]]
+
+    def __call__(
+        self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        return self.move(updates, state, params, to_params=False)
 
 
 def _transformation(
     rule: Rule,
     learning_rate: ScalarOrSchedule,
-    init: Callable[[PyTree], State],
+    mu_dtype: DType | None,
+    nu_dtype: DType | None,
+    min_size: int | None,
+    kernel: Choice,
     *,
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
-    kind: type[State] = AdamState,
-    kernel: Kernel,
 ) -> FusedTransformation:
     """A rule followed by decay and learning rate, all in one step; optax gives their states."""
     learning_rate = _validate.schedulable("learning_rate", learning_rate)
@@ -72,10 +84,12 @@ def _transformation(
     if decay is not None:
         followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
 
+    init = initializer(rule.member, mu_dtype, nu_dtype, min_size)
+
     def init_fn(params: PyTree) -> tuple[Any, ...]:
         return init(params), *(follower.init(params) for follower in followers)
 
-    kernel = chosen_kernel(kernel)
+    kernel = choice.checked(kernel)
 
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool
@@ -94,32 +108,13 @@ def _transformation(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             mask=mask,
-            kind=kind,
             kernel=kernel,
             to_params=to_params,
         )
         # A schedule's state is its count, or nothing.
         return moved, (adam_state, *jax.tree.map(increment, schedules))
 
-    return _fused(init_fn, move)
-
-
-def _fused(
-    init: optax.TransformInitFn, move: Callable[..., tuple[PyTree, Any]]
-) -> FusedTransformation:
-    """The transformation of `move(grads, state, params, *, to_params)`."""
-
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, Any]:
-        del extra_args
-        return move(updates, state, params, to_params=False)
-
-    def step_fn(grads: PyTree, state: Any, params: PyTree, **extra_args: Any) -> tuple[PyTree, Any]:
-        del extra_args
-        return move(grads, state, params, to_params=True)
-
-    return FusedTransformation(init, update_fn, step_fn)
+    return FusedTransformation(init_fn, _Update(move))
 
 
 def scale_by_adam(
@@ -131,7 +126,7 @@ def scale_by_adam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     nesterov: bool = False,
 ) -> FusedTransformation:
     """Adam's direction m̂/(√(v̂ + eps_root) + eps) alone, to build chains with.
@@ -147,9 +142,10 @@ def scale_by_adam(
         advance,
         adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate=-1.0,
-        kernel=chosen_kernel(kernel),
+        kernel=choice.checked(kernel),
     )
-    return _fused(initializer(mu_dtype, nu_dtype, min_size), move)
+    init = initializer(ADAM, mu_dtype, nu_dtype, min_size)
+    return FusedTransformation(init, _Update(move))
 
 
 def adam(
@@ -162,7 +158,7 @@ def adam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     nesterov: bool = False,
 ) -> FusedTransformation:
     """Adam, Kingma & Ba (2015), Algorithm 1.
@@ -209,8 +205,10 @@ def adam(
     return _transformation(
         adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
-        kernel=kernel,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
     )
 
 
@@ -226,7 +224,7 @@ def adamw(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     nesterov: bool = False,
 ) -> FusedTransformation:
     """Adam with decoupled weight decay, Loshchilov & Hutter (2019), Algorithm 2.
@@ -251,9 +249,11 @@ def adamw(
     return _transformation(
         adam_rule(b1, b2, eps, eps_root, nesterov),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
         decay=(weight_decay, mask),
-        kernel=kernel,
     )
 
 
@@ -267,7 +267,7 @@ def nadam(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     momentum_decay: Scalar | None = None,
 ) -> FusedTransformation:
     """Adam with Nesterov's momentum, Dozat (2016).
@@ -287,8 +287,10 @@ def nadam(
     return _transformation(
         _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
-        kernel=kernel,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
     )
 
 
@@ -304,7 +306,7 @@ def nadamw(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     momentum_decay: Scalar | None = None,
 ) -> FusedTransformation:
     """`nadam` with the decoupled weight decay of `adamw`.
@@ -315,19 +317,19 @@ def nadamw(
     return _transformation(
         _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
         decay=(weight_decay, mask),
-        kernel=kernel,
     )
 
 
 def _nadam_rule(
     b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, momentum_decay: Scalar | None
 ) -> Rule:
-    if momentum_decay is not None:
-        momentum_decay = _validate.in_range("momentum_decay", momentum_decay, above=0.0)
-    return rule(
-        _math.nadam, b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
+    return NADAM.with_hyperparameters(
+        b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
     )
 
 
@@ -343,7 +345,7 @@ def amsgrad(
     *,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     maximum: Literal["raw", "corrected"] = "raw",
 ) -> FusedTransformation:
     """AMSGrad, Reddi, Kale & Kumar (2018), Algorithm 2: v̂ never falls.
@@ -365,20 +367,20 @@ def amsgrad(
     >>> like_paper = jadam.amsgrad(1e-3, bias_correction_mu=False, bias_correction_nu=False)
     """
     return _transformation(
-        rule(
-            _math.amsgrad,
+        AMSGRAD.with_hyperparameters(
             b1=b1,
             b2=b2,
             eps=eps,
             eps_root=eps_root,
-            maximum=_validate.choice("maximum", maximum, ("raw", "corrected")),
+            maximum=maximum,
             bias_correction_mu=bias_correction_mu,
             bias_correction_nu=bias_correction_nu,
         ),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size, AmsgradState),
-        kind=AmsgradState,
-        kernel=kernel,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
     )
 
 
@@ -391,7 +393,7 @@ def adamax(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
 ) -> FusedTransformation:
     """AdaMax, Kingma & Ba (2015), Algorithm 2: Adam with the infinity norm.
 
@@ -404,10 +406,12 @@ def adamax(
     >>> tx = jadam.adamax(2e-3)
     """
     return _transformation(
-        rule(_math.adamax, b1=b1, b2=b2, eps=eps),
+        ADAMAX.with_hyperparameters(b1=b1, b2=b2, eps=eps),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
-        kernel=kernel,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
     )
 
 
@@ -422,7 +426,7 @@ def adamaxw(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
 ) -> FusedTransformation:
     """`adamax` with the decoupled weight decay of `adamw`.
 
@@ -430,11 +434,13 @@ def adamaxw(
     >>> tx = jadam.adamaxw(2e-3, weight_decay=1e-2)
     """
     return _transformation(
-        rule(_math.adamax, b1=b1, b2=b2, eps=eps),
+        ADAMAX.with_hyperparameters(b1=b1, b2=b2, eps=eps),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
         decay=(weight_decay, mask),
-        kernel=kernel,
     )
 
 
@@ -449,7 +455,7 @@ def radam(
     mu_dtype: DType | None = None,
     nu_dtype: DType | None = None,
     min_size: int | None = None,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
     nesterov: bool = False,
 ) -> FusedTransformation:
     """Rectified Adam, Liu et al. (2020), Algorithm 2: no warm-up needed.
@@ -468,18 +474,18 @@ def radam(
     >>> import jadam
     >>> tx = jadam.radam(1e-3)
     """
-    threshold = _validate.in_range("threshold", threshold, at_least=4.0)
     return _transformation(
-        rule(
-            _math.radam,
+        RADAM.with_hyperparameters(
             b1=b1,
             b2=b2,
             eps=eps,
             eps_root=eps_root,
             threshold=threshold,
-            nesterov_momentum=nesterov,
+            nesterov=nesterov,
         ),
         learning_rate,
-        initializer(mu_dtype, nu_dtype, min_size),
-        kernel=kernel,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
     )

@@ -15,13 +15,15 @@ Count: TypeAlias = Int[Array, ""]
 """The number of updates made, int32."""
 
 Real: TypeAlias = Float[Array, "*shape"]
-"""A leaf of real numbers in float32 or wider: a second moment, a norm."""
+"""An array of real numbers in float32 or wider: a second moment, a norm."""
 
-Leaf: TypeAlias = Inexact[Array, "*shape"]
-"""A leaf of real or complex numbers in float32 or wider: a gradient, a first moment."""
+Number: TypeAlias = Inexact[Array, "*shape"]
+"""An array of real or complex numbers in float32 or wider: a gradient, a first moment."""
 
 Scalar: TypeAlias = float | Float[Array, ""]
 """A hyperparameter: a number known when tracing, kept in float64, or a traced array."""
 
 ScalarOrSchedule: TypeAlias = Scalar | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 """A hyperparameter, or a function of the number of updates already made that gives it."""
+
+Shape: TypeAlias = tuple[int, ...]

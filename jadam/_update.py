@@ -4,22 +4,25 @@
 knows nothing of which equations it applies.
 """
 
+import importlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jadam import _codec, _math, _native, _validate
-from jadam._leaf import Rule, increment, leaf_step
-from jadam._state import AdamState, AmsgradState
+from jadam import _validate
+from jadam._kernels import choice
+from jadam._kernels.choice import Choice
+from jadam._leaf import Options, increment, leaf_step
+from jadam._members import ADAM, NADAM, Member, Rule
+from jadam._state import AdamState
+from jadam._storage import chooser, storage_of
 from jadam._types import Count, DType, PyTree, Scalar, ScalarOrSchedule
 
-State = AdamState | AmsgradState
-
-Kernel = Literal["auto", "xla", "native"]
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+"""Which leaves decay: a tree of booleans or a prefix of it, a function that makes one, or all."""
 
 
 def init(
@@ -49,43 +52,20 @@ def init(
     >>> state.mu["w"].dtype, state.nu["w"].dtype
     (dtype('float32'), dtype('float32'))
     """
-    return initializer(mu_dtype, nu_dtype, min_size)(params)
+    return initializer(ADAM, mu_dtype, nu_dtype, min_size)(params)
 
 
 def initializer(
-    mu_dtype: DType | None,
-    nu_dtype: DType | None,
-    min_size: int | None,
-    kind: type[State] = AdamState,
+    member: Member, mu_dtype: DType | None, nu_dtype: DType | None, min_size: int | None
 ) -> Callable[..., Any]:
-    """`init` with its storage, which is checked, for a kind of state."""
-    chosen_mu = _validate.storage_dtype("mu_dtype", mu_dtype, code="int8")
-    chosen_nu = _validate.storage_dtype("nu_dtype", nu_dtype, code="uint8")
-    coded = _validate.both_coded(chosen_mu, chosen_nu)
-    least = _codec.MIN_SIZE if min_size is None else _validate.size("min_size", min_size)
+    """`init` of a member with its storage, which is checked."""
+    choose = chooser(member.moments, mu_dtype, nu_dtype, min_size)
 
-    def is_coded(p: Any) -> bool:
-        return coded and _codec.gains(np.shape(p), jnp.result_type(p), least)
-
-    def first(p: Any) -> jax.Array:
-        dtype = jnp.uint16 if is_coded(p) else _codec.storage(jnp.result_type(p), chosen_mu)
-        return jnp.zeros_like(p, dtype=dtype)
-
-    def second(p: Any) -> jax.Array:
-        if is_coded(p):
-            # Cut from zeros like p, so that the tops lie where p's blocks lie.
-            return lax.slice_in_dim(jnp.zeros_like(p, dtype=jnp.int16), 0, None, _codec.BLOCK, -1)
-        real = jnp.finfo(jnp.result_type(p)).dtype
-        return jnp.zeros_like(p, dtype=_codec.storage(real, chosen_nu))
-
-    def third(p: Any) -> jax.Array:
-        return jnp.zeros_like(p, dtype=jnp.uint8) if is_coded(p) else second(p)
-
-    def init_fn(params: PyTree) -> State:
+    def init_fn(params: PyTree) -> Any:
         _validate.inexact_leaves("params", params)
-        moments = zip(kind._fields[1:], (first, second, third), strict=False)
-        trees = (jax.tree.map(zeros, params) for _, zeros in moments)
-        return kind(jnp.zeros((), jnp.int32), *trees)
+        leaves, structure = jax.tree.flatten(params)
+        rows = [choose(p).zeros(p) for p in leaves]
+        return member.state_of(jnp.zeros((), jnp.int32), structure, rows)
 
     return init_fn
 
@@ -101,9 +81,9 @@ def update(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
     nesterov: bool = False,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
 ) -> tuple[PyTree, AdamState]:
     """One step of Adam: the updates to add to the parameters, and the next state.
 
@@ -155,7 +135,7 @@ def update(
         learning_rate=_validate.schedulable("learning_rate", learning_rate),
         weight_decay=_validate.schedulable("weight_decay", weight_decay),
         mask=mask,
-        kernel=chosen_kernel(kernel),
+        kernel=choice.checked(kernel),
     )
 
 
@@ -170,9 +150,9 @@ def step(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
     nesterov: bool = False,
-    kernel: Kernel = "auto",
+    kernel: Choice = "auto",
 ) -> tuple[PyTree, AdamState]:
     """`update` and `optax.apply_updates` in one: the next parameters and the next state.
 
@@ -201,35 +181,18 @@ def step(
         learning_rate=_validate.schedulable("learning_rate", learning_rate),
         weight_decay=_validate.schedulable("weight_decay", weight_decay),
         mask=mask,
-        kernel=chosen_kernel(kernel),
+        kernel=choice.checked(kernel),
         to_params=True,
     )
 
 
-def chosen_kernel(kernel: Kernel) -> Kernel:
-    """The argument `kernel`, which is checked."""
-    _validate.choice("kernel", kernel, ("auto", "xla", "native"))
-    if kernel == "native" and _native.library().instruction_set is None:
-        raise RuntimeError(
-            f'kernel: expected one for "native", got none: {_native.library().reason}'
-        )
-    return kernel
-
-
-def rule(member: Callable[..., _math.Equations], **hyperparameters: Any) -> Rule:
-    """A member of the family with hyperparameters, which are checked."""
-    for name, value in hyperparameters.items():
-        if name in ("b1", "b2"):
-            hyperparameters[name] = _validate.decay_rate(name, value)
-        elif name in ("eps", "eps_root"):
-            hyperparameters[name] = _validate.non_negative(name, value)
-    return jax.tree_util.Partial(member, **hyperparameters)
-
-
 def adam_rule(b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, nesterov: bool) -> Rule:
-    """Adam's, or with `nesterov` NAdam's."""
-    member = _math.nadam if nesterov else _math.adam
-    return rule(member, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    """Adam's, or with `nesterov` NAdam's with constant momentum."""
+    if nesterov:
+        return NADAM.with_hyperparameters(
+            b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=None
+        )
+    return ADAM.with_hyperparameters(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
 
 def advance(
@@ -240,9 +203,8 @@ def advance(
     *,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    kind: type[State] = AdamState,
-    kernel: Kernel = "auto",
+    mask: Mask = None,
+    kernel: Choice = "auto",
     to_params: bool = False,
 ) -> tuple[PyTree, Any]:
     """One step of a rule: update = -learning_rate·(direction + weight_decay·param).
@@ -250,34 +212,39 @@ def advance(
     With `to_params` the first result is the new parameters in place of the updates.
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
-    _check(grads, state, params, decays, to_params, kind)
+    _check(rule.member, grads, state, params, decays, to_params)
     learning_rate = at_count("learning_rate", learning_rate, state.count)
     weight_decay = at_count("weight_decay", weight_decay, state.count)
 
     leaves, structure = jax.tree.flatten(grads)
     given = jax.tree.leaves(params) if decays or to_params else [None] * len(leaves)
     decaying = _decaying(params, mask) if decays else [False] * len(leaves)
-    stored = [jax.tree.leaves(moment) for moment in state[1:]]
-    rows = list(zip(leaves, given, decaying, *stored, strict=True))
+    options = [Options(decays=decays, to_params=to_params) for decays in decaying]
+    stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
+    rows = list(zip(leaves, given, options, stored, strict=True))
 
+    wanted = choice.is_wanted(kernel)
+    native = [wanted and choice.takes(kernel, rule, *row) for row in rows]
     numbers = (rule, learning_rate, weight_decay, state.count)
-    wanted = _native.is_wanted(kernel)
-    native = [
-        wanted
-        and _native.gains(kernel, to_params, *moments)
-        and _native.takes(rule, g, p if to_params or decays else None, *moments)
-        for g, p, decays, *moments in rows
-    ]
-    in_xla = leaf_step(*numbers, to_params=to_params)
-    chosen = [row for row, is_native in zip(rows, native, strict=True) if is_native]
-    in_kernel = iter(_native.step(*numbers, chosen, to_params=to_params) if chosen else ())
+    in_xla = leaf_step(*numbers)
+    in_kernel = iter(_through_kernel(*numbers, [r for r, n in zip(rows, native, strict=True) if n]))
     results = [
-        next(in_kernel) if is_native else in_xla(*row)
-        for row, is_native in zip(rows, native, strict=True)
+        next(in_kernel) if is_native else in_xla(g, p, options, *stored)
+        for (g, p, options, stored), is_native in zip(rows, native, strict=True)
     ]
-    columns = zip(*results, strict=True) if results else ((),) * (1 + len(stored))
-    moved, *moments = (jax.tree.unflatten(structure, column) for column in columns)
-    return moved, kind(increment(state.count), *moments)
+    moved = structure.unflatten([first for first, *_ in results])
+    kept = [moments for _, *moments in results]
+    return moved, rule.member.state_of(increment(state.count), structure, kept)
+
+
+def _through_kernel(*args: Any) -> list[Any]:
+    *numbers, rows = args
+    if not rows:
+        return []
+    # Imported where a kernel is in use: without what it needs of JAX, the rest goes on.
+    primitive = importlib.import_module("jadam._kernels.primitive")
+    leaves = [(primitive.Leaf(g, stored, p), options) for g, p, options, stored in rows]
+    return primitive.through_kernel(*numbers, leaves)
 
 
 def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
@@ -289,7 +256,7 @@ def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
         return _validate.scalar(f"{name}(count)", value(count))
 
 
-def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) -> list[bool]:
+def _decaying(params: PyTree, mask: Mask) -> list[bool]:
     """Which leaves decay."""
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
@@ -307,24 +274,31 @@ def _decaying(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree] | None) 
         raise ValueError(f"mask: expected a tree like params or a prefix of it; {error}") from None
 
 
-def _unblocked(mu: Any, nu: Any) -> Any:
-    """A leaf of `nu`; where it holds a number for each block of `mu`, that leaf of `mu`."""
-    return mu if _codec.is_coded(mu) and nu.shape == _codec.tops_shape(mu.shape) else nu
-
-
 def _check(
-    grads: PyTree, state: Any, params: PyTree, decays: bool, to_params: bool, kind: type[State]
+    member: Member, grads: PyTree, state: Any, params: PyTree, decays: bool, to_params: bool
 ) -> None:
-    if not isinstance(state, kind):
-        expected = f"the {kind.__name__} that init made"
+    if not isinstance(state, member.state):
+        expected = f"the {member.state.__name__} that init made"
         raise TypeError(f"state: expected {expected}, got {type(state).__name__}")
     _validate.inexact_leaves("grads", grads)
-    for name in kind._fields[1:]:
-        expected = getattr(state, name)
-        if name == "nu":
-            expected = jax.tree.map(_unblocked, state.mu, expected)
-        _validate.same_structure("grads", grads, f"state.{name}", expected)
-    _validate.real_where("grads", grads, "state.mu", state.mu)
+    stored = member.stored(state)
+    for moment, tree in zip(member.moments, stored, strict=True):
+        _validate.same_nodes("grads", grads, f"state.{moment.name}", tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
+    for (path, g), *row in zip(leaves, *map(jax.tree.leaves, stored), strict=True):
+        shapes = storage_of(member.moments, row).shapes(np.shape(g))
+        for moment, x, shape in zip(member.moments, row, shapes, strict=True):
+            where = jax.tree_util.keystr(path)
+            if np.shape(x) != shape:
+                raise ValueError(
+                    f"grads{where}: expected a shape to which state.{moment.name}{where} of shape "
+                    f"{np.shape(x)} belongs, got {np.shape(g)}"
+                )
+            if moment.is_first and jnp.iscomplexobj(g) and not jnp.iscomplexobj(x):
+                raise TypeError(
+                    f"grads{where}: expected a real dtype like state.{moment.name}{where}'s, "
+                    f"{jnp.result_type(x)}, got {jnp.result_type(g)}"
+                )
     if decays or to_params:
         if params is None:
             reason = "step moves" if to_params else "weight_decay needs"

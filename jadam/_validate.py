@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jadam._types import DType, PyTree, Scalar
+from jadam._types import PyTree, Scalar
 
 
 def scalar(name: str, value: Any) -> Scalar:
@@ -94,35 +94,11 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     return value
 
 
-def storage_dtype(name: str, value: DType | None, *, code: str) -> np.dtype | None:
-    """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
-    if value is None:
-        return None
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype == code:
-        return dtype
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        came = repr(value) if dtype is None else dtype
-        raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
-    return jax.dtypes.canonicalize_dtype(dtype)
-
-
-def both_coded(mu_dtype: np.dtype | None, nu_dtype: np.dtype | None) -> bool:
-    """Whether both moments are coded.
-
-    Raises:
-        ValueError: one of them alone is.
-    """
-    coded = [dtype is not None and dtype.kind in "iu" for dtype in (mu_dtype, nu_dtype)]
-    if coded[0] != coded[1]:
-        raise ValueError(
-            "mu_dtype, nu_dtype: expected both codes, 'int8' and 'uint8', or none, since m is "
-            f"stored relative to the stored v; got {mu_dtype} and {nu_dtype}"
-        )
-    return all(coded)
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def size(name: str, value: Any) -> int:
@@ -159,11 +135,11 @@ def inexact_leaves(name: str, tree: PyTree) -> None:
             )
 
 
-def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
-    """`tree` has the nodes and the leaf shapes of `reference`.
+def same_nodes(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
+    """`tree` has the nodes of `reference`.
 
     Raises:
-        ValueError: names the first leaf that is missing, not expected or of another shape.
+        ValueError: names the first leaf that is missing or not expected.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     expected, expected_structure = jax.tree_util.tree_flatten_with_path(reference)
@@ -180,6 +156,17 @@ def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTr
             f"{name}: expected the tree structure of {reference_name}, {expected_structure}, "
             f"got {structure}"
         )
+
+
+def same_structure(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:
+    """`tree` has the nodes and the leaf shapes of `reference`.
+
+    Raises:
+        ValueError: names the first leaf that is missing, not expected or of another shape.
+    """
+    same_nodes(name, tree, reference_name, reference)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    expected = jax.tree_util.tree_leaves_with_path(reference)
     for (path, leaf), (_, other) in zip(flat, expected, strict=True):
         if np.shape(leaf) != np.shape(other):
             raise ValueError(

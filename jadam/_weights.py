@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
 
 from jadam import _math, _validate
-from jadam._native import left_to_xla
+from jadam._kernels.choice import left_to_xla
 from jadam._rounding import grid, weyl
 from jadam._types import DType, PyTree
 

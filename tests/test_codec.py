@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+from jadam._storage import storage_of
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
 
@@ -37,9 +38,10 @@ def run(gradients, b1=0.9, b2=0.999, eps=0.0):
 
 def moments(state, b1=0.9, b2=0.999):
     """m and v, decoded as the next update would."""
-    rule = jadam._update.rule(jadam._math.adam, b1=b1, b2=b2, eps=0.0, eps_root=0.0)
-    equations = rule(jadam._math.Step.of(state.count, jnp.dtype("float32")))
-    return jadam._codec.Codes(state.mu, state.nu).decode(equations)
+    member, float32 = jadam._members.ADAM, jnp.dtype("float32")
+    relation = member.relation_at(jadam._math.Time.of(state.count, float32), b1=b1, b2=b2)
+    stored = (state.mu, state.nu)
+    return storage_of(member.moments, stored).load(stored, lambda: relation, float32)
 
 
 def bounds(steps, b1=0.9, b2=0.999):

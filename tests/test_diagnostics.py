@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jadam
 from experiments.mnist import data, train
 from experiments.mnist.config import Config
+from jadam._members import member_of
+from jadam._storage import storage_of
 from tests.helpers import FAMILY, gradients_like, tree_of_parameters
 
 EDGES = [0.01, 0.03, 0.1, 0.3, 0.7, 2]
@@ -134,14 +136,14 @@ def test_codes_are_read_with_the_equations_of_their_step(make):
     adamax = make is jadam.adamax
     params = {"coded": jnp.ones((16, 256)), "small": jnp.ones(7)}
     updates, (state, _), grads = after_steps(make(1e-2, **EIGHT_BITS), params)
-    known = {"eps": 0.0} if adamax else {"eps": 0.0, "eps_root": 0.0}
-    member = jadam._math.adamax if adamax else jadam._math.adam
-    stored = jadam._codec.Codes(*(moment["coded"] for moment in state[1:]))
+    member, float32 = member_of(state, adamax=adamax), jnp.dtype("float32")
+    stored = tuple(moment["coded"] for moment in state[1:])
 
     @jax.jit
     def decode():
-        step = jadam._math.Step.of(state.count, jnp.dtype("float32"))
-        return stored.decode(member(step, b1=0.9, b2=0.999, **known))
+        time = jadam._math.Time.of(state.count, float32)
+        relation = member.relation_at(time, b1=0.9, b2=0.999)
+        return storage_of(member.moments, stored).load(stored, lambda: relation, float32)
 
     decoded = decode()
     plain = type(state)(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_codec import bounds
 
 import jadam
-from jadam import _native
+from jadam._kernels import choice, cpu
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 STORAGE = {
@@ -30,9 +30,7 @@ DTYPES = {
 # Rows that end within a vector of 16 and within a block of 128, no row, no element, one number.
 SHAPES = [(70, 300), (4099,), (33, 7, 20), (0, 5), (), (4, 2048)]
 
-needs_kernel = pytest.mark.skipif(
-    _native.library().instruction_set is None, reason=_native.library().reason
-)
+needs_kernel = pytest.mark.skipif(choice.why_not() is not None, reason=str(choice.why_not()))
 
 
 def leaves(dtype, seed, scale=1.0):
@@ -361,12 +359,18 @@ def test_kernels_says_what_is_in_use_and_why():
         assert reason
 
 
+def forget():
+    """What is known of the library is asked again."""
+    cpu.library.cache_clear()
+    choice.why_not.cache_clear()
+
+
 def test_without_the_library_jadam_runs_in_xla(monkeypatch):
     """No compiler at installation: the same results, and an error for who insists on the kernel."""
     g = jnp.ones((4, 64))
     expected = jadam.update(g, jadam.init(g), kernel="xla")
-    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: None)
-    _native.library.cache_clear()
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    forget()
     try:
         assert jadam.kernels()["cpu"].startswith("xla: not built")
         jax.tree.map(np.testing.assert_array_equal, jadam.update(g, jadam.init(g)), expected)
@@ -375,7 +379,7 @@ def test_without_the_library_jadam_runs_in_xla(monkeypatch):
             jadam.adam(1e-3, kernel="native")
     finally:
         monkeypatch.undo()
-        _native.library.cache_clear()
+        forget()
 
 
 def test_a_wrong_kernel_is_refused():

@@ -17,7 +17,7 @@ better than RMSProp, regardless of hyper-parameter setting": RMSProp is Adam wit
 
 The paper shows of each optimizer the best of "a dense grid", and tells neither the grid, nor its
 λ, dropout rates, weights' first values or AdaGrad's schedule. What stands here instead, and what
-is smaller so that two cores need half an hour:
+is smaller so that two cores need about half an hour:
 
 - Figure 1 is whole (45 passes), without its IMDB half. λ = 1e-4. AdaGrad divides by √t itself; it
   is shown with α/√t as the paper writes of all, and with constant α.

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from jadam import _validate
-from jadam._foreign import (
+from jadam._search import Maximum, check_maximum, states_in
+from jadam._types import PyTree
+from jadam.migrate._foreign import (
     Address,
     Host,
     Key,
@@ -24,10 +26,8 @@ from jadam._foreign import (
     listed,
     mapping,
     momentum_product,
-    steps,
+    update_count,
 )
-from jadam._types import PyTree
-from jadam._walk import Maximum, adam_states, check_maximum
 
 
 class _Group(NamedTuple):
@@ -126,11 +126,11 @@ def _fitting(parameters: Mapping[Key, _Parameter], address: Address, adamax: boo
         known = ", ".join(map(repr, parameters))
         raise ValueError(f"{address.where}: expected one of {known}, got {address.key!r}")
     parameter = parameters[address.key]
-    group, has_maximum = parameter.group, "nu_max" in address.leaf.moments
+    group, has_maximum = parameter.group, "nu_max" in address.parameter.moments
     if group.amsgrad != has_maximum:
         raise ValueError(
-            f"{group.where}['amsgrad']: expected {has_maximum}, since {address.leaf.state} has "
-            f"{'a' if has_maximum else 'no'} nu_max, got {group.amsgrad}"
+            f"{group.where}['amsgrad']: expected {has_maximum}, since {address.parameter.state} "
+            f"has {'a' if has_maximum else 'no'} nu_max, got {group.amsgrad}"
         )
     if group.adamax != adamax:
         expected, got = ("Adamax" if x else "Adam" for x in (adamax, group.adamax))
@@ -206,7 +206,7 @@ def from_torch(
     >>> int(state[0].count), state[0].mu["kernel"].shape
     (7, (3, 2))
     """
-    parameters, states = _parameters(state_dict, names), adam_states("like", like)
+    parameters, states = _parameters(state_dict, names), states_in("like", like)
     check_maximum((found.state for found in states), maximum, "raw", "torch")
     entries: dict[str, Any] = {}
     for number, entry in mapping("state_dict['state']", state_dict["state"]).items():
@@ -219,14 +219,14 @@ def from_torch(
     moments: list[list[jax.Array]] = []
     for address in addresses(states, name):
         number, group = _fitting(parameters, address, adamax)
-        groups.setdefault(address.leaf.state, []).append(group)
+        groups.setdefault(address.parameter.state, []).append(group)
         entry = f"state_dict['state'][{number!r}]"
         step, product = f"{entry}['step']", f"{entry}['mu_product']"
-        counts[step] = steps(step, table.take(step))
+        counts[step] = update_count(step, table.take(step))
         if group.momentum_decay is not None:
             given = table.take(product)
             check_product(product, given, counts[step], group.b1, group.momentum_decay)
-        places = {field: f"{entry}[{fields[field]!r}]" for field in address.leaf.moments}
+        places = {field: f"{entry}[{fields[field]!r}]" for field in address.parameter.moments}
         moments.append(table.moments(address, places))
     _check_alike(groups)
     table.check_all_taken()
@@ -260,7 +260,7 @@ def to_torch(
         ValueError: a parameter in `param_groups` has no leaf or a leaf no parameter; groups do
             not fit as in `from_torch`.
     """
-    parameters, states = _parameters(state_dict, names), adam_states("state", state)
+    parameters, states = _parameters(state_dict, names), states_in("state", state)
     check_maximum((found.state for found in states), maximum, "raw", "torch")
     t, fields = count_of(states), _fields(adamax)
     # torch counts in float32, which is exact up to 2²⁴.
@@ -269,12 +269,12 @@ def to_torch(
     groups: dict[str, list[_Group]] = {}
     for address in addresses(states, name):
         number, group = _fitting(parameters, address, adamax)
-        groups.setdefault(address.leaf.state, []).append(group)
+        groups.setdefault(address.parameter.state, []).append(group)
         entry = {"step": step.copy()}
         if group.momentum_decay is not None:
             product = momentum_product(t, group.b1, group.momentum_decay)
             entry["mu_product"] = np.asarray(product, np.float32)
-        entry |= {fields[field]: departing(address, field) for field in address.leaf.moments}
+        entry |= {fields[field]: departing(address, field) for field in address.parameter.moments}
         entries[number] = entry
     _check_alike(groups)
     for number, group in parameters.values():

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from jadam import _math
+from jadam._members import is_state
+from jadam._search import Found, Parameter, placed, refuse_codes, with_moments
 from jadam._types import PyTree
-from jadam._walk import Found, Leaf, placed, refuse_codes, with_moments
 
 Key: TypeAlias = str | int
 """A parameter's name in the other library, or its number there."""
@@ -30,7 +31,7 @@ class Address(NamedTuple):
     """A leaf and what the user's function says of it: its key, and which axis comes when."""
 
     where: str
-    leaf: Leaf
+    parameter: Parameter
     key: Key
     axes: tuple[int, ...] | None
 
@@ -43,10 +44,10 @@ def addresses(states: list[Found], name: Name) -> list[Address]:
         ValueError: the axes are not those of the leaf, or two leaves have one key.
     """
     found: dict[Key, Address] = {}
-    for leaf in (leaf for state in states for leaf in state.leaves):
-        refuse_codes(leaf)
-        path = jax.tree_util.keystr(leaf.path, simple=True, separator=".")
-        where, ndim = f"name({path!r})", np.ndim(leaf.moments["mu"])
+    for parameter in (parameter for state in states for parameter in state.parameters):
+        refuse_codes(parameter)
+        path = jax.tree_util.keystr(parameter.path, simple=True, separator=".")
+        where, ndim = f"name({path!r})", len(parameter.shape)
         answer = name(path)
         key, axes = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
         if not _is_key(key):
@@ -55,7 +56,7 @@ def addresses(states: list[Found], name: Name) -> list[Address]:
             raise ValueError(f"{where}: expected an order of {ndim} axes, got {axes!r}")
         if key in found:
             raise ValueError(f"{where}: {key!r} is what {found[key].where} has")
-        found[key] = Address(where, leaf, key, None if axes is None else tuple(axes))
+        found[key] = Address(where, parameter, key, None if axes is None else tuple(axes))
     return list(found.values())
 
 
@@ -99,7 +100,7 @@ def host_array(where: str, value: Any) -> Shaped[np.ndarray, "*shape"]:
         raise TypeError(f"{where}: expected an array in host memory, got {came}") from error
 
 
-def steps(where: str, value: Any) -> int:
+def update_count(where: str, value: Any) -> int:
     """A number of updates."""
     array = host_array(where, value)
     if array.shape or not jnp.issubdtype(array.dtype, jnp.number):
@@ -161,8 +162,8 @@ def departing(address: Address, field: str) -> Host:
     Raises:
         TypeError: it is complex, which others treat as two real numbers.
     """
-    where = address.leaf.where(field)
-    array = host_array(where, address.leaf.moments[field])
+    where = address.parameter.where(field)
+    array = host_array(where, address.parameter.moments[field])
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{where}: expected real numbers, got {array.dtype}")
     if address.axes is not None:
@@ -194,7 +195,7 @@ class Table:
                 ),
                 like,
             )
-            for field, like in address.leaf.moments.items()
+            for field, like in address.parameter.moments.items()
         ]
 
     def check_all_taken(self) -> None:
@@ -207,14 +208,12 @@ class Table:
 
 def count_of(states: list[Found]) -> int:
     """The number of updates, which jadam's states in a tree have in common."""
-    counts = ((f"{where}.count", state.count) for where, state, _ in states)
-    return common({where: steps(where, count) for where, count in counts})
+    counts = {f"{found.where}.count": found.state.count for found in states}
+    return common({where: update_count(where, count) for where, count in counts.items()})
 
 
-# Nodes whose count is the number of updates: jadam's, and optax's of schedules.
+# optax's nodes whose count is the number of updates: those of schedules.
 _COUNTED = {
-    "AdamState",
-    "AmsgradState",
     "InjectStatefulHyperparamsState",
     "ScaleByScheduleState",
     "WrappedScheduleState",
@@ -225,7 +224,7 @@ def filled(like: PyTree, moments: list[list[jax.Array]], count: int) -> PyTree:
     """`like` with other moments, and with other counts there and in schedules."""
 
     def is_counted(node: Any) -> bool:
-        return type(node).__name__ in _COUNTED
+        return is_state(node) or type(node).__name__ in _COUNTED
 
     def counted(node: Any) -> Any:
         if not is_counted(node):

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from jadam import _validate
-from jadam._foreign import (
+from jadam._search import Maximum, check_maximum, states_in
+from jadam._types import PyTree
+from jadam.migrate._foreign import (
     Address,
     Name,
     Table,
@@ -20,10 +22,8 @@ from jadam._foreign import (
     host_array,
     mapping,
     momentum_product,
-    steps,
+    update_count,
 )
-from jadam._types import PyTree
-from jadam._walk import Maximum, adam_states, check_maximum
 
 
 def _prefix(variables: Any) -> str:
@@ -96,7 +96,7 @@ def from_keras(
     >>> int(state[0].count)
     7
     """
-    prefix, states = _prefix(variables), adam_states("like", like)
+    prefix, states = _prefix(variables), states_in("like", like)
     check_maximum((found.state for found in states), maximum, "raw", "Keras")
     table = Table(
         {
@@ -106,13 +106,13 @@ def from_keras(
         }
     )
     iteration = f"variables[{prefix + 'iteration'!r}]"
-    count = steps(iteration, table.take(iteration))
+    count = update_count(iteration, table.take(iteration))
     moments = [
         table.moments(
             address,
             {
                 field: f"variables[{_key(prefix, address, field, adamax)!r}]"
-                for field in address.leaf.moments
+                for field in address.parameter.moments
             },
         )
         for address in addresses(states, name)
@@ -148,16 +148,16 @@ def to_keras(
         TypeError: moments are 8-bit codes or complex.
         ValueError: a variable has no leaf or a leaf no variable, or shapes differ.
     """
-    prefix, states = _prefix(variables), adam_states("state", state)
+    prefix, states = _prefix(variables), states_in("state", state)
     check_maximum((found.state for found in states), maximum, "raw", "Keras")
     count, b1 = count_of(states), float(_validate.decay_rate("b1", b1))
     found: dict[str, Any] = {f"{prefix}iteration": count}
     for address in addresses(states, name):
-        for field in address.leaf.moments:
+        for field in address.parameter.moments:
             key = _key(prefix, address, field, adamax)
             if key not in variables:
                 raise ValueError(
-                    f"variables[{key!r}] is missing: {address.leaf.where(field)} exists"
+                    f"variables[{key!r}] is missing: {address.parameter.where(field)} exists"
                 )
             found[key] = departing(address, field)
 

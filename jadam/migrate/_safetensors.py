@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from jadam._search import placed
 from jadam._types import PyTree
-from jadam._walk import placed
 
 
 def _named(argument: str, tree: PyTree) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""Which kernel has which leaf: what each declares, in one table that `jadam.kernels()` prints."""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jadam import _validate
+from jadam._leaf import Options
+from jadam._members import MEMBERS, Rule
+from jadam._storage import storage_of
+
+Choice = Literal["auto", "xla", "native"]
+"""The argument `kernel`: the faster form, XLA's, or the kernel wherever it has the step."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel has. It takes a leaf's step if it has all of its features, and no other.
+
+    Attributes:
+        platform: where it runs.
+        features: what `features_of` may say of a leaf.
+        slow_updates: features with which XLA's form of an update alone is faster: "auto" leaves
+            these to XLA.
+    """
+
+    platform: str
+    features: frozenset[str]
+    slow_updates: frozenset[str]
+
+    def has(self, features: frozenset[str]) -> bool:
+        """Whether the kernel has a leaf's step."""
+        return features <= self.features
+
+    def is_faster(self, features: frozenset[str]) -> bool:
+        """Whether it is also the faster form."""
+        return "to_params" in features or not features & self.slow_updates
+
+
+CPU = Kernel(
+    platform="cpu",
+    features=frozenset(
+        [
+            *(f"member {member.name}" for member in MEMBERS if member.coefficients is not None),
+            "gradients float32, parameters float32",
+            "gradients bfloat16, parameters float32",
+            "gradients bfloat16, parameters bfloat16",
+            "moments float32 float32",
+            "moments bfloat16 float32",
+            "moments bfloat16 bfloat16",
+            "moments 8-bit codes",
+            "decays",
+            "to_params",
+        ]
+    ),
+    # An update alone leaves as much memory to read again in either form, and XLA can fuse its own
+    # loops with what is around them.
+    slow_updates=frozenset({"moments float32 float32"}),
+)
+
+
+def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> frozenset[str]:
+    """All that a kernel must have to step a leaf. An option that is set is one feature each."""
+    gradient = jnp.result_type(g)
+    param = jnp.result_type(p) if options.needs_params else gradient
+    return frozenset(
+        {
+            f"member {rule.member.name}",
+            f"gradients {gradient}, parameters {param}",
+            f"moments {storage_of(rule.member.moments, stored).name}",
+            *(name for name, is_set in options._asdict().items() if is_set),
+        }
+    )
+
+
+def takes(choice: Choice, rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> bool:
+    """Whether a leaf's step goes to the kernel, where one is wanted."""
+    features = features_of(rule, g, p, options, stored)
+    return CPU.has(features) and (choice == "native" or CPU.is_faster(features))
+
+
+def is_wanted(choice: Choice) -> bool:
+    """Whether the argument `kernel` asks for the native kernel, and it is there."""
+    # Off the CPU each leaf is XLA's own, which leaves XLA free in their order.
+    automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()
+    return (choice == "native" or (choice == "auto" and automatic)) and why_not() is None
+
+
+def checked(choice: Choice) -> Choice:
+    """The argument `kernel`, which is checked.
+
+    Raises:
+        RuntimeError: the native kernel is asked for, and there is none.
+        ValueError: the argument is not one of the three.
+    """
+    _validate.choice("kernel", choice, ("auto", "xla", "native"))
+    if choice == "native" and (reason := why_not()) is not None:
+        raise RuntimeError(f'kernel: expected one for "native", got none: {reason}')
+    return choice
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why there is no native kernel; None if there is one."""
+    try:
+        cpu = importlib.import_module("jadam._kernels.cpu")
+        importlib.import_module("jadam._kernels.primitive")
+    except (ImportError, AttributeError) as error:
+        return f"not usable: jax {jax.__version__} lacks what the kernel needs: {error}"
+    library = cpu.library()
+    return library.reason if library.instruction_set is None else None
+
+
+def kernels() -> dict[str, str]:
+    """What computes a step on each platform, and why.
+
+    On a CPU the native kernel takes each leaf of which it has all features: the member, the dtypes,
+    the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
+    `kernel="auto"` so is the `update` of float32 moments, which is faster there.
+
+    >>> import jadam
+    >>> sorted(jadam.kernels())
+    ['cpu', 'gpu', 'tpu']
+    """
+    reason = why_not()
+    if reason is None:
+        found = importlib.import_module("jadam._kernels.cpu").library()
+        features = "; ".join(sorted(CPU.features))
+        cpu = f"native ({found.instruction_set}): {found.reason}; it has {features}"
+    else:
+        cpu = f"xla: {reason}"
+    return {
+        "cpu": cpu,
+        "gpu": "xla: it has no kernel yet; XLA fuses a leaf's step, but makes two passes of codes",
+        "tpu": "xla: it has no kernel yet; XLA fuses a leaf's step, but makes copies of codes",
+    }
+
+
+_is_left_to_xla = contextvars.ContextVar("is_left_to_xla", default=False)
+
+
+@contextlib.contextmanager
+def left_to_xla() -> Iterator[None]:
+    """Traces updates without the kernel, unless it is insisted on.
+
+    Where XLA makes gradients and parameters from something smaller, it does so inside its loops.
+    For the kernel they would have to lie in memory, in float32.
+    """
+    token = _is_left_to_xla.set(True)
+    try:
+        yield
+    finally:
+        _is_left_to_xla.reset(token)

@@ -1,0 +1,65 @@
+"""The equations of a step as numbers, for the members whose equations the kernels have."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jadam import _math
+from jadam._types import Scalar
+
+
+class Coefficients(NamedTuple):
+    """One step of Adam or NAdam as numbers.
+
+    m = m + complement1·(g - m),  v = v + complement2·(g² - v + dither·spacing(v)),
+    direction = m̂/(c1·(√(v/c2 + eps_root) + eps)),  m̂ = m_weight·m + g_weight·g
+
+    Without Nesterov's look-ahead both weights are 0, and m̂ is m.
+    """
+
+    complement1: Scalar
+    complement2: Scalar
+    dither: Scalar
+    m_weight: Scalar
+    g_weight: Scalar
+    c1: Scalar
+    c2: Scalar
+    eps: Scalar
+    eps_root: Scalar
+
+
+def adam(
+    time: _math.Time, *, b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar
+) -> Coefficients:
+    """Those of `_math.adam`."""
+    d1, d2 = _math.Decay.of(b1, time.t.dtype), _math.Decay.of(b2, time.t.dtype)
+    c1 = _math.bias_correction(d1, time.t)
+    return _of(d1, d2, time, _math.Momentum(0.0, 0.0), c1, eps, eps_root)
+
+
+def nadam(
+    time: _math.Time,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    momentum_decay: Scalar | None,
+) -> Coefficients:
+    """Those of `_math.nadam`."""
+    d1, d2 = _math.Decay.of(b1, time.t.dtype), _math.Decay.of(b2, time.t.dtype)
+    look_ahead = _math.momentum(d1, time.t, momentum_decay)
+    return _of(d1, d2, time, look_ahead, jnp.ones_like(time.t), eps, eps_root)
+
+
+def _of(
+    d1: _math.Decay,
+    d2: _math.Decay,
+    time: _math.Time,
+    look_ahead: _math.Momentum,
+    c1: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+) -> Coefficients:
+    dither, c2 = _math.dither_of_v(d2, time), _math.bias_correction(d2, time.t)
+    return Coefficients(d1.complement, d2.complement, dither, *look_ahead, c1, c2, eps, eps_root)

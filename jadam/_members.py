@@ -1,0 +1,196 @@
+"""The family: each member declared once, for everybody who asks.
+
+A member's equations are in `_math`, its state in `_state`. Here stands what else there is to know
+of it. A new member needs an entry in `MEMBERS`; the rest of the package follows from that.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jadam import _math, _validate
+from jadam._kernels import coefficients
+from jadam._kernels.coefficients import Coefficients
+from jadam._state import AdamState, AmsgradState, Moment, Role
+
+State = AdamState | AmsgradState
+
+Check = Callable[[str, Any], Any]
+"""A hyperparameter's name and value ↦ the value, which is checked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A member of the family.
+
+    Attributes:
+        name: as in its paper.
+        state: the class of its state: a count, then the moments by their names.
+        moments: in the order in which the equations take them, which is that of the state.
+        equations: `(time, **hyperparameters) -> Equations`.
+        ratios: `(time, **rates) -> the Ratio of each first moment`.
+        rates: the hyperparameters on which the ratios depend, and how each is checked.
+        options: all other hyperparameters, and how each is checked.
+        power: the second moment is a root to this power: 2 for v, 1 for AdaMax's u.
+        coefficients: the equations as numbers, where the kernels have them; None leaves this member
+            to XLA.
+    """
+
+    name: str
+    state: type[State]
+    moments: tuple[Moment, ...]
+    equations: Callable[..., _math.Equations]
+    ratios: Callable[..., tuple[_math.Ratio, ...]]
+    rates: Mapping[str, Check]
+    options: Mapping[str, Check]
+    power: int = 2
+    coefficients: Callable[..., Coefficients] | None = None
+
+    def stored(self, state: Any) -> tuple[Any, ...]:
+        """The trees of a state that hold the moments, in order."""
+        return tuple(getattr(state, moment.name) for moment in self.moments)
+
+    def state_of(self, count: Any, structure: Any, rows: Sequence[Sequence[Any]]) -> Any:
+        """The state with this count and each leaf's moments, in a tree of this structure."""
+        columns = zip(*rows, strict=True) if rows else ((),) * len(self.moments)
+        trees = (structure.unflatten(column) for column in columns)
+        names = (moment.name for moment in self.moments)
+        return self.state(count=count, **dict(zip(names, trees, strict=True)))
+
+    def with_hyperparameters(self, **hyperparameters: Any) -> "Rule":
+        """The member with its hyperparameters, which are checked.
+
+        Raises:
+            TypeError: one is of a wrong type, is missing, or is not the member's.
+            ValueError: one is out of range.
+        """
+        return Rule(self, self._checked({**self.rates, **self.options}, hyperparameters))
+
+    def relation_at(self, time: _math.Time, **rates: Any) -> _math.Relation:
+        """The relation of the moments of a state whose other hyperparameters are not known.
+
+        Raises:
+            TypeError, ValueError: as in `with_hyperparameters`.
+        """
+        return _math.Relation(self.ratios(time, **self._checked(self.rates, rates)), self.power)
+
+    def _checked(self, checks: Mapping[str, Check], values: Mapping[str, Any]) -> dict[str, Any]:
+        for name in checks.keys() ^ values.keys():
+            expected, got = ("nothing", "a value") if name in values else ("a value", "nothing")
+            raise TypeError(f"{name}: expected {expected} for {self.name}, got {got}")
+        return {name: checks[name](name, value) for name, value in values.items()}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["hyperparameters"], meta_fields=["member"]
+)
+@dataclass(frozen=True)
+class Rule:
+    """A member with its hyperparameters: a tree of them, so that they may be traced."""
+
+    member: Member
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, time: _math.Time) -> _math.Equations:
+        """The equations of one step."""
+        return self.member.equations(time, **self.hyperparameters)
+
+    def relation_at(self, time: _math.Time) -> _math.Relation:
+        """The relation of the moments at one step."""
+        rates = {name: self.hyperparameters[name] for name in self.member.rates}
+        return _math.Relation(self.member.ratios(time, **rates), self.member.power)
+
+    def coefficients_at(self, time: _math.Time) -> Coefficients:
+        """The same as numbers."""
+        assert self.member.coefficients is not None
+        return self.member.coefficients(time, **self.hyperparameters)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _one_of(*options: str) -> Check:
+    return lambda name, value: _validate.choice(name, value, options)
+
+
+_M = Moment("mu", Role.FIRST)
+_V = Moment("nu", Role.SECOND)
+_V_MAX = Moment("nu_max", Role.MAXIMUM)
+_RATES = {"b1": _validate.decay_rate, "b2": _validate.decay_rate}
+_EPS = {"eps": _validate.non_negative, "eps_root": _validate.non_negative}
+
+ADAM = Member(
+    name="adam",
+    state=AdamState,
+    moments=(_M, _V),
+    equations=_math.adam,
+    ratios=_math.moment_ratios,
+    rates=_RATES,
+    options=_EPS,
+    coefficients=coefficients.adam,
+)
+NADAM = Member(
+    name="nadam",
+    state=AdamState,
+    moments=(_M, _V),
+    equations=_math.nadam,
+    ratios=_math.moment_ratios,
+    rates=_RATES,
+    options=_EPS | {"momentum_decay": _optional(functools.partial(_validate.in_range, above=0.0))},
+    coefficients=coefficients.nadam,
+)
+AMSGRAD = Member(
+    name="amsgrad",
+    state=AmsgradState,
+    moments=(_M, _V, _V_MAX),
+    equations=_math.amsgrad,
+    ratios=_math.moment_ratios,
+    rates=_RATES,
+    options=_EPS
+    | {
+        "maximum": _one_of("raw", "corrected"),
+        "bias_correction_mu": _validate.flag,
+        "bias_correction_nu": _validate.flag,
+    },
+)
+ADAMAX = Member(
+    name="adamax",
+    state=AdamState,
+    moments=(_M, _V),
+    equations=_math.adamax,
+    ratios=_math.norm_ratios,
+    rates=_RATES,
+    options={"eps": _validate.non_negative},
+    power=1,
+)
+RADAM = Member(
+    name="radam",
+    state=AdamState,
+    moments=(_M, _V),
+    equations=_math.radam,
+    ratios=_math.moment_ratios,
+    rates=_RATES,
+    options=_EPS
+    | {
+        "threshold": functools.partial(_validate.in_range, at_least=4.0),
+        "nesterov": _validate.flag,
+    },
+)
+MEMBERS = (ADAM, NADAM, AMSGRAD, ADAMAX, RADAM)
+
+
+def is_state(node: Any) -> bool:
+    """Whether this is a state of the family."""
+    return any(type(node) is member.state for member in MEMBERS)
+
+
+def member_of(state: Any, *, adamax: bool = False) -> Member:
+    """The member that a state is of, as far as the meaning of its moments goes.
+
+    AdaMax has Adam's state, so it has to be said.
+    """
+    return ADAMAX if adamax else next(m for m in MEMBERS if type(state) is m.state)

@@ -1,0 +1,13 @@
+"""How the moments of a parameter lie in memory between two steps.
+
+A storage keeps all moments of one parameter, an array for each, and turns them into numbers and
+back. Nothing outside of this room looks at a stored array to find out what it means: it asks
+`storage_of`.
+"""
+
+from jadam._storage.choice import Storage as Storage
+from jadam._storage.choice import chooser as chooser
+from jadam._storage.choice import storage_of as storage_of
+from jadam._storage.codes import BLOCK as BLOCK
+from jadam._storage.codes import MIN_SIZE as MIN_SIZE
+from jadam._storage.codes import tops_shape as tops_shape

@@ -1,0 +1,126 @@
+"""What a storage is, which one a new parameter gets, and which one stored arrays are in."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jadam import _validate
+from jadam._math import Equations, Relation
+from jadam._state import Moment
+from jadam._storage.codes import MIN_SIZE, EightBitCodes, suits
+from jadam._storage.floats import Floats, float_dtype
+from jadam._types import Count, DType, Number, Shape
+
+
+class Storage(Protocol):
+    """What a storage can do with the moments of a parameter, in the order of its member."""
+
+    @property
+    def name(self) -> str:
+        """What it is called where a kernel declares which storages it has."""
+        ...
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the stored arrays are the moments themselves."""
+        ...
+
+    def zeros(self, p: Any) -> tuple[Array, ...]:
+        """The stored moments of parameter p before the first step, on p's devices."""
+        ...
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes of the stored arrays for a parameter of this shape."""
+        ...
+
+    def wide(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The dtype to compute a step in, with gradients of `dtype`."""
+        ...
+
+    def load(
+        self, stored: Sequence[Array], then: Callable[[], Relation], wide: jnp.dtype
+    ) -> tuple[Number, ...]:
+        """The moments; `then` gives the relation of the step that stored them."""
+        ...
+
+    def store(
+        self,
+        moments: Sequence[Number],
+        stored: Sequence[Array],
+        g: Array,
+        now: Equations,
+        relation: Callable[[], Relation],
+        count: Count,
+    ) -> tuple[Array, ...]:
+        """The moments after a step of these equations with gradient g; `stored` are those before.
+
+        The relation is that of this step.
+        """
+        ...
+
+    def round(self, moments: Sequence[Number], relation: Relation) -> tuple[Array, ...]:
+        """Moments that come from elsewhere, each rounded once to the nearest that can be stored."""
+        ...
+
+    def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
+        """Which elements are at an end of what can be stored, by name; empty for floats."""
+        ...
+
+
+def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
+    """The storage that these arrays, a parameter's moments, are in."""
+    if EightBitCodes.holds(stored):
+        return EightBitCodes(moments)
+    return Floats(moments, tuple(jnp.dtype(jnp.result_type(x)) for x in stored))
+
+
+def chooser(
+    moments: tuple[Moment, ...],
+    mu_dtype: DType | None,
+    nu_dtype: DType | None,
+    min_size: int | None,
+) -> Callable[[Any], Storage]:
+    """The function from a new parameter to its storage, for the arguments that `init` takes.
+
+    Raises:
+        TypeError: a dtype is not floating-point and stands for no codes.
+        ValueError: one of the two moments alone is to be coded.
+    """
+    mu, nu = _dtype("mu_dtype", mu_dtype, "int8"), _dtype("nu_dtype", nu_dtype, "uint8")
+    codes = [dtype is not None and dtype.kind in "iu" for dtype in (mu, nu)]
+    if codes[0] != codes[1]:
+        raise ValueError(
+            "mu_dtype, nu_dtype: expected both codes, 'int8' and 'uint8', or none, since m is "
+            f"stored relative to the stored v; got {mu} and {nu}"
+        )
+    least = MIN_SIZE if min_size is None else _validate.size("min_size", min_size)
+
+    def choose(p: Any) -> Storage:
+        dtype = jnp.result_type(p)
+        if all(codes) and suits(np.shape(p), dtype, least):
+            return EightBitCodes(moments)
+        chosen = (None if all(codes) else mu if moment.is_first else nu for moment in moments)
+        dtypes = (float_dtype(dtype, *pair) for pair in zip(moments, chosen, strict=True))
+        return Floats(moments, tuple(dtypes))
+
+    return choose
+
+
+def _dtype(name: str, value: DType | None, code: str) -> np.dtype | None:
+    """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype == code:
+        return dtype
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        came = repr(value) if dtype is None else dtype
+        raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
+    return jax.dtypes.canonicalize_dtype(dtype)

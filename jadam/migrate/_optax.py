@@ -1,0 +1,109 @@
+"""optax's states of Adam and AMSGrad, which have the same fields."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jadam._search import Maximum, check_maximum, refuse_codes, states_in
+from jadam._state import AdamState, AmsgradState
+from jadam._types import PyTree
+
+_keystr = jax.tree_util.keystr
+
+
+def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
+    """A state with jadam's states in the place of optax's, every bit as it was.
+
+    Go on with jadam's namesake of what made it. Moments keep their dtypes: bfloat16 for bfloat16
+    parameters, where jadam's own have float32 (`cast_like` changes that).
+
+    Args:
+        state: the state of any chain, mask, partition or wrapper, also an abstract one.
+        maximum: must be "corrected" where AMSGrad is in it, the maximum that optax keeps. Go on
+            with `jadam.amsgrad(..., maximum="corrected")`.
+
+    Raises:
+        ValueError: there is no Adam of optax in it, or `maximum` is not said.
+
+    >>> import jax.numpy as jnp, jadam, optax
+    >>> state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(jnp.ones(3))
+    >>> type(jadam.migrate.from_optax(state)[1][0]).__name__
+    'AdamState'
+    """
+    kinds = {optax.ScaleByAdamState: AdamState, optax.ScaleByAmsgradState: AmsgradState}
+
+    def real(where: str, v: Any, m: Any) -> Any:
+        del m
+        if not jnp.iscomplexobj(v):
+            return v
+        if isinstance(v, jax.ShapeDtypeStruct):
+            return v.update(dtype=jnp.finfo(v.dtype).dtype)
+        if np.any(v.imag):
+            raise ValueError(f"{where}: expected second moments with no imaginary part")
+        return v.real
+
+    return _swapped(state, kinds, real, maximum)
+
+
+def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
+    """A state with optax's states in the place of jadam's: `from_optax` the other way.
+
+    Args:
+        state: as in `from_optax`. From `jax.eval_shape(tx.init, params)` it makes the target to
+            restore optax's checkpoint to.
+        maximum: must be "corrected" where AMSGrad is in it, and be that of its `jadam.amsgrad`.
+
+    Raises:
+        TypeError: moments are 8-bit codes.
+        ValueError: there is no Adam of jadam in it, or `maximum` is not said.
+
+    >>> import jax.numpy as jnp, jadam
+    >>> type(jadam.migrate.to_optax(jadam.adam(1e-3).init(jnp.ones(3)))[0]).__name__
+    'ScaleByAdamState'
+    """
+    kinds = {AdamState: optax.ScaleByAdamState, AmsgradState: optax.ScaleByAmsgradState}
+    for found in states_in("state", state):
+        for parameter in found.parameters:
+            refuse_codes(parameter)
+
+    def like_first(where: str, v: Any, m: Any) -> Any:
+        del where
+        if not jnp.iscomplexobj(m):
+            return v
+        return v.update(dtype=m.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v.astype(m.dtype)
+
+    return _swapped(state, kinds, like_first, maximum)
+
+
+def _swapped(
+    state: PyTree,
+    kinds: Mapping[type, type],
+    second: Callable[[str, Any, Any], Any],
+    maximum: Maximum,
+) -> PyTree:
+    """The tree with nodes of other kinds; `second` makes a second moment of it and the first."""
+    nodes = []
+
+    def swap(path: Any, node: Any) -> Any:
+        if type(node) not in kinds:
+            return node
+        nodes.append(node)
+
+        def moments(field: str) -> PyTree:
+            where = f"state{_keystr(path)}.{field}"
+            return jax.tree_util.tree_map_with_path(
+                lambda p, v, m: second(where + _keystr(p), v, m), getattr(node, field), node.mu
+            )
+
+        return kinds[type(node)](node.count, node.mu, *map(moments, node._fields[2:]))
+
+    swapped = jax.tree_util.tree_map_with_path(swap, state, is_leaf=lambda x: type(x) in kinds)
+    if not nodes:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"state: expected {expected} in it, found none")
+    check_maximum(nodes, maximum, "corrected", "optax")
+    return swapped

@@ -1,0 +1,11 @@
+"""Where the optimizer's state lies: like the parameters, divided further (ZeRO-1), on the host.
+
+A leaf of the state belongs to the parameter whose path its own path ends with, and lies where that
+parameter lies: moments, codes, residuals and accumulated gradients along all axes, the tops of
+8-bit blocks too where no block is cut. What belongs to none, a count or a key, lies whole on each
+device.
+"""
+
+from jadam.sharding._rules import divided as divided
+from jadam.sharding._rules import state_shardings as state_shardings
+from jadam.sharding._streamed import streamed as streamed
