@@ -5,12 +5,14 @@ from jadam import sharding as sharding
 from jadam._diagnostics import diagnostics as diagnostics
 from jadam._kernels.choice import kernels as kernels
 from jadam._state import AdamState as AdamState
+from jadam._state import AdemamixState as AdemamixState
 from jadam._state import AmsgradState as AmsgradState
 from jadam._transform import FusedTransformation as FusedTransformation
 from jadam._transform import adam as adam
 from jadam._transform import adamax as adamax
 from jadam._transform import adamaxw as adamaxw
 from jadam._transform import adamw as adamw
+from jadam._transform import ademamix as ademamix
 from jadam._transform import amsgrad as amsgrad
 from jadam._transform import nadam as nadam
 from jadam._transform import nadamw as nadamw

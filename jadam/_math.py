@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.special import digamma
 from jaxtyping import Array, Float
 
 from jadam._rounding import spacing, weyl
@@ -26,16 +27,24 @@ def widen(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Time(NamedTuple):
-    """When a step is made: its number t, counting from 1, and its dither in (-½, ½)."""
+    """When a step is made.
+
+    Attributes:
+        t: its number, counting from 1.
+        dither: of this step, in (-½, ½).
+        made: the number of updates made before it, which schedules are functions of.
+    """
 
     t: Float[Array, ""]
     dither: Float[Array, ""]
+    made: Count
 
     @classmethod
     def of(cls, count: Count, dtype: jnp.dtype) -> "Time":
         """t = count in `dtype`, with a Weyl dither for float32 and none for float64."""
+        made = jnp.maximum(count - 1, 0)
         u = (weyl((), count) >> 8).astype(dtype) * 2.0**-24 - (0.5 - 2.0**-25)
-        return cls(count.astype(dtype), u if dtype == jnp.float32 else jnp.zeros_like(u))
+        return cls(count.astype(dtype), u if dtype == jnp.float32 else jnp.zeros_like(u), made)
 
 
 Equations: TypeAlias = Callable[..., tuple[Number, tuple[Number, ...]]]
@@ -52,12 +61,12 @@ class Ratio(NamedTuple):
 
     Attributes:
         noise: |m|/√v in the root mean square, for gradients that are independent noise.
-        bound: the largest |m|/√v that any gradients give, or less. One exact step from moments
-            within the bound leaves them within that of the next step.
+        limit: where a storage ends: the largest |m|/√v that any gradients give, or less. One exact
+            step from moments within that bound leaves them within the bound of the next step.
     """
 
     noise: Scalar
-    bound: Scalar
+    limit: Scalar
 
 
 class Relation(NamedTuple):
@@ -174,10 +183,14 @@ def moment_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
     """
     t = jnp.maximum(time.t, 1)
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
-    first = d1.complement / jnp.sqrt(jnp.asarray(d2.complement, t.dtype))
-    bound = first * jnp.sqrt(_powers(2 * d1.log - d2.log, t))
     noise = jnp.sqrt(_noise_of_m(d1, t) / bias_correction(d2, t))
-    return (Ratio(noise, bound),)
+    return (_limited(noise, _moment_bound(d1, d2, t)),)
+
+
+def _moment_bound(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+    """C of `moment_ratios`."""
+    first = b1.complement / jnp.sqrt(jnp.asarray(b2.complement, t.dtype))
+    return first * jnp.sqrt(_powers(2 * b1.log - b2.log, t))
 
 
 def norm_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
@@ -188,7 +201,17 @@ def norm_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
     t = jnp.maximum(time.t, 1)
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     bound = d1.complement * _powers(d1.log - d2.log, t)
-    return (Ratio(jnp.sqrt(_noise_of_m(d1, t)) / 3, bound),)
+    return (_limited(jnp.sqrt(_noise_of_m(d1, t)) / 3, bound),)
+
+
+def _limited(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
+    """With the bound as limit, or 200 times the noise where that is less.
+
+    For b1² > b2 the bound grows without end, and would spread the codes over sizes that hardly
+    occur. 200 is more than a constant gradient gives at any b1 up to .9999: 1/noise is
+    √((1+b1)/(1-b1)) = 141 there.
+    """
+    return Ratio(noise, jnp.minimum(bound, 200 * noise))
 
 
 def _powers(log_rho: Scalar, t: Float[Array, ""]) -> Float[Array, ""]:
@@ -391,3 +414,99 @@ def radam(
         return jnp.where(tractable, adaptive, m_hat), (m, v)
 
     return equations
+
+
+class SlowDecay(NamedTuple):
+    """The decay rate of AdEMAMix's slow average at one time, and how it came there.
+
+    Attributes:
+        now: the rate b3 at time t.
+        log_product: log(b3₁·…·b3ₜ); -expm1 of it is the weight of all gradients together.
+        share: of the warm-up, in [0, 1].
+    """
+
+    now: Decay
+    log_product: Scalar
+    share: Scalar
+
+    @classmethod
+    def of(cls, b3: Scalar, b1: Decay, t: Float[Array, ""], warmup: Scalar | None) -> "SlowDecay":
+        """Pagliardini et al. (2024), section 3: the half-life grows linearly from that of b1.
+
+        1/log b3ₜ = (1 - t/T)/log b1 + t/T/log b3 for t <= T = warmup, then 1/log b3. The sum of the
+        logarithms is one of 1/(A + B·s) over s, a difference of two digamma functions.
+        """
+        end = Decay.of(b3, t.dtype)
+        if warmup is None:
+            return cls(end, t * end.log, 1.0)
+        within = jnp.minimum(t, warmup)
+        start = 1 / jnp.asarray(b1.log, t.dtype)
+        slope = (1 / end.log - start) / warmup
+        log = 1 / (start + slope * within)
+        shift = 1 + start / slope
+        passed = (digamma(within + shift) - digamma(shift)) / slope
+        now = Decay(jnp.exp(log), -jnp.expm1(log), log)
+        return cls(now, passed + (t - within) * end.log, within / warmup)
+
+
+def ademamix(
+    time: Time,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    b3: Scalar,
+    alpha: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    warmup: Scalar | None,
+) -> Equations:
+    """AdEMAMix, Pagliardini, Ablin & Grangier (2024), Algorithm 1: Adam with a second, slow m.
+
+    slow = b3·slow + (1-b3)·g,  direction = (m̂ + alpha·slow) / (√(v̂ + eps_root) + eps)
+    """
+    t = time.t
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    d3, _, share = SlowDecay.of(b3, d1, t, warmup)
+    c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
+    weight = jnp.asarray(alpha, t.dtype) * share
+
+    def equations(
+        g: Number, m: Number, v: Real, slow: Number
+    ) -> tuple[Number, tuple[Number, Real, Number]]:
+        m, slow = average(m, g, d1), average(slow, g, d3)
+        v = second_moment(v, g, d2, time)
+        mixed = divide(m, c1) + _scaled(weight, slow)
+        return adaptive_direction(mixed, jnp.ones_like(t), v / c2, eps, eps_root), (m, v, slow)
+
+    return equations
+
+
+def ademamix_ratios(
+    time: Time, *, b1: Scalar, b2: Scalar, b3: Scalar, warmup: Scalar | None
+) -> tuple[Ratio, Ratio]:
+    """Of m as in Adam. The slow moment's limit is a ratio that gradients can give, up to 4 times S.
+
+    S = (1-P)/√(1-b2ᵗ) is what constant gradients give, with P the product of all b3. The bound is
+    C² = Σₛ (1-b3ₛ)²·Πⱼ﹥ₛ b3ⱼ²/b2 / (1-b2); for b3² > b2 it has no end. Without a warm-up the limit
+    is C, or 4·S. With one, C has no closed form. But each ratio that some gradients give is within
+    C: the limit is that of gradients that were constant and stopped t/2 steps ago, or S, or 4·S.
+    A schedule of b3 is taken as if it had always had its present value.
+
+    The noise is that of the present b3, or that of a plain mean of t gradients where this is more,
+    early in a warm-up.
+    """
+    t = jnp.maximum(time.t, 1)
+    d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
+    d3, log_product, _ = SlowDecay.of(b3, d1, t, warmup)
+    root, weight = jnp.sqrt(bias_correction(d2, t)), -jnp.expm1(jnp.asarray(log_product, t.dtype))
+    noise = jnp.maximum(jnp.sqrt(_noise_of_m(d3, t)), weight / jnp.sqrt(t))
+    if warmup is None:
+        within = _moment_bound(d3, d2, t)
+    else:
+        stop = jnp.ceil(t / 2)
+        _, log_before, _ = SlowDecay.of(b3, d1, stop, warmup)
+        faded = jnp.exp(log_product - log_before - (t - stop) * d2.log / 2)
+        stopped = -jnp.expm1(log_before) * faded / jnp.sqrt(bias_correction(d2, stop))
+        within = jnp.maximum(stopped, weight / root)
+    slow = Ratio(noise / root, jnp.minimum(within, 4 * weight / root))
+    return (*moment_ratios(time, b1=b1, b2=b2), slow)

@@ -5,7 +5,7 @@ of it. A new member needs an entry in `MEMBERS`; the rest of the package follows
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,9 @@ import jax
 from jadam import _math, _validate
 from jadam._kernels import coefficients
 from jadam._kernels.coefficients import Coefficients
-from jadam._state import AdamState, AmsgradState, Moment, Role
+from jadam._state import AdamState, AdemamixState, AmsgradState, Moment, Role
 
-State = AdamState | AmsgradState
-
-Check = Callable[[str, Any], Any]
-"""A hyperparameter's name and value ↦ the value, which is checked."""
+State = AdamState | AmsgradState | AdemamixState
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +41,8 @@ class Member:
     moments: tuple[Moment, ...]
     equations: Callable[..., _math.Equations]
     ratios: Callable[..., tuple[_math.Ratio, ...]]
-    rates: Mapping[str, Check]
-    options: Mapping[str, Check]
+    rates: Mapping[str, _validate.Check]
+    options: Mapping[str, _validate.Check]
     power: int = 2
     coefficients: Callable[..., Coefficients] | None = None
 
@@ -70,17 +67,20 @@ class Member:
         return Rule(self, self._checked({**self.rates, **self.options}, hyperparameters))
 
     def relation_at(self, time: _math.Time, **rates: Any) -> _math.Relation:
-        """The relation of the moments of a state whose other hyperparameters are not known.
+        """The relation of the moments of a state of which the rates alone are known.
 
         Raises:
             TypeError, ValueError: as in `with_hyperparameters`.
         """
-        return _math.Relation(self.ratios(time, **self._checked(self.rates, rates)), self.power)
+        missing = dict.fromkeys(self.rates)
+        return Rule(self, self._checked(self.rates, missing | rates)).relation_at(time)
 
-    def _checked(self, checks: Mapping[str, Check], values: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(
+        self, checks: Mapping[str, _validate.Check], values: Mapping[str, Any]
+    ) -> dict[str, Any]:
         for name in checks.keys() ^ values.keys():
-            expected, got = ("nothing", "a value") if name in values else ("a value", "nothing")
-            raise TypeError(f"{name}: expected {expected} for {self.name}, got {got}")
+            known = ", ".join(checks)
+            raise TypeError(f"{name}: expected {known} for {self.name}, got {', '.join(values)}")
         return {name: checks[name](name, value) for name, value in values.items()}
 
 
@@ -96,31 +96,31 @@ class Rule:
 
     def at(self, time: _math.Time) -> _math.Equations:
         """The equations of one step."""
-        return self.member.equations(time, **self.hyperparameters)
+        return self.member.equations(time, **self._values(self.hyperparameters, time))
 
     def relation_at(self, time: _math.Time) -> _math.Relation:
         """The relation of the moments at one step."""
-        rates = {name: self.hyperparameters[name] for name in self.member.rates}
+        rates = self._values(self.member.rates, time)
         return _math.Relation(self.member.ratios(time, **rates), self.member.power)
 
     def coefficients_at(self, time: _math.Time) -> Coefficients:
         """The same as numbers."""
         assert self.member.coefficients is not None
-        return self.member.coefficients(time, **self.hyperparameters)
+        return self.member.coefficients(time, **self._values(self.hyperparameters, time))
 
-
-def _optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def _one_of(*options: str) -> Check:
-    return lambda name, value: _validate.choice(name, value, options)
+    def _values(self, names: Iterable[str], time: _math.Time) -> dict[str, Any]:
+        """The hyperparameters of these names, schedules at their values for the time."""
+        return {
+            name: _validate.at_count(name, self.hyperparameters[name], time.made) for name in names
+        }
 
 
 _M = Moment("mu", Role.FIRST)
 _V = Moment("nu", Role.SECOND)
 _V_MAX = Moment("nu_max", Role.MAXIMUM)
+_SLOW = Moment("mu_slow", Role.FIRST)
 _RATES = {"b1": _validate.decay_rate, "b2": _validate.decay_rate}
+_POSITIVE = functools.partial(_validate.in_range, above=0.0)
 _EPS = {"eps": _validate.non_negative, "eps_root": _validate.non_negative}
 
 ADAM = Member(
@@ -140,7 +140,7 @@ NADAM = Member(
     equations=_math.nadam,
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS | {"momentum_decay": _optional(functools.partial(_validate.in_range, above=0.0))},
+    options=_EPS | {"momentum_decay": _validate.optional(_POSITIVE)},
     coefficients=coefficients.nadam,
 )
 AMSGRAD = Member(
@@ -152,7 +152,7 @@ AMSGRAD = Member(
     rates=_RATES,
     options=_EPS
     | {
-        "maximum": _one_of("raw", "corrected"),
+        "maximum": _validate.one_of("raw", "corrected"),
         "bias_correction_mu": _validate.flag,
         "bias_correction_nu": _validate.flag,
     },
@@ -180,7 +180,17 @@ RADAM = Member(
         "nesterov": _validate.flag,
     },
 )
-MEMBERS = (ADAM, NADAM, AMSGRAD, ADAMAX, RADAM)
+_SCHEDULED_RATE = _validate.scheduled(_validate.decay_rate)
+ADEMAMIX = Member(
+    name="ademamix",
+    state=AdemamixState,
+    moments=(_M, _V, _SLOW),
+    equations=_math.ademamix,
+    ratios=_math.ademamix_ratios,
+    rates=_RATES | {"b3": _SCHEDULED_RATE, "warmup": _validate.optional(_POSITIVE)},
+    options=_EPS | {"alpha": _validate.schedulable},
+)
+MEMBERS = (ADAM, NADAM, AMSGRAD, ADAMAX, RADAM, ADEMAMIX)
 
 
 def is_state(node: Any) -> bool:

@@ -13,21 +13,27 @@ from jadam._types import Count, Real
 
 # 2³²/φ and 2³²/ρ, φ the golden and ρ the plastic number, as odd integers: multiples of an
 # irrational number fill the unit interval evenly (Weyl), and these two do so most evenly.
-_STEP = np.uint32(0x9E3779B9)
+STEP = np.uint32(0x9E3779B9)
+# 2³²·(√2 - 1), which no multiple of the golden ratio follows.
+OTHER_STEP = np.uint32(0x6A09E667)
 _LANE = np.uint32(0xC13FA9A9)
 _SALT = 0x85EBCA6B
 _LANES = 128
 
 
-def weyl(shape: tuple[int, ...], t: Count, salt: int = 0) -> UInt32[Array, "*shape"]:
+def weyl(
+    shape: tuple[int, ...], t: Count, salt: int = 0, step: np.uint32 = STEP
+) -> UInt32[Array, "*shape"]:
     """A dither in [0, 2³²) for each element at step t: lane·2³²/ρ + t·2³²/φ mod 2³².
 
     Over time it fills the interval evenly, so the error of a sum of roundings stays bounded where
-    that of random rounding grows with √t. It needs no key and no state; each salt shifts it to
-    another one. The lane is the position along the last axis modulo 128, so the bits do not depend
-    on how an array is sharded as long as shards of the last axis start at multiples of 128.
+    that of random rounding grows with √t. It needs no key and no state. Each salt shifts it, so
+    that the difference of two dithers stays the same over time; where this matters, another `step`
+    moves one differently. The lane is the position along the last axis modulo 128, so the bits do
+    not depend on how an array is sharded, as long as shards of the last axis start at multiples of
+    128.
     """
-    phase = t.astype(jnp.uint32) * _STEP + np.uint32(salt * _SALT % 2**32)
+    phase = t.astype(jnp.uint32) * step + np.uint32(salt * _SALT % 2**32)
     if not shape:
         return phase
     lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) % np.uint32(_LANES)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jadam import _validate
-from jadam._members import Member, State, is_state, member_of
+from jadam._members import MEMBERS, Member, State, is_state, member_of
 from jadam._storage import Storage, storage_of
 from jadam._types import PyTree
 
@@ -61,8 +61,9 @@ def states_in(argument: str, tree: PyTree, *, adamax: bool = False) -> list[Foun
     places = [(argument + jax.tree_util.keystr(path), node) for path, node in flat]
     found = [_found(where, node, adamax) for where, node in places if is_state(node)]
     if not found:
+        names = " or ".join(dict.fromkeys(member.state.__name__ for member in MEMBERS))
         raise ValueError(
-            f"{argument}: expected an AdamState or AmsgradState in it, found none in "
+            f"{argument}: expected one of jadam's states in it, {names}, found none in "
             f"{type(tree).__name__}"
         )
     return found

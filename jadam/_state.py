@@ -55,3 +55,19 @@ class AmsgradState(NamedTuple):
     mu: PyTree
     nu: PyTree
     nu_max: PyTree
+
+
+class AdemamixState(NamedTuple):
+    """What AdEMAMix remembers.
+
+    Attributes:
+        count: as in `AdamState`.
+        mu: as in `AdamState`: the fast average of gradients.
+        nu: as in `AdamState`.
+        mu_slow: the slow average of gradients, a tree like the parameters.
+    """
+
+    count: Count  # pyright: ignore[reportIncompatibleMethodOverride]  (optax has this name)
+    mu: PyTree
+    nu: PyTree
+    mu_slow: PyTree

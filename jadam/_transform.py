@@ -17,7 +17,7 @@ from jadam import _validate
 from jadam._kernels import choice
 from jadam._kernels.choice import Choice
 from jadam._leaf import increment
-from jadam._members import ADAM, ADAMAX, AMSGRAD, NADAM, RADAM, Rule
+from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 from jadam._update import Mask, adam_rule, advance, initializer
 
@@ -488,4 +488,55 @@ def radam(
         nu_dtype,
         min_size,
         kernel,
+    )
+
+
+def ademamix(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    b3: ScalarOrSchedule = 0.9999,
+    alpha: ScalarOrSchedule = 5.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    nu_dtype: DType | None = None,
+    min_size: int | None = None,
+    kernel: Choice = "auto",
+    warmup: Scalar | None = None,
+) -> FusedTransformation:
+    """AdEMAMix, Pagliardini, Ablin & Grangier (2024), Algorithm 1: gradients remembered for longer.
+
+    m = b1·m + (1-b1)·g,  slow = b3·slow + (1-b3)·g,  v = b2·v + (1-b2)·g²,
+    update = -learning_rate·((m̂ + alpha·slow)/(√(v̂ + eps_root) + eps) + weight_decay·param)
+
+    The slow average is not corrected for its start at 0. Without eps no direction after t steps is
+    longer than √(1-b2ᵗ)·(C₁/(1-b1ᵗ) + alpha·C₃), where C₁² and C₃² become b²/b2·C² + (1-b)²/(1-b2)
+    in each step, with b = b1 and b = b3. This is 1 + alpha·(1-b3) in the first step. With
+    `mu_dtype="int8", nu_dtype="uint8"` the three moments take 3.02 bytes a parameter, and the bound
+    holds if b3 never falls. Other arguments as in `adamw`.
+
+    Args:
+        b3: the decay rate of the slow average: a number in [0, 1), or a schedule.
+        alpha: the weight of the slow average: a number, not negative, or a schedule.
+        warmup: the number of steps in which alpha grows linearly from 0, and the half-life of the
+            slow average linearly from that of b1: the paper's schedules, which it sets to the whole
+            training. Default: none. An early slow average is as noisy as it is large.
+
+    >>> import jadam
+    >>> tx = jadam.ademamix(1e-3, weight_decay=0.1, warmup=100_000)
+    """
+    return _transformation(
+        ADEMAMIX.with_hyperparameters(
+            b1=b1, b2=b2, b3=b3, alpha=alpha, eps=eps, eps_root=eps_root, warmup=warmup
+        ),
+        learning_rate,
+        mu_dtype,
+        nu_dtype,
+        min_size,
+        kernel,
+        decay=(weight_decay, mask),
     )

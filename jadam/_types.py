@@ -23,7 +23,9 @@ Number: TypeAlias = Inexact[Array, "*shape"]
 Scalar: TypeAlias = float | Float[Array, ""]
 """A hyperparameter: a number known when tracing, kept in float64, or a traced array."""
 
-ScalarOrSchedule: TypeAlias = Scalar | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
-"""A hyperparameter, or a function of the number of updates already made that gives it."""
+Schedule: TypeAlias = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+"""A function of the number of updates already made that gives a hyperparameter."""
+
+ScalarOrSchedule: TypeAlias = Scalar | Schedule
 
 Shape: TypeAlias = tuple[int, ...]

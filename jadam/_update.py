@@ -19,7 +19,7 @@ from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM, NADAM, Member, Rule
 from jadam._state import AdamState
 from jadam._storage import chooser, storage_of
-from jadam._types import Count, DType, PyTree, Scalar, ScalarOrSchedule
+from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 """Which leaves decay: a tree of booleans or a prefix of it, a function that makes one, or all."""
@@ -213,8 +213,8 @@ def advance(
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
     _check(rule.member, grads, state, params, decays, to_params)
-    learning_rate = at_count("learning_rate", learning_rate, state.count)
-    weight_decay = at_count("weight_decay", weight_decay, state.count)
+    learning_rate = _validate.at_count("learning_rate", learning_rate, state.count)
+    weight_decay = _validate.at_count("weight_decay", weight_decay, state.count)
 
     leaves, structure = jax.tree.flatten(grads)
     given = jax.tree.leaves(params) if decays or to_params else [None] * len(leaves)
@@ -245,15 +245,6 @@ def _through_kernel(*args: Any) -> list[Any]:
     primitive = importlib.import_module("jadam._kernels.primitive")
     leaves = [(primitive.Leaf(g, stored, p), options) for g, p, options, stored in rows]
     return primitive.through_kernel(*numbers, leaves)
-
-
-def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
-    """A hyperparameter's value after `count` updates."""
-    if not callable(value):
-        return value
-    # optax's schedules mix integers and floats, which JAX's strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        return _validate.scalar(f"{name}(count)", value(count))
 
 
 def _decaying(params: PyTree, mask: Mask) -> list[bool]:

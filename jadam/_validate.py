@@ -6,14 +6,18 @@ and costs nothing in the compiled program.
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jadam._types import PyTree, Scalar
+from jadam._types import Count, PyTree, Scalar, ScalarOrSchedule
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""A hyperparameter's name and value ↦ the value, which is checked."""
 
 
 def scalar(name: str, value: Any) -> Scalar:
@@ -85,6 +89,30 @@ def non_negative(name: str, value: Any) -> Scalar:
 def schedulable(name: str, value: Any) -> Any:
     """A schedule, which is checked when it is called, or a finite number that is not negative."""
     return value if callable(value) else non_negative(name, value)
+
+
+def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
+    """A hyperparameter's value after `count` updates."""
+    if not callable(value):
+        return value
+    # optax's schedules mix integers and floats, which JAX's strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return scalar(f"{name}(count)", value(count))
+
+
+def optional(check: Check) -> Check:
+    """The check of a hyperparameter that may be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def one_of(*options: str) -> Check:
+    """The check of an option."""
+    return lambda name, value: choice(name, value, options)
+
+
+def scheduled(check: Check) -> Check:
+    """The check of a hyperparameter that may be a schedule, which is checked when it is called."""
+    return lambda name, value: value if callable(value) else check(name, value)
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import optax.contrib
 from hypothesis import strategies as st
 
 import jadam
@@ -79,6 +80,21 @@ FAMILY = [
         weight_decay=0.1,
     ),
     Case("radam", jadam.radam, {}, optax.radam, None, {"kind": "radam"}),
+    Case(
+        "ademamix",
+        jadam.ademamix,
+        {"weight_decay": 0.1},
+        optax.contrib.ademamix,
+        None,
+        {"kind": "ademamix"},
+        weight_decay=0.1,
+    ),
+    Case(
+        "ademamix_warmup",
+        jadam.ademamix,
+        {"warmup": 50, "b3": 0.999},
+        reference={"kind": "ademamix", "warmup": 50, "b3": 0.999},
+    ),
 ]
 
 each_member = {"argvalues": FAMILY, "ids": str}

@@ -47,6 +47,29 @@ def rectification(t: int, b2: float) -> float:
     return np.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
 
 
+def ademamix_warmup(t, *, b1=0.9, b3=0.9999, alpha=5.0, warmup=None):
+    """b3 and alpha at step t, Pagliardini et al. (2024), section 3."""
+    if warmup is None:
+        return b3, alpha
+    share, fast, slow = min(t / warmup, 1), np.log(b1), np.log(b3)
+    return np.exp(fast * slow / ((1 - share) * slow + share * fast)), share * alpha
+
+
+def ademamix_bounds(steps, *, b1=0.9, b2=0.999, **options) -> np.ndarray:
+    """The largest |direction| of AdEMAMix after steps 1 to `steps` without eps.
+
+    |m| and |slow| by Cauchy and Schwarz, as in `step_bound`, step by step.
+    """
+    fast = slow = 0.0
+    found = []
+    for t in range(1, steps + 1):
+        b3, alpha = ademamix_warmup(t, b1=b1, **options)
+        fast = b1 * b1 / b2 * fast + (1 - b1) ** 2 / (1 - b2)
+        slow = b3 * b3 / b2 * slow + (1 - b3) ** 2 / (1 - b2)
+        found.append((np.sqrt(fast) / bias(b1, t) + alpha * np.sqrt(slow)) * np.sqrt(bias(b2, t)))
+    return np.array(found)
+
+
 @dataclass
 class Member:
     """One optimizer of the family: call it with a gradient, get the direction."""
@@ -57,10 +80,14 @@ class Member:
     eps: float = 1e-8
     eps_root: float = 0.0
     momentum_decay: float = 0.004
+    b3: float = 0.9999
+    alpha: float = 5.0
+    warmup: float | None = None
     t: int = 0
     m: np.ndarray | float = 0.0
     v: np.ndarray | float = 0.0
     v_max: np.ndarray | float = 0.0
+    slow: np.ndarray | float = 0.0
 
     def __call__(self, g):
         g = np.asarray(g, np.complex128 if np.iscomplexobj(g) else np.float64)
@@ -81,6 +108,10 @@ class Member:
             v_hat = self.v_max / bias(b2, t)
         if self.kind == "amsgrad-corrected":
             v_hat = self.v_max = np.maximum(self.v_max, v_hat)
+        if self.kind == "ademamix":
+            b3, alpha = ademamix_warmup(t, b1=b1, b3=self.b3, alpha=self.alpha, warmup=self.warmup)
+            self.slow = b3 * self.slow + (1 - b3) * g
+            m_hat = m_hat + alpha * self.slow
         adaptive = m_hat / (np.sqrt(v_hat + self.eps_root) + self.eps)
         if self.kind == "radam":
             return rectification(t, b2) * adaptive if sma_length(t, b2) >= 5 else m_hat

@@ -18,6 +18,7 @@ Further moments have an array of 8 bits each: a first moment its ratio, as an in
 the second moment its distance above it in levels, as a uint8.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt16
 from numpy.polynomial import chebyshev
 
 from jadam._math import Equations, Relation, limit_range
-from jadam._rounding import weyl
+from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
 from jadam._storage.curve import Curve
 from jadam._types import Count, Real, Shape
@@ -82,7 +83,11 @@ class EightBitCodes:
 
     @property
     def _first(self) -> int:
-        return self._roles.index(Role.FIRST)
+        return self._firsts[0]
+
+    @property
+    def _firsts(self) -> list[int]:
+        return [i for i, role in enumerate(self._roles) if role is Role.FIRST]
 
     @property
     def _second(self) -> int:
@@ -185,8 +190,7 @@ class EightBitCodes:
 
     def _curves(self, relation: Relation) -> dict[int, Curve]:
         """The curve of each first moment, by its place."""
-        firsts = (i for i, role in enumerate(self._roles) if role is Role.FIRST)
-        return {i: Curve.of(r) for i, r in zip(firsts, relation.ratios, strict=True)}
+        return {i: Curve.of(r) for i, r in zip(self._firsts, relation.ratios, strict=True)}
 
     def _encode(
         self,
@@ -202,27 +206,47 @@ class EightBitCodes:
         # Computed once: the tops that are stored are those that the codes count from.
         tops = lax.optimization_barrier(tops)
         top = _spread(tops, v.shape[-1])
-        raised = _floor(_level(v, relation.power) + _unit(v.shape, count, 0)) - top + TOP
+        raised = self._level_of(v, moments, relation, count) - top + TOP
         code = jnp.where(raised >= 1, jnp.minimum(raised, TOP), fed)
         code = jnp.where(jnp.isfinite(v), jnp.where(v > 0, code, 0), NAN)
 
         level, curves = code - TOP + top, self._curves(relation)
 
-        def ratio_code(place: int, m: Real, salt: int, levels: int) -> Real:
-            r, dither = m * _power_of_two(-level), _unit(v.shape, count, salt)
-            return curves[place].compress(r, dither, levels)
+        def ratio_code(place: int, m: Real, dither: Real, levels: int) -> Real:
+            return curves[place].compress(m * _power_of_two(-level), dither, levels)
 
-        x = ratio_code(self._first, m, 1, M_LEVELS)
+        x = ratio_code(self._first, m, _unit(v.shape, count, 1), M_LEVELS)
         both = (x.astype(jnp.int32) + 64) * 512 + code
         arrays = {self._first: both.astype(_BOTH), self._second: tops.astype(_TOPS)}
         for salt, (i, role) in enumerate(self._beside.items(), start=2):
             if role is Role.FIRST:
-                arrays[i] = ratio_code(i, moments[i], salt, _BYTE_LEVELS).astype(jnp.int8)
+                # A slow average adds up over thousands of steps what its dither has in common with
+                # that of v, so it has one that moves differently.
+                dither = _unit(v.shape, count, salt, OTHER_STEP)
+                arrays[i] = ratio_code(i, moments[i], dither, _BYTE_LEVELS).astype(jnp.int8)
             else:
                 # Upwards, and a number on the lattice stays: a maximum does not fall.
                 above = -_floor(0.01 - _level(moments[i], relation.power)) - level
                 arrays[i] = jnp.clip(above, 0, 255).astype(jnp.uint8)
         return tuple(arrays[i] for i in self._places)
+
+    def _level_of(
+        self, v: Real, moments: Sequence[Real], relation: Relation, count: Count | None
+    ) -> Codes:
+        """The level of v, dithered; the upper one where a further first moment needs it.
+
+        A slow average of a constant gradient is at its limit for thousands of steps. Were v to go
+        down, it would be cut short each time, and it takes as long to recover.
+        """
+        level = _level(v, relation.power)
+        lower = _floor(level + _unit(v.shape, count, 0))
+        beside = [i for i, role in self._beside.items() if role is Role.FIRST]
+        if not beside:
+            return lower
+        limits = dict(zip(self._firsts, relation.ratios, strict=True))
+        room = _power_of_two(lower)
+        needs = [jnp.abs(moments[i]) > limits[i].limit * room for i in beside]
+        return jnp.where(functools.reduce(jnp.logical_or, needs), -_floor(-level), lower)
 
 
 # Blocks
@@ -273,11 +297,13 @@ def _spread(blocks: Blocks, n: int) -> Codes:
 # Levels
 
 
-def _unit(shape: Shape, count: Count | None, salt: int) -> Float[Array, "*shape"]:
+def _unit(
+    shape: Shape, count: Count | None, salt: int, step: np.uint32 = STEP
+) -> Float[Array, "*shape"]:
     """The Weyl dither in [0, 1); without a count ½, which rounds to nearest."""
     if count is None:
         return jnp.full(shape, 0.5, jnp.float32)
-    return (weyl(shape, count, salt) >> 8).astype(jnp.float32) * 2.0**-24
+    return (weyl(shape, count, salt, step) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _floor(x: Real) -> Int[Array, "*shape"]:

@@ -12,16 +12,12 @@ from jadam._types import Real, Scalar
 # Half of the codes are for sizes up to three times the noise, where 99.7% of a normal distribution
 # lie. The other half reaches from there to the limit.
 _DENSE = 3
-# For b1² > b2 the bound grows without limit, and with it the codes' distances. So codes end at 200
-# times the noise, if the bound is higher. This is more than a constant gradient gives at any
-# b1 <= .9999, 1/noise = √((1+b1)/(1-b1)) = 141. Ending earlier keeps the bound as well.
-_LONGEST = 200
 
 
 class Curve(NamedTuple):
     """x in [-1, 1] ↦ r = a·x/(s - |x|), r the first moment over the root of the second.
 
-    a = 3·noise and s = 1 + a/limit, so that x = 1 is the limit: the bound, or 200 times the noise.
+    a = 3·noise and s = 1 + a/limit, so that x = 1 is the limit.
     """
 
     a: Scalar
@@ -31,7 +27,7 @@ class Curve(NamedTuple):
     def of(cls, ratio: Ratio) -> "Curve":
         """The curve for one time."""
         a = _DENSE * ratio.noise
-        return cls(a, 1 + a / jnp.minimum(ratio.bound, _LONGEST * ratio.noise))
+        return cls(a, 1 + a / ratio.limit)
 
     def expand(self, x: Real) -> Real:
         """r of x."""
