@@ -58,7 +58,7 @@ scale: $(call STAMP,experiments) ## memory and communication of large models, fr
 	$(RUN) -m experiments.scale
 
 docs: $(call STAMP,docs) ## the documentation as a site, in build/site
-	$(RUN) docs/numbers.py
+	$(RUN) -m docs.tables
 	$(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml
 
 wheel: $(call STAMP,wheel) ## a wheel with the kernel, in dist/, tried where there is no compiler

@@ -16,7 +16,7 @@ FETCHED = re.compile(r"\s*(Downloading|Using cached) (\S+?) \(([\d.]+) (kB|MB)\)
 
 def main(extras: str) -> int:
     """Runs pip. Its whole output is in pip.log beside the environment's other files."""
-    began, megabytes, packages = time.monotonic(), 0.0, 0
+    began, megabytes = time.monotonic(), 0.0
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:4.0f} s] {text}", flush=True)
@@ -40,16 +40,16 @@ def main(extras: str) -> int:
             written.write(line)
             if found := FETCHED.match(line):
                 size = float(found[3]) / (1000 if found[4] == "kB" else 1)
-                megabytes, packages = megabytes + size, packages + 1
+                megabytes += size
                 if size >= LARGE:
                     name = "-".join(Path(found[2]).name.split("-")[:2])
                     say(f"{name}, {size:.0f} MB")
             elif line.strip() == "Installing build dependencies: started":
-                say("fetching what jadam's kernel is compiled with")
-            elif line.startswith("Building wheels for collected packages"):
-                say("compiling jadam's kernel, which takes some minutes")
+                say("fetching what the kernel is compiled with")
+            elif line.strip() == "Preparing editable metadata (pyproject.toml): started":
+                say("compiling the kernel, which takes some minutes")
             elif line.startswith("Installing collected packages"):
-                say(f"unpacking {packages} packages, {megabytes:.0f} MB of downloads")
+                say(f"unpacking {line.count(',') + 1} packages, {megabytes:.0f} MB of downloads")
     if pip.returncode:
         print(log.read_text()[-3000:], file=sys.stderr)
         say(f"pip failed; all it said is in {log}")
