@@ -13,11 +13,13 @@ from typing import Any
 import griffe
 
 REFERENCE_PAGES = Path(__file__).parent / "pages" / "reference"
+OPTIONS = {"warnings": False, "returns_multiple_items": False, "returns_named_value": False}
 Kind = griffe.DocstringSectionKind
 ELSEWHERE = ("adam", "adamw", "nadam", "amsgrad", "update", "state_shardings")
 """Whom a description is taken from after those that an entry refers to, in this order."""
-SENTENCE = re.compile(r"\s*(?:Other arguments|Arguments)\s+as\s+in\s+`\w+`\.")
+SENTENCE = re.compile(r"\s*(?:Other\s+arguments|Arguments)\s+as\s+in\s+`\w+`\.")
 DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
+EQUATIONS = re.compile(r"^\S+(?: = |: {2,}).*(?:\n.+)*", re.MULTILINE)
 REFERENCE = re.compile(r"\bas\s+in\s+`(\w+)`")
 
 Texts = dict[str, dict[Kind, dict[str, str]]]
@@ -56,7 +58,7 @@ def _name(item: Any) -> str:
 
 
 def _texts(entry: griffe.Function | griffe.Class) -> dict[Kind, dict[str, str]]:
-    sections = entry.docstring.parse("google", warnings=False)
+    sections = entry.docstring.parse("google", **OPTIONS)
     kinds = (Kind.parameters, Kind.attributes, Kind.raises)
     return {s.kind: {_name(x): x.description for x in s.value} for s in sections if s.kind in kinds}
 
@@ -73,8 +75,9 @@ def _complete(name: str, entry: griffe.Function | griffe.Class, texts: Texts) ->
     docstring = entry.docstring
     references = REFERENCE.findall(docstring.value)
     docstring.value = SENTENCE.sub("", docstring.value)
-    docstring.value = DOCTEST.sub(r"```pycon\n\g<0>\n```", docstring.value)
-    sections = docstring.parse("google", warnings=False)
+    examples = DOCTEST.findall(docstring.value)
+    docstring.value = DOCTEST.sub("", docstring.value)
+    sections = docstring.parse("google", **OPTIONS)
     for section in sections:
         if section.kind is Kind.attributes:
             for item in section.value:
@@ -88,6 +91,12 @@ def _complete(name: str, entry: griffe.Function | griffe.Class, texts: Texts) ->
         sections = [s for s in sections if s.kind is not Kind.parameters]
         place = next((i for i, s in enumerate(sections) if s.kind is not Kind.text), len(sections))
         sections.insert(place, griffe.DocstringSectionParameters(items))
+    for section in sections:
+        if section.kind is Kind.text:  # equations keep their lines
+            section.value = EQUATIONS.sub(r"```text\n\g<0>\n```", section.value)
+    if examples:
+        fenced = "\n\n".join(f"```pycon\n{example}\n```" for example in examples)
+        sections.append(griffe.DocstringSectionText(fenced))
     docstring.__dict__["parsed"] = sections
 
 

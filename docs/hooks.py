@@ -5,12 +5,14 @@ is read by itself. On the site pictures are copied, and other files become links
 """
 
 import html
+import io
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
+import matplotlib as mpl
+from matplotlib.mathtext import math_to_image
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -58,19 +60,30 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         name = next((name for name, there in elsewhere.items() if there == path), inside)
         if files.get_file_from_path(name):
             return f"]({posixpath.relpath(name, posixpath.dirname(here) or '.')}{anchor})"
-        return f"]({config.repo_url}/blob/main/{path}{anchor})"
+        return f"]({config.extra['repository']}/blob/main/{path}{anchor})"
 
     return LINK.sub(target, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Mathematics becomes MathML, which browsers draw without a script."""
+    """Mathematics becomes a drawing, which needs no script and no font."""
 
-    def math(found: re.Match[str]) -> str:
-        display = "block" if found[1] == r"\[" else "inline"
-        return convert(html.unescape(found[2]).strip(), display=display)
+    def drawn(found: re.Match[str]) -> str:
+        formula, file = html.unescape(found[1]).strip(), io.StringIO()
+        with mpl.rc_context({"mathtext.fontset": "cm", "svg.fonttype": "path"}):
+            math_to_image(f"${formula}$", file, dpi=72, format="svg")
+        svg = file.getvalue()
+        for part in (r"<metadata>.*?</metadata>", r'<g id="patch_1">.*?</g>'):  # and the ground
+            svg = re.sub(part, "", svg, flags=re.DOTALL)
+        svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{found[1]}"')
+        # In points of a text of 10; an em is as large as the page's text.
+        return re.sub(r'(width|height)="([\d.]+)pt"', _in_ems, svg, count=2)
 
-    return re.sub(r"(\\\(|\\\[)(.*?)(?:\\\)|\\\])", math, content, flags=re.DOTALL)
+    return re.sub(r"\\\[(.*?)\\\]", drawn, content, flags=re.DOTALL)
+
+
+def _in_ems(found: re.Match[str]) -> str:
+    return f'{found[1]}="{float(found[2]) / 10:.2f}em"'
 
 
 def _name(path: str) -> str:
