@@ -64,12 +64,14 @@ docs: $(call STAMP,docs) ## the documentation as a site, in build/site
 wheel: $(call STAMP,wheel) ## a wheel with the kernel, in dist/, tried where there is no compiler
 	rm -rf build/wheel build/bare
 	$(RUN) -m build --wheel --outdir build/wheel
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(VENV))/bin:$$PATH" \
+	  $(RUN) -m auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
 	$(RUN) -m venv build/bare
 	cd build && PATH=$(abspath build/bare/bin) bare/bin/python -m pip install --quiet \
-	  --only-binary :all: ../dist/jadam-*-manylinux*.whl
+	  --only-binary :all: wheel/repaired/*.whl
 	cd build && PATH=$(abspath build/bare/bin) bare/bin/python -c "import jadam; \
 	  kernel = jadam.kernels()['cpu']; print(kernel); assert kernel.startswith('native'), kernel"
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist/
 
 format: $(call STAMP,dev) ## format the code and mend what ruff can mend
 	$(RUN) -m ruff format .
