@@ -34,6 +34,20 @@ def test_the_code_runs_as_written(name, capsys, standard_promotion):
         assert doctest.OutputChecker().check_output(expected, printed, flags), printed
 
 
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"")
+
+
+def test_links_lead_somewhere():
+    """Each relative link and picture of the Markdown files is there."""
+    readmes = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/**/README.md"))]
+    links = [(page, a or b) for page in PAGES + readmes for a, b in LINK.findall(page.read_text())]
+    assert links
+    broken = [
+        f"{page.relative_to(ROOT)}: {to}" for page, to in links if not (page.parent / to).exists()
+    ]
+    assert not broken
+
+
 @pytest.mark.parametrize(
     ("name", "page"), tables.blocks(), ids=[name for name, _ in tables.blocks()]
 )
