@@ -19,7 +19,7 @@ ELSEWHERE = ("adam", "adamw", "nadam", "amsgrad", "update", "state_shardings")
 """Whom a description is taken from after those that an entry refers to, in this order."""
 SENTENCE = re.compile(r"\s*(?:Other\s+arguments|Arguments)\s+as\s+in\s+`\w+`\.")
 DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
-EQUATIONS = re.compile(r"^\S+(?: = |: {2,}).*(?:\n.+)*", re.MULTILINE)
+EQUATIONS = re.compile(r"^\S+(?: = |: {2,}).*(?:\n(?!with ).*=.*)*\n?", re.MULTILINE)
 REFERENCE = re.compile(r"\bas\s+in\s+`(\w+)`")
 
 Texts = dict[str, dict[Kind, dict[str, str]]]
@@ -93,7 +93,7 @@ def _complete(name: str, entry: griffe.Function | griffe.Class, texts: Texts) ->
         sections.insert(place, griffe.DocstringSectionParameters(items))
     for section in sections:
         if section.kind is Kind.text:  # equations keep their lines
-            section.value = EQUATIONS.sub(r"```text\n\g<0>\n```", section.value)
+            section.value = EQUATIONS.sub(r"```text\n\g<0>\n```\n", section.value)
     if examples:
         fenced = "\n\n".join(f"```pycon\n{example}\n```" for example in examples)
         sections.append(griffe.DocstringSectionText(fenced))
