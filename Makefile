@@ -12,7 +12,8 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native lint soak bench experiments playground scale format clean
+.PHONY: help mnist test check check-native lint soak bench experiments playground scale docs wheel \
+  format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,6 +57,22 @@ playground: $(call STAMP,playground) ## a page of sliders on localhost
 scale: $(call STAMP,experiments) ## memory and communication of large models, from their shapes
 	$(RUN) -m experiments.scale
 
+docs: $(call STAMP,docs) ## the documentation as a site, in build/site
+	$(RUN) -m docs.tables
+	$(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml
+
+wheel: $(call STAMP,wheel) ## a wheel with the kernel, in dist/, tried where there is no compiler
+	rm -rf build/wheel build/bare
+	$(RUN) -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" \
+	  $(RUN) -m auditwheel repair --wheel-dir build/wheel/repaired build/wheel/*.whl
+	$(RUN) -m venv build/bare
+	cd build && PATH=$(abspath build/bare/bin) bare/bin/python -m pip install --quiet \
+	  --only-binary :all: wheel/repaired/*.whl
+	cd build && PATH=$(abspath build/bare/bin) bare/bin/python -c "import jadam; \
+	  kernel = jadam.kernels()['cpu']; print(kernel); assert kernel.startswith('native'), kernel"
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist/
+
 format: $(call STAMP,dev) ## format the code and mend what ruff can mend
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
@@ -70,5 +87,5 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-%: pyproject.toml | $(RUN)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(subst -,$(comma),$*)]"
+	@$(RUN) .ci/install.py $(subst -,$(comma),$*)
 	@touch $@

@@ -93,7 +93,7 @@ def test_the_bound_is_attained():
 
 @pytest.mark.parametrize("options", [{}, {"warmup": 2000}], ids=str)
 def test_eight_bits_take_three_bytes_and_a_constant_gradient_keeps_its_size(options):
-    """2.02 bytes for m and v, one for the slow average, which the limit of its codes does not cut."""
+    """2.02 bytes for m and v, one for the slow average, which its limit does not cut."""
     g = jnp.ones((16, 128))
     tx = jadam.ademamix(1.0, eps=0.0, **options, **EIGHT_BITS)
     found, state = directions(tx, jnp.broadcast_to(g, (3000, *g.shape)))

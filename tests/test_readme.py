@@ -1,46 +1,59 @@
-"""The README: its code runs as written, and its figures are the committed measurements."""
+"""The README and the pages of docs: their code runs as written, their figures are the committed."""
 
+import doctest
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+import jadam
+from docs import tables
 from experiments.bench import accuracy, report, speed
 from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PRINTED = [
-    None,
-    r"loss 0\.0000\d+ after 1000 updates",
-    r"\[0\.\d+ .*\]",
-    r"loss \d\.\d+e-\d+",
-    r"True (native|xla).*",
-    r"2\.04 bytes a parameter",
-    r"-?0\.00\d+|-?\d\.\d+e-0\d",
-    r"512 rows of codes in \d+ parts",
-    r"100 updates made",
-    r"\['unused'\]: eps_share 1\.00, zero_share 1\.00\n"
-    r"\['used'\]: eps_share 1\.00, zero_share 0\.00",
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
+# A block of Python, and what it prints where the page says so; "..." stands for anything.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
+BLOCKS = {
+    f"{page.relative_to(ROOT).as_posix()}, block {place}": found
+    for page in PAGES
+    for place, found in enumerate(BLOCK.findall(page.read_text()))
+}
 
 
-@pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_the_code_runs_as_written(block, capsys, standard_promotion):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_code_runs_as_written(name, capsys, standard_promotion):
     """Each block by itself, as a reader would paste it, under JAX's defaults."""
-    exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {})
+    code, expected = BLOCKS[name]
+    exec(compile(code, name, "exec"), {})
     printed = capsys.readouterr().out
-    if PRINTED[block]:
-        assert re.fullmatch(PRINTED[block] + r"\n", printed)
+    if expected:
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert doctest.OutputChecker().check_output(expected, printed, flags), printed
 
 
-@pytest.mark.parametrize("table", [accuracy, speed])
-def test_the_figures_are_the_committed_ones(table):
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"")
+
+
+def test_links_lead_somewhere():
+    """Each relative link and picture of the Markdown files is there."""
+    readmes = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/**/README.md"))]
+    links = [(page, a or b) for page in PAGES + readmes for a, b in LINK.findall(page.read_text())]
+    assert links
+    broken = [
+        f"{page.relative_to(ROOT)}: {to}" for page, to in links if not (page.parent / to).exists()
+    ]
+    assert not broken
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), tables.blocks(), ids=[name for name, _ in tables.blocks()]
+)
+def test_the_figures_are_the_committed_ones(name, page):
     """No figure in the tables was typed by hand."""
-    name = table.__name__.split(".")[-1]
-    results = json.loads((report.RESULTS / f"{name}.json").read_text())
-    assert report.readme_block(name)[1] == table.markdown(results) + "\n"
+    assert report.readme_block(name, page)[1] == tables.blocks()[name, page] + "\n"
 
 
 def test_the_full_tables_are_the_committed_ones():
@@ -51,7 +64,21 @@ def test_the_full_tables_are_the_committed_ones():
     results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
     assert block == lowmem.markdown(results) + "\n"
-    assert report.readme_block("memory")[1] == lowmem.peers_table(results["memory"]) + "\n"
+
+
+def test_the_reference_has_every_public_name():
+    """What is public has an entry, and so all its arguments: docs/arguments.py sees to that."""
+    pages = (ROOT / "docs" / "pages" / "reference").glob("*.md")
+    entries = {
+        e for page in pages for e in re.findall(r"^::: jadam\.(\S+)", page.read_text(), re.M)
+    }
+    assert entries >= set(jadam.__all__)
+
+
+def test_a_user_sees_the_public_names_and_nothing_else():
+    """`dir(jadam)` and completion; nothing without an underscore is left out of `__all__`."""
+    assert dir(jadam) == sorted(jadam.__all__)
+    assert {name for name in vars(jadam) if not name.startswith("_")} == set(jadam.__all__)
 
 
 LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason

@@ -280,7 +280,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as the project's README shows them."""
+    """The results as the page of numbers shows them."""
     versions = results["versions"]
     lines = [
         f"| | exact | optax {versions['optax']} | jadam |",
@@ -296,7 +296,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print, write the JSON, and bring the README up to date."""
+    """Measure, print, write the JSON, and bring the page of numbers up to date."""
     results = measure_all()
     console = Console()
     console.print(table(results))

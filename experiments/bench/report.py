@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[2] / "README.md"
+NUMBERS = Path(__file__).parents[2] / "docs" / "pages" / "numbers.md"
 BENCH_README = Path(__file__).parent / "README.md"
 PACKAGES = (
     *("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax"),
@@ -101,14 +101,14 @@ def write(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
-def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:
-    """A README before, in and after the block between a name's two markers."""
+def readme_block(name: str, readme: Path = NUMBERS) -> tuple[str, str, str]:
+    """A page before, in and after the block between a name's two markers."""
     before, rest = readme.read_text().split(f"<!-- {name}: begin -->\n")
     block, after = rest.split(f"<!-- {name}: end -->\n")
     return f"{before}<!-- {name}: begin -->\n", block, f"<!-- {name}: end -->\n{after}"
 
 
-def update_readme(name: str, block: str, readme: Path = README) -> None:
-    """Put a table into a README, by default the project's, between its markers."""
+def update_readme(name: str, block: str, readme: Path = NUMBERS) -> None:
+    """Put a table between its markers into a README, or by default the page of numbers."""
     before, _, after = readme_block(name, readme)
     write_file(readme, f"{before}{block}\n{after}".encode())

@@ -76,7 +76,7 @@ PEERS = ("jax", "optax", "torch", "flashoptim-jax")
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The medians over the limit, as the project's README shows them."""
+    """The medians over the limit, as the page of numbers shows them."""
     rows = []
     for name, workload in results["workloads"].items():
         found = workload["contenders"]

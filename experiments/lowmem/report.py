@@ -15,7 +15,7 @@ from rich.progress import track
 from scipy import stats
 
 from experiments import picture
-from experiments.bench.report import README, provenance, update_readme, write_file
+from experiments.bench.report import NUMBERS, provenance, update_readme, write_file
 
 from .gpt import Shape
 from .lm import Lm
@@ -61,8 +61,8 @@ class Report:
     """Where the JSON file and the picture go."""
     readme: Path = HERE / "README.md"
     """The file whose table is replaced."""
-    project_readme: Path = README
-    """The file whose short table of bytes is replaced."""
+    numbers: Path = NUMBERS
+    """The page whose table of bytes is replaced."""
 
 
 class Interval(NamedTuple):
@@ -201,7 +201,7 @@ def memory_table(memory: dict[str, dict[str, float]]) -> str:
 
 
 def peers_table(memory: dict[str, dict[str, float]]) -> str:
-    """Bytes a parameter beside those that others publish, for the project's README."""
+    """Bytes a parameter beside those that others publish, for the page of numbers."""
     lines = [
         row(["AdamW, bytes a parameter", "weights", "gradient", "state", "together"]),
         row(["---"] * 5),
@@ -312,5 +312,5 @@ def main(config: Report) -> None:
     picture.write(draw(all_runs), config.results / "lowmem", dpi=150)
     block = markdown(results)
     update_readme("lowmem", block, config.readme)
-    update_readme("memory", peers_table(memory), config.project_readme)
+    update_readme("memory", peers_table(memory), config.numbers)
     print(f"{block}\n\nwritten to {config.results} and {config.readme}")

@@ -2,7 +2,7 @@
 
     python -m experiments.papers.defects
 
-The rows of the table in the project's README, as curves: optax and jadam through the same code,
+The rows of the table of accuracy, as curves: optax and jadam through the same code,
 float64 as the judge, flashoptim-jax (8-bit moments) where it is installed. Nothing is stated: a row
 that a newer optax has mended says so.
 

@@ -1,0 +1,114 @@
+"""Writes the tables of docs/pages/numbers.md and of the README from the committed results.
+
+`python -m docs.tables` does it, and `make docs` before it builds. Nothing is measured here: the
+JSON files come from `make bench` and `python -m experiments.lowmem`. That the tables are theirs is
+held by tests/test_readme.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.bench import accuracy, report, speed
+from experiments.lowmem import report as lowmem
+
+ROOT = Path(__file__).parent.parent
+WORKLOAD = "GPT-2 124M"
+# What the README compares: its words, the study of memory's name, the name in the bench.
+COSTS = {
+    "`optax.adamw`": ("optax.adamw float32", "optax"),
+    "`jadam.adamw`, `update`": ("float32", "jadam update"),
+    "`jadam.adamw`, `step`": ("float32", "jadam step"),
+    "16-bit moments, `step`": ("bf16 moments", "jadam bf16 moments"),
+    "8-bit moments, `step`": ("8-bit moments", "jadam 8-bit moments"),
+    "bfloat16 weights, compensated": (
+        "bf16 weights, compensated",
+        "jadam compensated bf16 weights",
+    ),
+    "bfloat16 weights, compensated, 8-bit moments": (
+        "bf16 weights, compensated + 8-bit moments",
+        None,
+    ),
+}
+# What the page of settings advises, the study of memory's name, and for what.
+ADVICE = {
+    "the default": ("float32", "whatever fits"),
+    "`mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16`": (
+        "bf16 moments",
+        "half the state, and the fastest `step` on a CPU",
+    ),
+    '`mu_dtype="int8", nu_dtype="uint8"`': (
+        "8-bit moments",
+        "a quarter of the state, float32 weights",
+    ),
+    "`compensated_weights(tx)`": (
+        "bf16 weights, compensated",
+        "bfloat16 weights that learn as if they had 24 bits",
+    ),
+    "`stochastic_rounding(tx)`": (
+        "bf16 weights, stochastic",
+        "bfloat16 weights without a residual: right in the mean, with noise",
+    ),
+    "`compensated_weights` around 8-bit moments": (
+        "bf16 weights, compensated + 8-bit moments",
+        "all of it",
+    ),
+}
+
+
+def advice(memory: dict[str, dict[str, float]]) -> str:
+    """What to take for how many bytes a parameter."""
+    rows = ([f"{memory[name]['live']:.1f}", take, use] for take, (name, use) in ADVICE.items())
+    return report.table(["bytes", "take", "for"], rows)
+
+
+def costs(times: dict[str, Any], memory: dict[str, dict[str, float]]) -> str:
+    """What each setting costs: bytes a parameter, and milliseconds on the device measured."""
+    contenders = times["workloads"][WORKLOAD]["contenders"]
+    rows = []
+    for words, (stored, timed) in COSTS.items():
+        found = memory[stored]
+        parts = [f"{found[part]:.2f}" for part in ("weights", "gradient", "state", "live")]
+        seconds = contenders.get(timed, {}).get("seconds")
+        rows.append([words, *parts, f"{1e3 * seconds['median']:.0f}" if seconds else "–"])
+    columns = ["AdamW", "weights", "gradient", "state", "together", "a step [ms]"]
+    table = report.table(columns, rows)
+    return (
+        f"{table}\n\nBytes a parameter, and the time of a step of {WORKLOAD} on a CPU "
+        f"({times['processor']}, {times['machine']})."
+    )
+
+
+def blocks() -> dict[tuple[str, Path], str]:
+    """Each table, by the name between whose markers it stands, and the page."""
+    rows, times = (
+        json.loads((report.RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "speed")
+    )
+    small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
+    tables = {
+        "accuracy": accuracy.markdown(rows),
+        "speed": speed.markdown(times),
+        "targets": report.table(speed.TARGET_COLUMNS, speed.target_cells(times)),
+        "memory": lowmem.peers_table(small["memory"]),
+        "quality": "\n\n".join(
+            lowmem.final_table(name, small[name]["settings"])
+            for name in lowmem.TITLES
+            if name in small
+        ),
+    }
+    settings = report.NUMBERS.with_name("settings.md")
+    written = {(name, report.NUMBERS): table for name, table in tables.items()}
+    return written | {
+        ("bytes", settings): advice(small["memory"]),
+        ("costs", ROOT / "README.md"): costs(times, small["memory"]),
+    }
+
+
+def main() -> None:
+    """Writes all of them."""
+    for (name, page), table in blocks().items():
+        report.update_readme(name, table, page)
+
+
+if __name__ == "__main__":
+    main()
