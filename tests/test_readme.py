@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import accuracy, report, speed
+from experiments.bench import accuracy, publish, speed
+from experiments.common import report
 from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
@@ -39,14 +40,14 @@ def test_the_code_runs_as_written(block, capsys, standard_promotion):
 def test_the_figures_are_the_committed_ones(table):
     """No figure in the tables was typed by hand."""
     name = table.__name__.split(".")[-1]
-    results = json.loads((report.RESULTS / f"{name}.json").read_text())
+    results = json.loads((publish.RESULTS / f"{name}.json").read_text())
     assert report.readme_block(name)[1] == table.markdown(results) + "\n"
 
 
 def test_the_full_tables_are_the_committed_ones():
     """Nor in the READMEs of the bench and of the small-memory study."""
-    results = json.loads((report.RESULTS / "speed.json").read_text())
-    block = report.readme_block("speed-full", report.BENCH_README)[1]
+    results = json.loads((publish.RESULTS / "speed.json").read_text())
+    block = report.readme_block("speed-full", publish.README)[1]
     assert block == speed.full_markdown(results) + "\n"
     results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
@@ -59,7 +60,7 @@ LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason
 
 def test_the_committed_figures_are_what_the_code_computes():
     """Every row that holds for jadam in the committed table holds now."""
-    committed = json.loads((report.RESULTS / "accuracy.json").read_text())["rows"]
+    committed = json.loads((publish.RESULTS / "accuracy.json").read_text())["rows"]
     for row in accuracy.ROWS:
         now, then = accuracy.measured(row, accuracy.jadam), committed[row.name]["jadam"]
         if isinstance(now, str) or isinstance(row.exact, str):

@@ -21,8 +21,6 @@ import tyro
 from rich.console import Console
 
 import jadam
-from experiments import picture
-from experiments.bench import report
 from experiments.bench.bars import draw
 from experiments.bench.contenders import (
     COPY,
@@ -38,8 +36,10 @@ from experiments.bench.contenders import (
 )
 from experiments.bench.limit import COPY_BYTES, STEP_BYTES
 from experiments.bench.program import INSTRUCTIONS
+from experiments.bench.publish import README, RESULTS
 from experiments.bench.rounds import measure, targets
 from experiments.bench.workloads import QUICK, WORKLOADS, Workload
+from experiments.common import picture, report
 
 PARTS = Path("runs", "bench", "parts")
 """Where finished workloads lie until all are."""
@@ -219,7 +219,7 @@ def measured(config: Config) -> dict[str, Any]:
 
 def main(config: Config = Config()) -> None:
     """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
-    out = config.out or (Path("runs", "bench") if config.quick else report.RESULTS)
+    out = config.out or (Path("runs", "bench") if config.quick else RESULTS)
     kept = out / "speed.json"
     results = json.loads(kept.read_text()) if config.redraw else measured(config)
     on_cpu = results.get("backend", "cpu") == "cpu"
@@ -235,9 +235,9 @@ def main(config: Config = Config()) -> None:
     shutil.rmtree(PARTS, ignore_errors=True)
     picture.write(draw(results), out / "speed", dpi=150)
     console.print(f"written to {kept}, .png, .svg")
-    if out == report.RESULTS and not config.quick:
+    if out == RESULTS and not config.quick:
         report.update_readme("speed", markdown(results))
-        report.update_readme("speed-full", full_markdown(results), report.BENCH_README)
+        report.update_readme("speed-full", full_markdown(results), README)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 
 import jadam
-from experiments.bench import report
 from experiments.bench.contenders import OPTIONS
+from experiments.bench.publish import README, write
 from experiments.bench.trials import Trial
-from experiments.lowmem.gpt import GPT, Shape, loss_fn
+from experiments.common import report
+from experiments.common.gpt import GPT, Shape, loss_fn
 
 GRADIENTS = "loss and gradients alone"
 
@@ -122,8 +123,8 @@ def main(config: Config = Config()) -> None:
     }
     console = Console()
     report.show(console, "Whole training steps", COLUMNS, cells(results))
-    console.print(f"written to {report.write('whole', results)}")
-    report.update_readme("whole", markdown(results), report.BENCH_README)
+    console.print(f"written to {write('whole', results)}")
+    report.update_readme("whole", markdown(results), README)
 
 
 if __name__ == "__main__":

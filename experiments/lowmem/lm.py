@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 from rich.progress import track
 
-from .gpt import GPT, Shape, loss_fn
+from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.common.text import Text, load
+
 from .runs import RUNS, run_all
 from .settings import SETTINGS, in_dtype
-from .text import Text, load
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from .gpt import GPT, Shape
+from experiments.common.gpt import GPT, Shape
+
 from .settings import Setting, in_dtype
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.mnist.data import Mnist as Images
-from experiments.mnist.data import load
-from experiments.mnist.model import CNN
+from experiments.common.mnist.cnn import CNN
+from experiments.common.mnist.dataset import Mnist as Images
+from experiments.common.mnist.dataset import load
 from experiments.mnist.train import State, make_evaluate, make_train
 
 from .runs import RUNS, run_all

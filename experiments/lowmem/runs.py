@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import provenance, write_file
+from experiments.common.report import provenance, write_json
 
 from .settings import SETTINGS
 
@@ -74,5 +74,4 @@ def run_all(
             "seconds": seconds[-1],
             "origin": origin,
         }
-        path = path_of(folder, experiment, setting, seed)
-        write_file(path, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(path_of(folder, experiment, setting, seed), content)

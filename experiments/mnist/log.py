@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
 
 class Lines:

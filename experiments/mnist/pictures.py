@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from scipy.special import softmax
 
-from experiments.picture import write
+from experiments.common.picture import write
 
 TRAINING, VALIDATION = "#1f6fb4", "#d55e00"
 TILE = 40  # pixels of a mistake with its caption

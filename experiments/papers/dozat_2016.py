@@ -33,22 +33,10 @@ from jaxtyping import Array, Float, PyTree
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from experiments.papers.grid import apply_mlp, halved, mlp, orders, trained
-from experiments.papers.publish import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    RUNS,
-    SKY,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 
 WIDTHS = (196, 128, 64, 16, 64, 128, 196)
 PARTS = 40

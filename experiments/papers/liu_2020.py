@@ -34,20 +34,10 @@ from matplotlib.figure import Figure
 from scipy.special import betaln
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import BLACK, BLUE, GREEN, GREY, RED
 from experiments.papers.grid import halved, orders, product, trained
-from experiments.papers.publish import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    RUNS,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 
 B2 = 0.999
 HEADS, ROWS, PIXELS = 4, 14, 14

@@ -44,7 +44,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import ORANGE
 from experiments.papers.grid import apply_mlp, halved, mlp, orders, product, trained
 from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 
@@ -323,7 +324,7 @@ def heat(
     row, column = np.unravel_index(errors.argmin(), errors.shape)
     axes.plot(
         *(decays[column] + shift[row], rates[row], "*"),
-        color="#E69F00",
+        color=ORANGE,
         markeredgecolor="black",
         markersize=16,
     )

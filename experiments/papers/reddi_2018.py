@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import jadam
-from experiments.papers.publish import BLUE, GREY, RED, RUNS, Claim, command_line, digits, publish
+from experiments.common.palette import BLUE, GREY, RED
+from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 
 PERIOD, LARGE, SMALL, PROBABILITY = 101, 1010.0, -10.0, 0.01
 Make = Callable[..., optax.GradientTransformation]

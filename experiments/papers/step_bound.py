@@ -29,21 +29,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import jadam
-from experiments.papers.publish import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    RUNS,
-    SKY,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.common.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 
 B1, B2 = 0.9, 0.999
 BLOCK = 128

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 import jadam
-from experiments.trajectories.functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
 
 MAX_STEPS = 1000
 FAR = 1e6

@@ -12,12 +12,12 @@ from matplotlib.lines import Line2D
 from PIL import Image
 from rich.progress import track
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
 from .choose import Choice
 from .descend import JADAM
-from .functions import Problem
 from .pictures import STYLES, landscape, title, visible
+from .problem import Problem
 
 FRAME, LAST_FRAME = 120, 2500  # milliseconds
 TAIL = 12  # frames

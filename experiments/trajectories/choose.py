@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .descend import Optimizer, Runs, descend, outcomes
-from .functions import Problem
+from .problem import Problem
 
 RATES = np.logspace(-4, 3, 57).astype(np.float32)
 # Where the shown run begins, then a lattice around it, as parts of the picture's width and height.

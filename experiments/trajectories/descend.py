@@ -18,8 +18,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 import jadam
-
-from .functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
 
 TARGET = 1e-3
 """The loss that counts as arrived."""

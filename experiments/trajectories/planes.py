@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 import jadam
 
 from .descend import descend
-from .functions import Problem
+from .problem import Problem
 
 LEARNING_RATES = np.logspace(-3, 1, 49)
 # 1 - b: a decay rate is an average over some 1/(1-b) steps, so these are even in what they do.

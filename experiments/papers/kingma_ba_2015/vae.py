@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist
-from experiments.papers.publish import GREEN, RED, Claim
+from experiments.common.mnist.dataset import Mnist
+from experiments.common.palette import GREEN, RED
+from experiments.papers.publish import Claim
 
 from .training import Task, check, grid, kept, train
 

@@ -14,9 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
-BENCH_README = Path(__file__).parent / "README.md"
 PACKAGES = (
     *("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax"),
     *("flashoptim", "bitsandbytes", "torchao"),
@@ -24,7 +22,7 @@ PACKAGES = (
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(README.parent), "describe", "--always", "--dirty"]
     answer = subprocess.run(git, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"
 
@@ -92,13 +90,6 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Results as JSON."""
     write_file(path, json.dumps(results, indent=1).encode() + b"\n")
-
-
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Results as JSON under results/."""
-    path = RESULTS / f"{name}.json"
-    write_json(path, results)
-    return path
 
 
 def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:

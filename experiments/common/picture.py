@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
 # Names inside an SVG are not random, and its text stays text.
 STYLE = {"svg.hashsalt": "jadam", "svg.fonttype": "none"}

@@ -77,7 +77,8 @@ def record_mnist() -> Stream:
 def mnist_problem(seed: int, steps: int) -> tuple[Callable, PyTree, Array]:
     """The loss of parameters and image numbers, first parameters, image numbers [steps, 64]."""
     from experiments.mnist.data import load
-    from experiments.mnist.model import CNN
+
+    from experiments.common.mnist.cnn import CNN
 
     mnist = load()
     images, labels = jnp.asarray(mnist.train_images), jnp.asarray(mnist.train_labels)
