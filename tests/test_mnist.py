@@ -33,8 +33,6 @@ def mnist():
 def small(mnist):
     train, test = mnist[:2], mnist[2:]
     return dataset.Mnist(*(array[:640] for array in train), *(array[:200] for array in test))
-        *(array[:640] for array in mnist[:2]), *(array[:200] for array in mnist[2:])
-    )
 
 
 def test_the_data_are_the_real_mnist(mnist):
