@@ -1,8 +1,7 @@
 """The language model's training, once for a setting and a seed."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,18 +15,14 @@ from rich.progress import track
 from experiments.common.gpt import GPT, Shape, loss_fn
 from experiments.common.text import Text, load
 
-from .runs import RUNS, run_all
+from .runs import Comparison
 from .settings import SETTINGS, in_dtype
 
 
 @dataclass(frozen=True)
-class Lm:
+class Lm(Comparison):
     """Trains a small GPT on the documentation inside Python's library, with each setting."""
 
-    settings: tuple[str, ...] = tuple(SETTINGS)
-    """Rows of the table to run."""
-    seeds: int = 3
-    """Of parameters and batches: 0, 1, ..."""
     steps: int = 200
     """Batches to train on."""
     warmup: int = 20
@@ -42,8 +37,6 @@ class Lm:
     """The gradient's largest norm."""
     shape: Shape = field(default_factory=Shape)
     """The model's size."""
-    folder: Path = RUNS
-    """Where finished runs are."""
 
 
 def train(setting: str, seed: int, config: Lm, text: Text) -> dict[str, Any]:
@@ -98,15 +91,8 @@ def train(setting: str, seed: int, config: Lm, text: Text) -> dict[str, Any]:
 def main(config: Lm) -> None:
     """Every run that is not there yet."""
     text = load(config.folder)
-    fixed = asdict(config) | {"text": text.origin}
-    for name in ("settings", "seeds", "folder"):
-        del fixed[name]
-    run_all(
-        "lm",
-        config.settings,
-        config.seeds,
-        config.folder,
-        fixed,
-        lambda setting, seed: train(setting, seed, config, text),
-        guess=120,
-    )
+
+    def run(setting: str, seed: int) -> dict[str, Any]:
+        return train(setting, seed, config, text)
+
+    config.run_all("lm", run, guess=120, text=text.origin)

@@ -86,9 +86,8 @@ class Fp8M:
 
     def encode(self, m: Moment, v: Moment, v_stored: Moment, t: Array, betas: Betas) -> Stored:
         scale = largest(jnp.abs(m), self.block) / 448
-        return by_block(m, scale, lambda m, scale: jnp.clip(safe(m, scale), -448, 448)).astype(
-            jnp.float8_e4m3fn
-        ), scale
+        x = jnp.clip(by_block(m, scale, safe), -448, 448)
+        return x.astype(jnp.float8_e4m3fn), scale
 
     def decode(self, stored: Stored, v_stored: Moment, t: Array, betas: Betas) -> Moment:
         return by_block(stored[0].astype(jnp.float32), stored[1])
