@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.progress import track
 
-from experiments.bench import report, trials
+from experiments.bench import trials
 from experiments.bench.contenders import (
     CONTENDERS,
     JADAM,
@@ -26,6 +26,7 @@ from experiments.bench.contenders import (
     Contender,
 )
 from experiments.bench.workloads import GPT2, MANY_LEAVES, ONE_LEAF, TINY_LEAVES, Workload
+from experiments.common import report
 
 TURN_SECONDS = 0.2
 """A turn has as many steps as go into this, from 1 to 20."""

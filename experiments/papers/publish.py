@@ -44,6 +44,18 @@ def command_line(name: str, config: type[Config], main: Callable[[Config], None]
         sys.exit(f"error: {error}")
 
 
+def at_least(config: Any, **least: float) -> None:
+    """Checks options of a config by name.
+
+    Raises:
+        ValueError: one is smaller than the least that it may be.
+    """
+    for name, smallest in least.items():
+        if (got := getattr(config, name)) < smallest:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected {smallest} or more, got {got}")
+
+
 def digits(x: Any, count: int = 5) -> Any:
     """Numbers as nested lists with `count` significant digits: a JSON file to read."""
     return np.vectorize(lambda value: float(f"{value:.{count}g}"), otypes=[float])(x).tolist()
