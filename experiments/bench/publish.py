@@ -10,7 +10,7 @@ README = Path(__file__).parent / "README.md"
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
-    """results/NAME.json; its path."""
+    """Writes the results to results/NAME.json; returns the path."""
     path = RESULTS / f"{name}.json"
     write_json(path, results)
     return path

@@ -2,11 +2,11 @@
 
     python -m experiments.bench.speed
 
-A runtime with threads of its own (the limit's, XLA's, torch's) has a process of its own. Every
-round gives each contender one turn, a few steps, while the others wait; a ratio compares turns of
-the same round, so a machine whose speed wanders slows both. What does not fit into memory at once
-is timed in groups, of which each has the limit and torch's fused AdamW in its rounds. Figures are
-medians, with the quartiles as spread.
+Each runtime with threads of its own (the limit's, XLA's, torch's) runs in a process of its own. In
+every round each contender has one turn of a few steps, while the others wait. A ratio compares two
+turns of the same round: where the machine is slower for a while, it is so for both. Contenders that
+do not fit into memory together are timed in groups; each group has the limit and torch's fused
+AdamW in its rounds. Figures are medians, with the quartiles as spread.
 """
 
 import json
@@ -42,9 +42,9 @@ from experiments.bench.workloads import QUICK, WORKLOADS, Workload
 from experiments.common import picture, report
 
 PARTS = Path("runs", "bench", "parts")
-"""Where finished workloads lie until all are."""
+"""The folder of finished workloads, until all are finished."""
 TIE = 0.05
-"""Differences under this are no differences on a shared machine."""
+"""On a shared machine a smaller difference says nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     """Times one AdamW step; writes JSON, a picture and the tables of the READMEs."""
 
     quick: bool = False
-    """Small sizes, 3 rounds, no README: whether it works."""
+    """Small sizes, 3 rounds and no README, to see whether it works."""
     rounds: int = 9
     """Turns of each contender."""
     resume: bool = False

@@ -2,9 +2,10 @@
 
     python -m experiments.bench.whole
 
-A byte-level GPT of GPT-2 small's depth and width on one short sequence: the optimizer's part is
-largest where few tokens share a step. Each round times the loss and its gradients alone, then the
-whole step with each optimizer; the share is what the round's difference is of the whole step.
+The model is a GPT of bytes with GPT-2 small's depth and width, on one short sequence: the
+optimizer's share is largest where a step has few tokens. Each round times the loss and its
+gradients alone, and the whole step with each optimizer. The share is the difference of the two, as
+a part of the whole step.
 """
 
 import os
@@ -38,7 +39,7 @@ class Config:
     width: int = 768
     heads: int = 12
     tokens: int = 64
-    """In the one sequence of a step."""
+    """Length of the one sequence in a step."""
     rounds: int = 25
 
 

@@ -37,7 +37,7 @@ def _first_step_error(b2: float) -> Callable[[ModuleType], float]:
 
 
 def _largest_error_in_ulps(library: ModuleType) -> float:
-    """Of the direction from the moments that the state holds, over b1, b2, t and 1e-15 to 1e15."""
+    """The direction's error for given moments of 1e-15 to 1e15, over many b1, b2 and t."""
     rng = np.random.default_rng(0)
     grads, m, root = (
         (10.0 ** rng.uniform(-15, 15, 2000) * rng.choice([-1, 1], 2000)).astype(np.float32)
@@ -84,7 +84,7 @@ def _drift(b2: float) -> Callable[[ModuleType], float]:
 def _second_moment(
     library: ModuleType, phases: list[tuple[float, int]], dtype: str, b2: float
 ) -> float:
-    """nu after constant gradients (value, steps), for a parameter of `dtype`."""
+    """nu after phases of constant gradients (value, steps), for a parameter of `dtype`."""
     tx = library.scale_by_adam(b2=b2)
 
     @jax.jit
@@ -132,7 +132,7 @@ def _strict(library: ModuleType) -> str:
 
 
 def _first_adaptive_step(library: ModuleType) -> int:
-    """The first of RAdam's steps that is not m̂, for gradients of 2 (m̂ = 2, adaptive: rₜ)."""
+    """The first of RAdam's steps that is not m̂ = 2, for gradients of 2; an adaptive one is rₜ."""
     tx = library.radam(1.0, b2=0.99999)
     grads = jnp.full(1, 2.0)
     state = tx.init(grads)

@@ -1,7 +1,7 @@
 """A small GPT of bytes: pre-norm, causal attention, GELU, learned positions, an untied head.
 
-Parameters may be stored in 16 bits; all arithmetic is float32, so that settings differ in what
-the optimizer stores and in nothing else.
+Parameters may be stored in 16 bits, but all arithmetic is float32: two optimizers differ in what
+they store, and in nothing else.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Norm = partial(nnx.LayerNorm, use_bias=False, dtype=jnp.float32)
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's size: 3.3 million parameters."""
+    """The model's size; by default it has 3.3 million parameters."""
 
     layers: int = 4
     width: int = 256

@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
@@ -80,7 +80,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A file in one step: a reader finds the old file or the new one, whole."""
+    """Writes a file in one step: a reader finds the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(content)
@@ -88,18 +88,18 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Results as JSON."""
+    """Writes results as JSON."""
     write_file(path, json.dumps(results, indent=1).encode() + b"\n")
 
 
 def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:
-    """A README before, in and after the block between a name's two markers."""
+    """Three parts of a README: before, within and after the block between a name's two markers."""
     before, rest = readme.read_text().split(f"<!-- {name}: begin -->\n")
     block, after = rest.split(f"<!-- {name}: end -->\n")
     return f"{before}<!-- {name}: begin -->\n", block, f"<!-- {name}: end -->\n{after}"
 
 
 def update_readme(name: str, block: str, readme: Path = README) -> None:
-    """Put a table into a README, by default the project's, between its markers."""
+    """Puts a block between a name's markers in a README, by default the project's."""
     before, _, after = readme_block(name, readme)
     write_file(readme, f"{before}{block}\n{after}".encode())

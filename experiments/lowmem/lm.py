@@ -30,11 +30,11 @@ class Lm(Comparison):
     batch_size: int = 16
     """Pieces of text in a step, each as long as the context."""
     learning_rate: float = 1e-3
-    """The highest."""
+    """The highest learning rate."""
     weight_decay: float = 0.1
-    """Of matrices."""
+    """The weight decay of matrices; other leaves have none."""
     clip: float = 1.0
-    """The gradient's largest norm."""
+    """The largest norm that a gradient keeps."""
     shape: Shape = field(default_factory=Shape)
     """The model's size."""
 

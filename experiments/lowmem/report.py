@@ -27,7 +27,11 @@ from .settings import REFERENCE, SETTINGS
 HERE = Path(__file__).parent
 TITLES = {"mnist": "MNIST, CNN", "lm": "Language model of bytes"}
 SEEDS = {"mnist": Mnist.seeds, "lm": Lm.seeds}
-WINDOWS = {"mnist": 1, "lm": 10}  # neighbours of a curve that are averaged: MNIST's are means of 12
+WINDOWS = {
+    "mnist": 1,
+    "lm": 10,
+}
+"""Neighbours of a curve that are averaged; those of MNIST are means of 12 steps already."""
 PERCENT = "test accuracy"
 NOT_RUN = "not run"
 # Bytes a parameter with AdamW that others publish: weights, gradient, state.
@@ -74,7 +78,7 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of a difference: whether 0 is in its interval. NaN, from a run that diverged, is not."""
+        """Whether 0 lies in the interval of a difference: not where a run diverged to NaN."""
         return "no difference found" if self.low <= 0 <= self.high else "differs"
 
 

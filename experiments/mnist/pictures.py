@@ -39,7 +39,7 @@ def curves(rows: list[dict[str, Any]]) -> Figure:
             x, y = np.array(points).T
             axes.plot(x, 1 - y if error else y, **style)
 
-    # Twenty means an epoch are noise about the mean of the epoch.
+    # The twenty means of an epoch scatter around the mean of the epoch.
     noise = {"color": TRAINING, "alpha": 0.35, "linewidth": 1}
     training = {"color": TRAINING, "marker": "o", "markersize": 3, "label": "training, epoch"}
     validation = {"color": VALIDATION, "marker": "s", "markersize": 3, "label": "validation"}

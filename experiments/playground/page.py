@@ -137,7 +137,7 @@ class Page:
         )
 
     def _changed(self, *_: object) -> None:
-        """Draw, and send it to the browser in one message, which paints once."""
+        """Draws, and sends all to the browser in one message, so that it paints once."""
         with pn.io.hold():
             self.draw()
 

@@ -1,6 +1,6 @@
 """What XLA:TPU makes of ZeRO-1 and of a state on the host: `python -m experiments.scale.tpu`.
 
-Compiled ahead of time for eight v5e chips: `pip install libtpu` of jax's version, and no TPU.
+All is compiled ahead of time for eight v5e chips. That needs libtpu of jax's version, but no TPU.
 """
 
 import os
@@ -28,7 +28,7 @@ NO_CLOUD = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 LAYERS, WIDTH, HIDDEN, TOKENS = 8, 2048, 8192, 8 * 4096
-# A member that only XLA computes: the kernel of a CPU, where it is installed, joins leaves.
+# A member that only XLA computes: the CPU's kernel, where it is installed, would join leaves.
 OPTIMIZER = jadam.radam(1e-3)
 
 
@@ -75,7 +75,7 @@ def collectives_of_zero_1(mesh: Mesh) -> dict[str, list[str]]:
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found: dict[str, set[str]] = {}
     for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        # An asynchronous one has its operand first.
+        # The result of an asynchronous collective begins with its operand.
         found.setdefault(kind, set()).add(re.findall(r"\[([\d,]+)\]", result)[-1])
     return {kind: sorted(shapes) for kind, shapes in sorted(found.items())}
 

@@ -27,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
 PALE = LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9c0cf"])
 WIDTH = 9.0  # inches, which a README shows on some 900 pixels
 FLOOR, CEILING = 1e-12, 1e3
-"""Losses beyond are drawn here. In float32 they come to 0, which has no logarithm."""
+"""Losses beyond are drawn at these limits: in float32 a loss comes to 0, without a logarithm."""
 
 
 def landscape(axes: Axes, problem: Problem, pixels: int = 400) -> None:
@@ -62,7 +62,7 @@ def path(axes: Axes, runs: Runs, problem: Problem, color: str, **options: Any) -
 
 
 def drawable(losses: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """Losses within FLOOR and CEILING; there also what is not finite."""
+    """The losses within FLOOR and CEILING; what is not finite lies at CEILING."""
     return np.clip(np.nan_to_num(losses, nan=CEILING), FLOOR, CEILING)
 
 

@@ -29,7 +29,7 @@ class Task(NamedTuple):
 
 
 def check(name: str, config: Any) -> None:
-    """Refuses what no training can be made of.
+    """Checks the options that every figure has.
 
     Raises:
         ValueError: there is no epoch; the images are less than a batch or more than there are.
