@@ -27,10 +27,7 @@ from .settings import REFERENCE, SETTINGS
 HERE = Path(__file__).parent
 TITLES = {"mnist": "MNIST, CNN", "lm": "Language model of bytes"}
 SEEDS = {"mnist": Mnist.seeds, "lm": Lm.seeds}
-WINDOWS = {
-    "mnist": 1,
-    "lm": 10,
-}
+WINDOWS = {"mnist": 1, "lm": 10}
 """Neighbours of a curve that are averaged; those of MNIST are means of 12 steps already."""
 PERCENT = "test accuracy"
 NOT_RUN = "not run"
