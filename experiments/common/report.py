@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(README.parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     answer = subprocess.run(git, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"
 
@@ -93,13 +93,13 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def readme_block(name: str, readme: Path = README) -> tuple[str, str, str]:
-    """Three parts of a README: before, within and after the block between a name's two markers."""
+    """A README before, in and after the block between a name's two markers."""
     before, rest = readme.read_text().split(f"<!-- {name}: begin -->\n")
     block, after = rest.split(f"<!-- {name}: end -->\n")
     return f"{before}<!-- {name}: begin -->\n", block, f"<!-- {name}: end -->\n{after}"
 
 
 def update_readme(name: str, block: str, readme: Path = README) -> None:
-    """Puts a block between a name's markers in a README, by default the project's."""
+    """Put a table into a README, by default the project's, between its markers."""
     before, _, after = readme_block(name, readme)
     write_file(readme, f"{before}{block}\n{after}".encode())
