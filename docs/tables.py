@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import accuracy, report, speed
+from experiments.bench import accuracy, publish, speed
+from experiments.common import report
 from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def costs(times: dict[str, Any], memory: dict[str, dict[str, float]]) -> str:
 def blocks() -> dict[tuple[str, Path], str]:
     """Each table, by the name between whose markers it stands, and the page."""
     rows, times = (
-        json.loads((report.RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "speed")
+        json.loads((publish.RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "speed")
     )
     small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     tables = {

@@ -4,7 +4,6 @@ It dies by SIGKILL, with no chance to tidy up, before the audit event EVENT ("op
 of a path that ends with END, when that comes for the TIMES-th time.
 """
 
-import gzip
 import os
 import signal
 import sys
@@ -13,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from experiments.common.mnist.idx import (
+    FILES,
+    TEST_IMAGES,
+    TEST_LABELS,
+    Mnist,
+    read_images,
+    read_labels,
+)
 from experiments.mnist import train
 from experiments.mnist.config import Config
-from experiments.mnist.data import FILES, Mnist
 
 # 9 steps an epoch, a line of metrics after each, a checkpoint after the fifth and the last.
 CONFIG = Config(
@@ -50,11 +55,7 @@ class Tiny(nnx.Module):
 
 def digits() -> Mnist:
     """400 images to train on and 200 to test, without tensorflow-datasets."""
-    images, labels = (
-        np.frombuffer(gzip.decompress((FILES / name).read_bytes()), np.uint8, offset=offset)
-        for name, offset in (("t10k-images-idx3-ubyte.gz", 16), ("t10k-labels-idx1-ubyte.gz", 8))
-    )
-    images, labels = images.reshape(-1, 28, 28, 1), labels.astype(np.int32)
+    images, labels = read_images(FILES / TEST_IMAGES), read_labels(FILES / TEST_LABELS)
     return Mnist(images[:400], labels[:400], images[400:600], labels[400:600])
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import picture
-from experiments.bench import bars, contenders, program, report, rounds, speed
+from experiments.bench import bars, contenders, program, rounds, speed
 from experiments.bench.rounds import Workers
 from experiments.bench.workloads import GPT2, QUICK, WORKLOADS, llama3_layer
+from experiments.common import picture, report
 
 
 def test_the_shapes_are_those_of_the_published_models():

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jadam
-from experiments.mnist import data, train
+from experiments.common.mnist import dataset
+from experiments.mnist import train
 from experiments.mnist.config import Config
 from jadam._members import member_of
 from jadam._storage import storage_of
@@ -364,7 +365,7 @@ def test_mnist_with_diagnostics(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (940, 28, 28, 1), np.uint8)
     labels = rng.integers(0, 10, 940, np.int32)
-    mnist = data.Mnist(images[:740], labels[:740], images[740:], labels[740:])
+    mnist = dataset.Mnist(images[:740], labels[:740], images[740:], labels[740:])
     monkeypatch.setitem(train.MODELS, "cnn", Linear)
     monkeypatch.setattr(train.pictures, "write_all", lambda *arguments: None)
     folders, results = [tmp_path / "plain", tmp_path / "observed"], []

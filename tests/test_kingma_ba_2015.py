@@ -3,7 +3,6 @@
 Standard promotion: optax's AdaGrad and AdaDelta do not run under the strict one.
 """
 
-import gzip
 import json
 from dataclasses import asdict
 from functools import partial
@@ -14,8 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.bench.report import readme_block
-from experiments.mnist.data import FILES, Mnist
+from experiments.common.mnist.idx import (
+    FILES,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    Mnist,
+    read_images,
+    read_labels,
+)
+from experiments.common.report import readme_block
 from experiments.papers.kingma_ba_2015 import logistic, mlp, vae
 from experiments.papers.kingma_ba_2015.comparison import compare
 from experiments.papers.kingma_ba_2015.training import Task, grid, kept, train, unlisted
@@ -27,12 +33,9 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 @pytest.fixture(scope="module")
 def digits():
     """The first 2,048 training images, twice: no test of these is about generalization."""
-    with gzip.open(FILES / "train-images-idx3-ubyte.gz") as images:
-        pixels = np.frombuffer(images.read(16 + 2048 * 784), np.uint8, offset=16)
-    with gzip.open(FILES / "train-labels-idx1-ubyte.gz") as labels:
-        classes = np.frombuffer(labels.read(8 + 2048), np.uint8, offset=8).astype(np.int32)
-    pixels = pixels.reshape(-1, 28, 28, 1)
-    return Mnist(pixels, classes, pixels, classes)
+    images = read_images(FILES / TRAIN_IMAGES)[:2048]
+    labels = read_labels(FILES / TRAIN_LABELS)[:2048]
+    return Mnist(images, labels, images, labels)
 
 
 @pytest.fixture

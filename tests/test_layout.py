@@ -96,3 +96,62 @@ def test_importing_jadam_starts_no_backend_and_needs_no_extra():
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+EXPERIMENTS = PACKAGE.parent / "experiments"
+# Where an experiment reaches inside jadam: the module that is named, and why.
+INSIDE_JADAM = {
+    # The dither of jadam's codes is one of the roundings that the bench of codes compares.
+    "experiments/bench/codecs/blocks.py": {"jadam._rounding"},
+    # jadam.diagnostics returns a histogram, and its edges have no public name.
+    "experiments/mnist/diagnostics.py": {"jadam._diagnostics"},
+}
+
+
+def names_from(path: Path) -> set[str]:
+    """The dotted names that an experiment's file imports, relative ones written out.
+
+    `from a import b` counts as a.b, and `jadam.x` in the code as an import of jadam.x.
+    """
+    found = set()
+    folder = path.relative_to(EXPERIMENTS.parent).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jadam":
+            found.add(f"jadam.{node.attr}")
+    return found
+
+
+def private_module(name: str) -> str | None:
+    """What is private in a name of jadam, with what is above it: jadam._a of jadam._a.b."""
+    parts = name.split(".")
+    private = [i for i, part in enumerate(parts) if part.startswith("_")]
+    return ".".join(parts[: private[0] + 1]) if parts[0] == "jadam" and private else None
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.name for path in EXPERIMENTS.glob("*/__init__.py"))
+)
+def test_an_experiment_imports_no_other(folder):
+    """What two experiments use is in experiments/common, so that each can be read by itself."""
+    allowed = {folder, "common"}
+    for path in (EXPERIMENTS / folder).rglob("*.py"):
+        experiments = {
+            name.split(".")[1] for name in names_from(path) if name.startswith("experiments.")
+        }
+        assert experiments <= allowed, path
+
+
+def test_an_experiment_uses_the_public_names_of_jadam():
+    """It is an example of how to use the package; the exceptions are listed, each with a reason."""
+    found = {}
+    for path in EXPERIMENTS.rglob("*.py"):
+        inside = set(map(private_module, names_from(path))) - {None}
+        if inside:
+            found[path.relative_to(EXPERIMENTS.parent).as_posix()] = inside
+    assert found == INSIDE_JADAM

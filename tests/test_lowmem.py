@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.lowmem import lm, report, runs, text
-from experiments.lowmem.gpt import GPT, Shape, loss_fn
+from experiments.common import text
+from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.lowmem import lm, report, runs
 from experiments.lowmem.memory import measure
 from experiments.lowmem.settings import SETTINGS
 

@@ -16,21 +16,23 @@ import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.mnist import data, presets, train
+from experiments.common.mnist import dataset
+from experiments.common.mnist.cnn import conv_3x3, conv_max_pool, max_pool
+from experiments.mnist import presets, train
 from experiments.mnist.augment import distort
 from experiments.mnist.config import PRESETS, Config, parse
-from experiments.mnist.model import conv_3x3, conv_max_pool, max_pool
 from experiments.mnist.optimizers import OPTIMIZERS, make_optimizer, make_schedule
 
 
 @pytest.fixture(scope="module")
 def mnist():
-    return data.load()
+    return dataset.load()
 
 
 @pytest.fixture(scope="module")
 def small(mnist):
-    return data.Mnist(*(array[:640] for array in mnist[:2]), *(array[:200] for array in mnist[2:]))
+    train, test = mnist[:2], mnist[2:]
+    return dataset.Mnist(*(array[:640] for array in train), *(array[:200] for array in test))
 
 
 def test_the_data_are_the_real_mnist(mnist):
@@ -48,20 +50,20 @@ def test_the_data_are_the_real_mnist(mnist):
 
 def test_a_flipped_bit_in_a_file_is_named(tmp_path):
     """TFDS' checksums are in force: a damaged file is found before anything is prepared."""
-    files = shutil.copytree(data.FILES, tmp_path / "files")
+    files = shutil.copytree(dataset.FILES, tmp_path / "files")
     damaged = files / "t10k-labels-idx1-ubyte.gz"
     content = bytearray(damaged.read_bytes())
     content[100] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match=r"restore it from git.*t10k-labels-idx1-ubyte\.gz"):
-        data.prepare(files, tmp_path / "prepared")
+        dataset.prepare(files, tmp_path / "prepared")
     assert not (tmp_path / "prepared/mnist/3.0.1").exists()
 
 
 def test_a_missing_file_is_named(tmp_path):
     """At once, where TFDS would try to download it."""
     with pytest.raises(ValueError, match=r"-ubyte\.gz: no such file, restore it from git"):
-        data.prepare(tmp_path, tmp_path / "prepared")
+        dataset.prepare(tmp_path, tmp_path / "prepared")
 
 
 @pytest.mark.parametrize(

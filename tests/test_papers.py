@@ -1,7 +1,6 @@
 """The papers' claims hold, in the short form of each reproduction, and a claim can fail."""
 
 import dataclasses
-import gzip
 import json
 
 import jax
@@ -12,7 +11,7 @@ import reference
 from scipy import stats
 
 import jadam
-from experiments.mnist import data
+from experiments.common.mnist import idx
 from experiments.papers import (
     defects,
     dozat_2016,
@@ -32,17 +31,7 @@ def failed(claims):
 @pytest.fixture(scope="module")
 def mnist():
     """The files themselves: through TFDS, as test_mnist has them, they take seconds."""
-
-    def read(name, offset):
-        content = gzip.decompress((data.FILES / f"{name}-ubyte.gz").read_bytes())
-        return np.frombuffer(content, np.uint8, offset=offset)
-
-    return data.Mnist(
-        read("train-images-idx3", 16).reshape(-1, 28, 28, 1),
-        read("train-labels-idx1", 8).astype(np.int32),
-        read("t10k-images-idx3", 16).reshape(-1, 28, 28, 1),
-        read("t10k-labels-idx1", 8).astype(np.int32),
-    )
+    return idx.read_all()
 
 
 JUDGES = {

@@ -12,11 +12,11 @@ from bokeh.events import Tap
 from bokeh.models import ImportedStyleSheet
 from panel.io.state import set_curdoc
 
+from experiments.common.objectives import FUNCTIONS
 from experiments.playground import compute
 from experiments.playground.__main__ import Playground, main
 from experiments.playground.compute import MAX_STEPS, OPTIMIZERS, Setting, descend, inner
 from experiments.playground.page import Page, new_page
-from experiments.trajectories.functions import FUNCTIONS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # for optax's
 

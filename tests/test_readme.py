@@ -9,7 +9,8 @@ import pytest
 
 import jadam
 from docs import tables
-from experiments.bench import accuracy, report, speed
+from experiments.bench import accuracy, publish, speed
+from experiments.common import report
 from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
@@ -58,8 +59,8 @@ def test_the_figures_are_the_committed_ones(name, page):
 
 def test_the_full_tables_are_the_committed_ones():
     """Nor in the READMEs of the bench and of the small-memory study."""
-    results = json.loads((report.RESULTS / "speed.json").read_text())
-    block = report.readme_block("speed-full", report.BENCH_README)[1]
+    results = json.loads((publish.RESULTS / "speed.json").read_text())
+    block = report.readme_block("speed-full", publish.README)[1]
     assert block == speed.full_markdown(results) + "\n"
     results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
@@ -86,7 +87,7 @@ LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason
 
 def test_the_committed_figures_are_what_the_code_computes():
     """Every row that holds for jadam in the committed table holds now."""
-    committed = json.loads((report.RESULTS / "accuracy.json").read_text())["rows"]
+    committed = json.loads((publish.RESULTS / "accuracy.json").read_text())["rows"]
     for row in accuracy.ROWS:
         now, then = accuracy.measured(row, accuracy.jadam), committed[row.name]["jadam"]
         if isinstance(now, str) or isinstance(row.exact, str):

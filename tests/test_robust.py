@@ -19,8 +19,8 @@ from hypothesis import example, given, settings
 from jax.sharding import SingleDeviceSharding
 
 import jadam
-from experiments.bench.report import write_file
-from experiments.mnist import data
+from experiments.common.mnist import dataset
+from experiments.common.report import write_file
 from tests.checkpoints.states import STATES, gradients, parameters
 from tests.checkpoints.training import train
 from tests.helpers import gradients_like, trees_of
@@ -180,7 +180,7 @@ def test_damaged_mnist_is_named(file, damaged, tmp_path):
     """A prepared folder in which a file was cut or lost: the folder, and what the reader says."""
     folder = tmp_path / "mnist" / "3.0.1"
     folder.mkdir(parents=True)
-    for path in (data.prepare() / "mnist" / "3.0.1").iterdir():
+    for path in (dataset.prepare() / "mnist" / "3.0.1").iterdir():
         if path.name != file:
             (folder / path.name).symlink_to(path)
         elif damaged is not None:
@@ -188,7 +188,7 @@ def test_damaged_mnist_is_named(file, damaged, tmp_path):
     with pytest.raises(
         ValueError, match=rf"--data-dir: expected a TFDS folder .*{tmp_path}.* says"
     ):
-        data.load(tmp_path)
+        dataset.load(tmp_path)
 
 
 # Trees

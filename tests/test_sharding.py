@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.bench.report import readme_block
+from experiments.common.report import readme_block
 from experiments.scale import __main__ as scale
 from experiments.scale import tpu
 from jadam.sharding import divided, state_shardings, streamed

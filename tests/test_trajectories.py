@@ -10,11 +10,12 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments.bench.report import readme_block
+from experiments.common.objectives import FUNCTIONS
+from experiments.common.report import readme_block
 from experiments.trajectories import animation, pictures, planes, run
 from experiments.trajectories.choose import RATES, STARTS, Choice, choose
 from experiments.trajectories.descend import OPTIMIZERS, TARGET, Runs, descend, outcomes
-from experiments.trajectories.functions import FUNCTIONS, problem
+from experiments.trajectories.problem import problem
 from tests.reference import Member
 
 # From the literature, beside a value elsewhere that can be computed by hand.

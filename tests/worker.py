@@ -7,7 +7,6 @@ import alone takes longer than the training.
 """
 
 import argparse
-import gzip
 import os
 import signal
 from pathlib import Path
@@ -23,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.mnist.model import CNN
+from experiments.common.mnist.cnn import CNN
+from experiments.common.mnist.idx import FILES, TEST_IMAGES, TEST_LABELS, read_images, read_labels
 from jadam.sharding import divided, state_shardings
 
-FILES = Path(__file__).parent.parent / "experiments" / "mnist" / "data"
 BATCH = 64
 SAVE_EVERY = 2
 # The default eps would make whole steps of gradients that are nothing but rounding.
@@ -38,11 +37,8 @@ OPTIMIZERS = {
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """Images float32[10000, 28, 28, 1] in [0, 1] and labels int32[10000]."""
-    images, labels = (
-        np.frombuffer(gzip.decompress((FILES / name).read_bytes()), np.uint8, offset=offset)
-        for name, offset in (("t10k-images-idx3-ubyte.gz", 16), ("t10k-labels-idx1-ubyte.gz", 8))
-    )
-    return images.reshape(-1, 28, 28, 1).astype(np.float32) / 255, labels.astype(np.int32)
+    images = read_images(FILES / TEST_IMAGES)
+    return images.astype(np.float32) / 255, read_labels(FILES / TEST_LABELS)
 
 
 class Training:

@@ -31,11 +31,11 @@ SCANNED = 20
 
 Arrays = list[jax.Array]
 Step = Callable[[Arrays, Any, Arrays], tuple[Any, ...]]
-"""Parameters, state and gradients to parameters and state."""
+"""A step: from parameters, state and gradients to the next parameters and state."""
 
 
 def _normal(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
-    """Normal numbers, a million of them again and again: drawing more takes longer than timing."""
+    """A million normal numbers, repeated: to draw more would take longer than the timing."""
     drawn = np.random.default_rng(seed).standard_normal(2**20, np.float32)
     return (np.resize(drawn, shape) for shape in shapes)
 
@@ -140,7 +140,7 @@ def _flashoptim_jax(shapes: Shapes, dtype: Any = jnp.float32) -> Trial:
 
 
 def _torch(shapes: Shapes, make: Callable[[Any, list[Any]], Any], dtype: str = "float32") -> Trial:
-    """An optimizer of torch's kind; what is not on JAX's device is not comparable."""
+    """An optimizer of torch's, on the device that JAX uses: on another it could not be compared."""
     import torch
 
     torch.set_num_threads(cores())
@@ -178,9 +178,9 @@ class Contender:
 
     Attributes:
         name: as the tables show it.
-        process: whose threads it uses: those of one process share a thread pool.
+        process: the runtime whose threads it uses; contenders of one process share its threads.
         make: its arrays and its step for given shapes.
-        bytes: a parameter's, at most, temporaries included.
+        bytes: the most that it holds for a parameter, temporaries included.
         module: what must be installed.
         where: backends that it runs on.
         many_leaves: for hundreds of leaves and more.

@@ -1,6 +1,6 @@
 """How fast the device can move an Adam step's bytes: a hand-made kernel, and a plain copy.
 
-On a CPU `limit.cc`, compiled at the first use; elsewhere the same expressions as XLA's.
+On a CPU it is `limit.cc`, compiled at the first use; elsewhere XLA computes the same expressions.
 """
 
 import ctypes
@@ -20,9 +20,9 @@ from experiments.bench.trials import Trial, cores
 from experiments.bench.workloads import Shapes
 
 STEP_BYTES = 28
-"""A parameter's bytes that a float32 step moves: it reads g, p, m, v and writes p, m, v."""
+"""Bytes that a float32 step moves for each parameter: it reads g, p, m, v and writes p, m, v."""
 COPY_BYTES = 8
-"""A parameter's bytes that a copy moves."""
+"""Bytes that a copy moves for each parameter."""
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def step(shapes: Shapes) -> Trial:
 
 
 def copy(shapes: Shapes) -> Trial:
-    """One array, as large as all parameters, copied to another."""
+    """Copies an array that is as large as all parameters together."""
     size = sum(math.prod(shape) for shape in shapes)
     if _is_cpu():
         return _native("copy", ((size,),))

@@ -1,4 +1,4 @@
-"""Contenders in turn: processes, groups that fit into memory, rounds, and what they came to."""
+"""How contenders are timed in turn: processes, groups that fit into memory, rounds, ratios."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.progress import track
 
-from experiments.bench import report, trials
+from experiments.bench import trials
 from experiments.bench.contenders import (
     CONTENDERS,
     JADAM,
@@ -26,15 +26,16 @@ from experiments.bench.contenders import (
     Contender,
 )
 from experiments.bench.workloads import GPT2, MANY_LEAVES, ONE_LEAF, TINY_LEAVES, Workload
+from experiments.common import report
 
 TURN_SECONDS = 0.2
-"""A turn has as many steps as go into this, from 1 to 20."""
+"""How long a turn should take: it has from 1 to 20 steps."""
 GROUP_SHARE = 0.6
-"""Of the memory, what a group of contenders may hold."""
+"""The share of the memory that a group of contenders may hold."""
 LARGEST_SHARE = 0.8
-"""What the references and one contender may hold."""
+"""The share that the references and one contender may hold."""
 COMPILE_SECONDS = 60
-"""A contender that would compile for longer is left out, by its pace in an earlier workload."""
+"""A contender is left out if, at its pace in an earlier workload, it would compile for longer."""
 
 Round = dict[str, dict[str, float]]
 """One turn of each contender, by name."""
@@ -144,7 +145,7 @@ class Measurement:
         return turns
 
     def lives(self, contender: Contender) -> bool:
-        """Whether it was made and has not failed since."""
+        """Whether the contender was built and has not failed since."""
         return contender.name in self.steps and "missing" not in self.found[contender.name]
 
     def drop(self, contender: Contender) -> None:
@@ -186,7 +187,7 @@ def measure(workload: Workload, rounds: int, pace: dict[str, float]) -> dict[str
 
 
 def summary(name: str, rounds: Iterable[Round]) -> dict[str, Any]:
-    """A contender's seconds a step, of its call too, and ratios of turns in the same round."""
+    """Seconds of a step and of its call, and ratios to the references in the same round."""
     own = [r for r in rounds if name in r]
     figures: dict[str, Any] = {
         "seconds": report.quartiles([r[name]["seconds"] for r in own]),
@@ -200,7 +201,7 @@ def summary(name: str, rounds: Iterable[Round]) -> dict[str, Any]:
 
 
 class Target(NamedTuple):
-    """Time of a contender over that of a reference, at most."""
+    """The largest ratio of a contender's time to a reference's that we aim at."""
 
     workload: Workload
     contender: Contender

@@ -2,11 +2,11 @@
 
     python -m experiments.bench.speed
 
-A runtime with threads of its own (the limit's, XLA's, torch's) has a process of its own. Every
-round gives each contender one turn, a few steps, while the others wait; a ratio compares turns of
-the same round, so a machine whose speed wanders slows both. What does not fit into memory at once
-is timed in groups, of which each has the limit and torch's fused AdamW in its rounds. Figures are
-medians, with the quartiles as spread.
+Each runtime with threads of its own (the limit's, XLA's, torch's) runs in a process of its own. In
+every round each contender has one turn of a few steps, while the others wait. A ratio compares two
+turns of the same round: where the machine is slower for a while, it is so for both. Contenders that
+do not fit into memory together are timed in groups; each group has the limit and torch's fused
+AdamW in its rounds. Figures are medians, with the quartiles as spread.
 """
 
 import json
@@ -21,8 +21,6 @@ import tyro
 from rich.console import Console
 
 import jadam
-from experiments import picture
-from experiments.bench import report
 from experiments.bench.bars import draw
 from experiments.bench.contenders import (
     COPY,
@@ -38,13 +36,15 @@ from experiments.bench.contenders import (
 )
 from experiments.bench.limit import COPY_BYTES, STEP_BYTES
 from experiments.bench.program import INSTRUCTIONS
+from experiments.bench.publish import README, RESULTS
 from experiments.bench.rounds import measure, targets
 from experiments.bench.workloads import QUICK, WORKLOADS, Workload
+from experiments.common import picture, report
 
 PARTS = Path("runs", "bench", "parts")
-"""Where finished workloads lie until all are."""
+"""The folder of finished workloads, until all are finished."""
 TIE = 0.05
-"""Differences under this are no differences on a shared machine."""
+"""On a shared machine a smaller difference says nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     """Times one AdamW step; writes JSON, a picture and the tables of the READMEs."""
 
     quick: bool = False
-    """Small sizes, 3 rounds, no README: whether it works."""
+    """Small sizes, 3 rounds and no README, to see whether it works."""
     rounds: int = 9
     """Turns of each contender."""
     resume: bool = False
@@ -219,7 +219,7 @@ def measured(config: Config) -> dict[str, Any]:
 
 def main(config: Config = Config()) -> None:
     """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
-    out = config.out or (Path("runs", "bench") if config.quick else report.RESULTS)
+    out = config.out or (Path("runs", "bench") if config.quick else RESULTS)
     kept = out / "speed.json"
     results = json.loads(kept.read_text()) if config.redraw else measured(config)
     on_cpu = results.get("backend", "cpu") == "cpu"
@@ -235,9 +235,9 @@ def main(config: Config = Config()) -> None:
     shutil.rmtree(PARTS, ignore_errors=True)
     picture.write(draw(results), out / "speed", dpi=150)
     console.print(f"written to {kept}, .png, .svg")
-    if out == report.RESULTS and not config.quick:
+    if out == RESULTS and not config.quick:
         report.update_readme("speed", markdown(results))
-        report.update_readme("speed-full", full_markdown(results), report.BENCH_README)
+        report.update_readme("speed-full", full_markdown(results), README)
 
 
 if __name__ == "__main__":

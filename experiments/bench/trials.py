@@ -45,18 +45,19 @@ class Trial(NamedTuple):
 
 _trials: dict[str, Trial] = {}
 
-# Threads that have just worked spin before they sleep, those of torch's OpenMP for milliseconds.
+# Seconds before a turn. Threads that have just worked spin for a while before they sleep: those of
+# torch's OpenMP do so for milliseconds.
 PAUSE = 0.02
 
 
 def build(name: str, make: Callable[..., Trial], shapes: Any) -> dict[str, float]:
-    """Makes a trial; its program's figures."""
+    """Builds a trial; returns the figures of its program."""
     _trials[name] = make(shapes)
     return _trials[name].program or {}
 
 
 def turn(name: str, steps: int) -> dict[str, float]:
-    """Medians of some steps. One before wakes the threads, unless a step is long beside that."""
+    """Medians over some steps. A step before them wakes the threads, unless steps are long."""
     if name not in _trials:
         raise RuntimeError("its process ended")
     trial = _trials[name]
@@ -68,5 +69,5 @@ def turn(name: str, steps: int) -> dict[str, float]:
 
 
 def drop(name: str) -> int:
-    """Frees a trial; how often its program was compiled."""
+    """Frees a trial; returns how often its program was compiled."""
     return _trials.pop(name).compilations()

@@ -2,9 +2,10 @@
 
     python -m experiments.bench.whole
 
-A byte-level GPT of GPT-2 small's depth and width on one short sequence: the optimizer's part is
-largest where few tokens share a step. Each round times the loss and its gradients alone, then the
-whole step with each optimizer; the share is what the round's difference is of the whole step.
+The model is a GPT of bytes with GPT-2 small's depth and width, on one short sequence: the
+optimizer's share is largest where a step has few tokens. Each round times the loss and its
+gradients alone, and the whole step with each optimizer. The share is the difference of the two, as
+a part of the whole step.
 """
 
 import os
@@ -21,10 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 import jadam
-from experiments.bench import report
 from experiments.bench.contenders import OPTIONS
+from experiments.bench.publish import README, write
 from experiments.bench.trials import Trial
-from experiments.lowmem.gpt import GPT, Shape, loss_fn
+from experiments.common import report
+from experiments.common.gpt import GPT, Shape, loss_fn
 
 GRADIENTS = "loss and gradients alone"
 
@@ -37,7 +39,7 @@ class Config:
     width: int = 768
     heads: int = 12
     tokens: int = 64
-    """In the one sequence of a step."""
+    """Length of the one sequence in a step."""
     rounds: int = 25
 
 
@@ -122,8 +124,8 @@ def main(config: Config = Config()) -> None:
     }
     console = Console()
     report.show(console, "Whole training steps", COLUMNS, cells(results))
-    console.print(f"written to {report.write('whole', results)}")
-    report.update_readme("whole", markdown(results), report.BENCH_README)
+    console.print(f"written to {write('whole', results)}")
+    report.update_readme("whole", markdown(results), README)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The language model's training, once for a setting and a seed."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,20 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 from rich.progress import track
 
-from .gpt import GPT, Shape, loss_fn
-from .runs import RUNS, run_all
+from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.common.text import Text, load
+
+from .runs import Comparison
 from .settings import SETTINGS, in_dtype
-from .text import Text, load
 
 
 @dataclass(frozen=True)
-class Lm:
+class Lm(Comparison):
     """Trains a small GPT on the documentation inside Python's library, with each setting."""
 
-    settings: tuple[str, ...] = tuple(SETTINGS)
-    """Rows of the table to run."""
-    seeds: int = 3
-    """Of parameters and batches: 0, 1, ..."""
     steps: int = 200
     """Batches to train on."""
     warmup: int = 20
@@ -34,15 +30,13 @@ class Lm:
     batch_size: int = 16
     """Pieces of text in a step, each as long as the context."""
     learning_rate: float = 1e-3
-    """The highest."""
+    """The highest learning rate."""
     weight_decay: float = 0.1
-    """Of matrices."""
+    """The weight decay of matrices; other leaves have none."""
     clip: float = 1.0
-    """The gradient's largest norm."""
+    """The largest norm that a gradient keeps."""
     shape: Shape = field(default_factory=Shape)
     """The model's size."""
-    folder: Path = RUNS
-    """Where finished runs are."""
 
 
 def train(setting: str, seed: int, config: Lm, text: Text) -> dict[str, Any]:
@@ -97,15 +91,8 @@ def train(setting: str, seed: int, config: Lm, text: Text) -> dict[str, Any]:
 def main(config: Lm) -> None:
     """Every run that is not there yet."""
     text = load(config.folder)
-    fixed = asdict(config) | {"text": text.origin}
-    for name in ("settings", "seeds", "folder"):
-        del fixed[name]
-    run_all(
-        "lm",
-        config.settings,
-        config.seeds,
-        config.folder,
-        fixed,
-        lambda setting, seed: train(setting, seed, config, text),
-        guess=120,
-    )
+
+    def run(setting: str, seed: int) -> dict[str, Any]:
+        return train(setting, seed, config, text)
+
+    config.run_all("lm", run, guess=120, text=text.origin)

@@ -8,7 +8,8 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from .gpt import GPT, Shape
+from experiments.common.gpt import GPT, Shape
+
 from .settings import Setting, in_dtype
 
 
@@ -16,8 +17,8 @@ def measure(setting: Setting, shape: Shape) -> dict[str, float]:
     """Bytes a parameter of one optimizer step whose parameters and state are donated.
 
     `weights`, `gradient` and `state` are the buffers on the device after a step, `live` their sum.
-    XLA's plan of the compiled step says `temporary`, what it allocates besides, and `in_place`,
-    how much of weights and state it writes where it read it.
+    Two figures are from XLA's plan of the compiled step: `temporary`, what it allocates besides,
+    and `in_place`, how much of weights and state it writes to where it was read from.
     """
     model = GPT(shape, rngs=nnx.Rngs(0))
     params = in_dtype(nnx.to_pure_dict(nnx.state(model, nnx.Param)), setting.param_dtype)

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from scipy import stats
 
-from experiments import picture
-from experiments.bench.report import NUMBERS, provenance, update_readme, write_file
+from experiments.common import palette, picture
+from experiments.common.gpt import Shape
+from experiments.common.report import NUMBERS, provenance, table, update_readme, write_json
 
-from .gpt import Shape
 from .lm import Lm
 from .memory import measure
 from .mnist import Mnist
@@ -27,7 +27,8 @@ from .settings import REFERENCE, SETTINGS
 HERE = Path(__file__).parent
 TITLES = {"mnist": "MNIST, CNN", "lm": "Language model of bytes"}
 SEEDS = {"mnist": Mnist.seeds, "lm": Lm.seeds}
-WINDOWS = {"mnist": 1, "lm": 10}  # neighbours of a curve that are averaged: MNIST's are means of 12
+WINDOWS = {"mnist": 1, "lm": 10}
+"""Neighbours of a curve that are averaged; those of MNIST are means of 12 steps already."""
 PERCENT = "test accuracy"
 NOT_RUN = "not run"
 # Bytes a parameter with AdamW that others publish: weights, gradient, state.
@@ -37,17 +38,17 @@ PUBLISHED = {
     "[torchao](https://github.com/pytorch/ao) 8-bit, float32 weights": (4, 4, 2),
     "[FlashOptim](https://arxiv.org/abs/2602.23349) for PyTorch": (2, 2, 3),
 }
-# Okabe and Ito's palette, safe for the colour-blind; peers are dashed.
+# Peers are dashed.
 STYLES = {
-    "float32": ("#000000", "-"),
-    "bf16 moments": ("#56B4E9", "-"),
-    "8-bit moments": ("#0072B2", "-"),
-    "bf16 weights, compensated": ("#009E73", "-"),
-    "bf16 weights, compensated + 8-bit moments": ("#D55E00", "-"),
-    "bf16 weights, stochastic": ("#CC79A7", "-"),
-    "bf16 weights, plain": ("#E69F00", "-"),
-    "optax.adamw float32": ("#777777", "--"),
-    "flashoptim-jax": ("#7A1FA2", "--"),
+    "float32": (palette.BLACK, "-"),
+    "bf16 moments": (palette.SKY, "-"),
+    "8-bit moments": (palette.BLUE, "-"),
+    "bf16 weights, compensated": (palette.GREEN, "-"),
+    "bf16 weights, compensated + 8-bit moments": (palette.RED, "-"),
+    "bf16 weights, stochastic": (palette.PINK, "-"),
+    "bf16 weights, plain": (palette.ORANGE, "-"),
+    "optax.adamw float32": (palette.GREY, "--"),
+    "flashoptim-jax": (palette.PURPLE, "--"),
 }
 
 
@@ -74,7 +75,7 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of a difference: whether 0 is in its interval. NaN, from a run that diverged, is not."""
+        """Whether 0 lies in the interval of a difference: not where a run diverged to NaN."""
         return "no difference found" if self.low <= 0 <= self.high else "differs"
 
 
@@ -150,21 +151,17 @@ def final_table(experiment: str, summary: dict[str, Any]) -> str:
         *(x for q in quantities[1:] for x in (q, "minus float32's")),
         quantities[0],
     ]
-    lines = [f"**{TITLES[experiment]}**", "", row(header), row(["---"] * len(header))]
+    rows = []
     for name in SETTINGS:
         if name not in summary:
-            lines.append(row([name, "0", NOT_RUN, *[""] * (len(header) - 3)]))
+            rows.append([name, "0", NOT_RUN, *[""] * (len(header) - 3)])
             continue
         found = summary[name]["quantities"]
         cells = [name, str(len(summary[name]["seeds"]))]
         for quantity in quantities[1:]:
             cells += [mean(quantity, found[quantity]), difference(quantity, found[quantity])]
-        lines.append(row([*cells, mean(quantities[0], found[quantities[0]])]))
-    return "\n".join(lines)
-
-
-def row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append([*cells, mean(quantities[0], found[quantities[0]])])
+    return f"**{TITLES[experiment]}**\n\n{table(header, rows)}"
 
 
 def number(quantity: str, x: float, sign: str = "") -> str:
@@ -191,32 +188,32 @@ def memory_table(memory: dict[str, dict[str, float]]) -> str:
     """Bytes a parameter."""
     keys = ["weights", "gradient", "state", "live", "temporary"]
     header = ["setting", *keys[:3], "**together, live after a step**", "temporary in a step"]
-    lines = ["**Bytes a parameter, measured**", "", row(header), row(["---"] * len(header))]
-    for name in SETTINGS:
-        if name in memory:
-            lines.append(row([name, *(f"{memory[name][key]:.3f}" for key in keys)]))
-        else:
-            lines.append(row([name, NOT_RUN, *[""] * (len(keys) - 1)]))
-    return "\n".join(lines)
+    rows = [
+        [name, *(f"{memory[name][key]:.3f}" for key in keys)]
+        if name in memory
+        else [name, NOT_RUN, *[""] * (len(keys) - 1)]
+        for name in SETTINGS
+    ]
+    return f"**Bytes a parameter, measured**\n\n{table(header, rows)}"
 
 
 def peers_table(memory: dict[str, dict[str, float]]) -> str:
     """Bytes a parameter beside those that others publish, for the page of numbers."""
-    lines = [
-        row(["AdamW, bytes a parameter", "weights", "gradient", "state", "together"]),
-        row(["---"] * 5),
-    ]
+    header = ["AdamW, bytes a parameter", "weights", "gradient", "state", "together"]
     measured = {
         name if name == "flashoptim-jax" or name.startswith("optax") else f"jadam, {name}": x
         for name, x in memory.items()
         if not name.endswith("plain")
     }
-    for name, x in measured.items():
-        cells = (f"{x[key]:.2f}" for key in ("weights", "gradient", "state", "live"))
-        lines.append(row([name, *cells]))
-    for name, parts in PUBLISHED.items():
-        lines.append(row([f"{name} (published)", *map(str, parts), str(sum(parts))]))
-    return "\n".join(lines)
+    rows = [
+        [name, *(f"{x[key]:.2f}" for key in ("weights", "gradient", "state", "live"))]
+        for name, x in measured.items()
+    ]
+    rows += [
+        [f"{name} (published)", *map(str, parts), str(sum(parts))]
+        for name, parts in PUBLISHED.items()
+    ]
+    return table(header, rows)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -308,7 +305,7 @@ def main(config: Report) -> None:
             for experiment, runs in all_runs.items()
         },
     }
-    write_file(config.results / "lowmem.json", json.dumps(results, indent=1).encode() + b"\n")
+    write_json(config.results / "lowmem.json", results)
     picture.write(draw(all_runs), config.results / "lowmem", dpi=150)
     block = markdown(results)
     update_readme("lowmem", block, config.readme)

@@ -1,4 +1,4 @@
-"""Runs that a killed program takes up again: one file for each (experiment, setting, seed)."""
+"""Runs that a killed program goes on with: one file for each (experiment, setting, seed)."""
 
 import json
 import shlex
@@ -6,14 +6,38 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import provenance, write_file
+from experiments.common.report import provenance, write_json
 
 from .settings import SETTINGS
 
 RUNS = Path(__file__).parents[2] / "runs" / "lowmem"
+
+
+Run = Callable[[str, int], dict[str, Any]]
+"""Trains with a setting and a seed: the final figures and the curve."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every comparison of the settings is asked for; its own options follow."""
+
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """Rows of the table to run."""
+    seeds: int = 3
+    """Of parameters and of the data's order: 0, 1, ..."""
+    folder: Path = RUNS
+    """Where finished runs are."""
+
+    def run_all(self, experiment: str, run: Run, guess: float, **origin: Any) -> None:
+        """Every run that is not there yet; `origin` says on what data, and `guess` is as below."""
+        config = asdict(self) | origin
+        for name in ("settings", "seeds", "folder"):  # they choose runs, and change none
+            del config[name]
+        run_all(experiment, self.settings, self.seeds, self.folder, config, run, guess)
 
 
 def path_of(folder: Path, experiment: str, setting: str, seed: int) -> Path:
@@ -34,7 +58,7 @@ def run_all(
     seeds: int,
     folder: Path,
     config: dict[str, Any],
-    run: Callable[[str, int], dict[str, Any]],
+    run: Run,
     guess: float,
 ) -> None:
     """Runs what is not there yet with this config, seed by seed; `guess` is in seconds a run.
@@ -74,5 +98,4 @@ def run_all(
             "seconds": seconds[-1],
             "origin": origin,
         }
-        path = path_of(folder, experiment, setting, seed)
-        write_file(path, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(path_of(folder, experiment, setting, seed), content)

@@ -10,7 +10,7 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)  # TFDS would advise a faster decoder than Pillow
     try:
         config = parse()
-        from .train import main  # for seconds, for which a wrong option need not wait
+        from .train import main  # takes seconds, for which a wrong option need not wait
 
         main(config)
     except ValueError as error:

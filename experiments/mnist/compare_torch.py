@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.bench.report import update_readme, write_file
-
-from .data import load
+from experiments.common.mnist.dataset import load
+from experiments.common.report import processor, update_readme, write_json
 
 HERE = Path(__file__).parent
 
@@ -88,7 +87,7 @@ def main(config: Config) -> None:
     report = {
         "command": shlex.join([Path(sys.executable).name, "-m", __spec__.name, *sys.argv[1:]]),
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "platform": platform.platform(),
         },
@@ -96,13 +95,8 @@ def main(config: Config) -> None:
         "summary": summary,
         "runs": runs,
     }
-    write_file(config.out, json.dumps(report, indent=2).encode() + b"\n")
+    write_json(config.out, report)
     update_readme("torch", markdown(report), HERE / "README.md")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Config:
     batch_size: int = 32
     """Images in a step; an epoch leaves out the few images that fill no batch, others each time."""
     validation: int = 5_000
-    """Images, the last of the 60,000, that are not trained on but measured after each epoch."""
+    """How many of the 60,000 images, the last ones, are not trained on but measured each epoch."""
     seed: int = 0
     """Of the parameters, the order of the images, dropout and distortions."""
     data_dir: Path | None = None

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from experiments.picture import write as write_picture
+from experiments.common.picture import write as write_picture
 from jadam._diagnostics import RATIO_EDGES
 
 Rows = list[dict[str, Any]]

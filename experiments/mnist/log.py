@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
 
 class Lines:
@@ -28,7 +28,9 @@ class Metrics(Lines):
     """metrics.jsonl, and the same scalars in the folder tensorboard."""
 
     def __init__(self, folder: Path, kept: int = 0, step: int = 0):
-        from tensorboardX import SummaryWriter  # imports torch, where there is one, for seconds
+        from tensorboardX import (
+            SummaryWriter,
+        )  # takes seconds where torch is installed, which it imports
 
         super().__init__(folder / "metrics.jsonl", kept)
         # TensorBoard forgets what came after the checkpoint's step.

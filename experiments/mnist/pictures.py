@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from scipy.special import softmax
 
-from experiments.picture import write
+from experiments.common.picture import write
 
 TRAINING, VALIDATION = "#1f6fb4", "#d55e00"
 TILE = 40  # pixels of a mistake with its caption
@@ -39,7 +39,7 @@ def curves(rows: list[dict[str, Any]]) -> Figure:
             x, y = np.array(points).T
             axes.plot(x, 1 - y if error else y, **style)
 
-    # Twenty means an epoch are noise about the mean of the epoch.
+    # The twenty means of an epoch scatter around the mean of the epoch.
     noise = {"color": TRAINING, "alpha": 0.35, "linewidth": 1}
     training = {"color": TRAINING, "marker": "o", "markersize": 3, "label": "training, epoch"}
     validation = {"color": VALIDATION, "marker": "s", "markersize": 3, "label": "validation"}

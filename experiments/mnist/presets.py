@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 from scipy import stats
 
-from experiments.bench.report import provenance, table, update_readme, write_json
+from experiments.common.report import provenance, table, update_readme, write_json
 
 from .config import PRESETS, RUNS, Config
 

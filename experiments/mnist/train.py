@@ -18,13 +18,13 @@ from jaxtyping import PyTree
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jadam
-from experiments.bench.report import write_json
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.report import write_json
 
 from . import diagnostics, pictures
 from .augment import distort
 from .checkpoints import begin, save
 from .config import Config
-from .data import Mnist, load
 from .log import Lines, Metrics
 from .model import MODELS
 from .optimizers import make_schedule

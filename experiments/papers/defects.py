@@ -30,25 +30,16 @@ from matplotlib.lines import Line2D
 from rich.progress import track
 
 import jadam
-from experiments.bench import accuracy
-from experiments.papers.publish import (
-    BLACK,
-    BLUE,
-    GREEN,
-    RED,
-    RUNS,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.common import accuracy
+from experiments.common.palette import BLACK, BLUE, GREEN, PURPLE, RED
+from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
 from experiments.papers.step_bound import bound
 
 LIBRARIES: dict[str, ModuleType] = {"optax": optax, "jadam": jadam}
 PEER = "flashoptim-jax"
 SHOWN = {"optax": f"optax {optax.__version__}"}
 ROWS = {row.name: row for row in accuracy.ROWS}
-COLOURS = {"exact": BLACK, "optax": RED, "jadam": BLUE, PEER: "#7A1FA2", "bound": GREEN}
+COLOURS = {"exact": BLACK, "optax": RED, "jadam": BLUE, PEER: PURPLE, "bound": GREEN}
 
 
 @dataclass(frozen=True)

@@ -33,22 +33,10 @@ from jaxtyping import Array, Float, PyTree
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from experiments.papers.grid import apply_mlp, halved, mlp, orders, trained
-from experiments.papers.publish import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    RUNS,
-    SKY,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.papers.publish import RUNS, Claim, at_least, command_line, digits, publish
 
 WIDTHS = (196, 128, 64, 16, 64, 128, 196)
 PARTS = 40
@@ -92,9 +80,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < PARTS or self.steps % PARTS:
             raise ValueError(f"--steps: expected a multiple of {PARTS}, got {self.steps}")
-        for name, least in {"batch_size": 1, "octaves": 0, "seeds": 1, "validation": 1}.items():
-            if (got := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {got}")
+        at_least(self, batch_size=1, octaves=0, seeds=1, validation=1)
         if "NAdam" not in self.optimizers or not set(self.optimizers) <= set(OPTIMIZERS):
             raise ValueError(
                 f"--optimizers: expected NAdam and others of {', '.join(OPTIMIZERS)}, got "

@@ -34,20 +34,10 @@ from matplotlib.figure import Figure
 from scipy.special import betaln
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import BLACK, BLUE, GREEN, GREY, RED
 from experiments.papers.grid import halved, orders, product, trained
-from experiments.papers.publish import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    RUNS,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.papers.publish import RUNS, Claim, at_least, command_line, digits, publish
 
 B2 = 0.999
 HEADS, ROWS, PIXELS = 4, 14, 14
@@ -80,12 +70,7 @@ class Config:
     """The folder for JSON and pictures."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 10, "batch_size": 1, "warmup": 1, "layers": 1, "seeds": 1}
-        for name, least_value in {**least, "samples": 100, "last": 10}.items():
-            if (got := getattr(self, name)) < least_value:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: expected {least_value} or more, got {got}"
-                )
+        at_least(self, steps=10, batch_size=1, warmup=1, layers=1, seeds=1, samples=100, last=10)
         if self.width < HEADS or self.width % HEADS:
             raise ValueError(f"--width: expected a multiple of {HEADS}, got {self.width}")
 

@@ -44,9 +44,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist, load
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.common.palette import ORANGE
 from experiments.papers.grid import apply_mlp, halved, mlp, orders, product, trained
-from experiments.papers.publish import RUNS, Claim, command_line, digits, publish
+from experiments.papers.publish import RUNS, Claim, at_least, command_line, digits, publish
 
 WITHIN = 1.1
 """The basin: an error up to this times the row's best."""
@@ -79,9 +80,7 @@ class Config:
     """The folder for JSON and pictures."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "hidden", "seeds"):
-            if (got := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, got {got}")
+        at_least(self, steps=1, batch_size=1, hidden=1, seeds=1)
         if not self.batch_size <= self.images <= 60_000:
             raise ValueError(
                 f"--images: expected {self.batch_size} (a batch) to 60000, got {self.images}"
@@ -323,7 +322,7 @@ def heat(
     row, column = np.unravel_index(errors.argmin(), errors.shape)
     axes.plot(
         *(decays[column] + shift[row], rates[row], "*"),
-        color="#E69F00",
+        color=ORANGE,
         markeredgecolor="black",
         markersize=16,
     )

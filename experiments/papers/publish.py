@@ -1,5 +1,6 @@
 """How a reproduction starts and ends: command line, JSON, picture, table of claims."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,17 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
-from experiments import picture
-from experiments.bench import report
+from experiments.common import picture, report
 
 RUNS = Path("runs/papers")
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 COLUMNS = ("claim", "measured", "holds")
-
-# Okabe and Ito's palette, safe for the colour-blind.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 
 Config = TypeVar("Config")
 
@@ -48,6 +44,18 @@ def command_line(name: str, config: type[Config], main: Callable[[Config], None]
         sys.exit(f"error: {error}")
 
 
+def at_least(config: Any, **least: float) -> None:
+    """Checks options of a config by name.
+
+    Raises:
+        ValueError: one is smaller than the least that it may be.
+    """
+    for name, smallest in least.items():
+        if (got := getattr(config, name)) < smallest:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected {smallest} or more, got {got}")
+
+
 def digits(x: Any, count: int = 5) -> Any:
     """Numbers as nested lists with `count` significant digits: a JSON file to read."""
     return np.vectorize(lambda value: float(f"{value:.{count}g}"), otypes=[float])(x).tolist()
@@ -64,22 +72,35 @@ def table_of(claims: list[Claim]) -> str:
 
 
 def publish(
-    name: str, config: Any, numbers: dict[str, Any], claims: list[Claim], figure: Figure
+    name: str,
+    config: Any,
+    numbers: dict[str, Any],
+    claims: list[Claim],
+    figure: Figure,
+    *,
+    program: str | None = None,
+    out: Path | None = None,
 ) -> None:
-    """name.json, name.png and name.svg in `config.out`, and the claims on the terminal.
+    """Writes name.json, name.png and name.svg, and shows the claims on the terminal.
 
-    Where that is the committed folder, the table of claims in README.md follows.
+    Where the folder is the committed one, the table of claims in README.md follows.
+
+    Args:
+        program: the module that ran, where it is not called `name`.
+        out: the folder, where it is not `config.out`.
     """
+    out = out or config.out
+    command = ["python", "-m", f"experiments.papers.{program or name}", *sys.argv[1:]]
     results = {
-        **report.provenance(" ".join([f"python -m experiments.papers.{name}", *sys.argv[1:]])),
+        **report.provenance(shlex.join(command)),
         "config": {key: value for key, value in asdict(config).items() if key != "out"},
         "claims": [claim._asdict() for claim in claims],
         **numbers,
     }
-    report.write_json(config.out / f"{name}.json", results)
-    picture.write(figure, config.out / name)
+    report.write_json(out / f"{name}.json", results)
+    picture.write(figure, out / name)
     console = Console()
     report.show(console, name, COLUMNS, (map(escape, row) for row in rows_of(claims)))
-    console.print(f"written to {config.out / name}.json, .png and .svg")
-    if config.out.resolve() == RESULTS:
+    console.print(f"written to {out / name}.json, .png and .svg")
+    if out.resolve() == RESULTS:
         report.update_readme(name, table_of(claims), README)

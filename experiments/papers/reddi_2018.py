@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import jadam
-from experiments.papers.publish import BLUE, GREY, RED, RUNS, Claim, command_line, digits, publish
+from experiments.common.palette import BLUE, GREY, RED
+from experiments.papers.publish import RUNS, Claim, at_least, command_line, digits, publish
 
 PERIOD, LARGE, SMALL, PROBABILITY = 101, 1010.0, -10.0, 0.01
 Make = Callable[..., optax.GradientTransformation]
@@ -72,9 +73,7 @@ class Config:
     """The folder for JSON and pictures."""
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 10 * PERIOD, "theorem_steps": 3, "seeds": 1}.items():
-            if (got := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {got}")
+        at_least(self, steps=10 * PERIOD, theorem_steps=3, seeds=1)
         if not self.constant > 2:
             raise ValueError(f"--constant: expected a number above 2, got {self.constant}")
 

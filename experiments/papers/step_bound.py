@@ -29,21 +29,8 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import jadam
-from experiments.papers.publish import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    RUNS,
-    SKY,
-    Claim,
-    command_line,
-    digits,
-    publish,
-)
+from experiments.common.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from experiments.papers.publish import RUNS, Claim, at_least, command_line, digits, publish
 
 B1, B2 = 0.9, 0.999
 BLOCK = 128
@@ -72,9 +59,7 @@ class Config:
     """The folder for JSON and pictures."""
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 10, "points": 1, "rows": 1}.items():
-            if (got := getattr(self, name)) < least:
-                raise ValueError(f"--{name}: expected {least} or more, got {got}")
+        at_least(self, steps=10, points=1, rows=1)
 
 
 def bound(t: np.ndarray, b1: float = B1, b2: float = B2) -> np.ndarray:

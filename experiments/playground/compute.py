@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 import jadam
-from experiments.trajectories.functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
 
 MAX_STEPS = 1000
 FAR = 1e6
@@ -105,7 +105,7 @@ def _descend(
 def descend(optimizer: str, setting: Setting) -> Descent:
     """The path up to the steps of the setting, or to where it diverges, in float64.
 
-    All steps are always made, so that the number of them is no shape and compiles nothing. Every
+    All MAX_STEPS are always made, so that another number of steps is not another compilation. Every
     optimizer gets the same noise.
     """
     hyperparameters = {

@@ -16,21 +16,21 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from bokeh.plotting.contour import ContourData, contour_data
 
-from experiments.trajectories.functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
+from experiments.common.palette import BLUE, RED, SIX
 
 from .compute import OPTIMIZERS
 
 TEXT = "#1a1a1a"
-# Okabe and Ito's palette, safe for the colour-blind: jadam's solid, optax's dashed.
-_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000")
+# jadam's curves are solid, optax's dashed.
 STYLES = dict(
     zip(
         OPTIMIZERS,
-        [(color, dash) for dash in ("solid", "dashed") for color in _COLORS],
+        [(color, dash) for dash in ("solid", "dashed") for color in SIX],
         strict=True,
     )
 )
-_COORDINATES = {"x": "#0072B2", "y": "#D55E00"}
+_COORDINATES = {"x": BLUE, "y": RED}
 _TOOLS = "pan,wheel_zoom,reset"
 _BANDS = 14
 _PALE = [f"#{160 + 6 * i:02x}{172 + 5 * i:02x}{190 + 4 * i:02x}" for i in range(_BANDS)]

@@ -10,7 +10,7 @@ from bokeh.events import Tap
 from bokeh.models import ColumnDataSource, CustomJSTickFormatter, Span, TickFormatter
 from panel.io.resources import LOCAL_DIST
 
-from experiments.trajectories.functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
 
 from .compute import MAX_STEPS, OPTIMIZERS, Descent, Inner, Setting, descend, inner
 from .figures import STYLES, Landscape, Losses, inner_figures
@@ -137,7 +137,7 @@ class Page:
         )
 
     def _changed(self, *_: object) -> None:
-        """Draw, and send it to the browser in one message, which paints once."""
+        """Draws, and sends all to the browser in one message, so that it paints once."""
         with pn.io.hold():
             self.draw()
 

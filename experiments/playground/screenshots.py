@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 from playwright.sync_api import Page
 
-from experiments.bench.report import (
+from experiments.common.report import (
     provenance,
     quartiles,
     table,

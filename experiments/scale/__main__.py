@@ -1,10 +1,9 @@
 """The tables of README.md: `python -m experiments.scale`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.report import update_readme, write_file
+from experiments.common.report import table, update_readme, write_json
 
 from .memory import SETTINGS, row
 from .models import MODELS
@@ -38,7 +37,7 @@ def markdown(measured: list[dict[str, Any]], *, sharded: bool) -> str:
     columns += ["data x fsdp x model"] if sharded else []
     columns += ["parameters", "state", "state, ZeRO-1", "sent for gradients and ZeRO-1"]
     columns += ["sent for FSDP"] if sharded else []
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    lines = []
     for model in MODELS:
         for devices in DEVICES:
             three = [
@@ -51,13 +50,13 @@ def markdown(measured: list[dict[str, Any]], *, sharded: bool) -> str:
             names = ["weights", "state", "state_zero_1", "sent_for_zero_1"]
             names += ["sent_for_fsdp"] if sharded else []
             cells += [gigabytes(*(r[name] for r in three)) for name in names]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return table(columns, lines)
 
 
 def main() -> None:
     measured = rows()
-    write_file(RESULTS, json.dumps({"rows": measured}, indent=1).encode() + b"\n")
+    write_json(RESULTS, {"rows": measured})
     for name, sharded in (("whole", False), ("sharded", True)):
         update_readme(name, markdown(measured, sharded=sharded), README)
 

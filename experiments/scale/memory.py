@@ -1,6 +1,7 @@
-"""Bytes and communication of a device for a model, a mesh, and an optimizer's setting.
+"""What a device holds and sends, for a model, a mesh and an optimizer's setting.
 
-All from `jax.eval_shape` and shardings on a `jax.sharding.AbstractMesh`: no device is needed.
+All is computed from `jax.eval_shape` and shardings on a `jax.sharding.AbstractMesh`: this needs
+no device.
 """
 
 import math
@@ -44,7 +45,7 @@ SETTINGS = {
 
 
 def mesh_of(devices: int) -> AbstractMesh:
-    """8 devices for a layer's columns, up to 64 times that for its rows, the rest for data."""
+    """8 devices for a layer's columns, up to 64 for its rows, and the rest for data."""
     model = min(devices, 8)
     fsdp = min(devices // model, 64)
     return AbstractMesh((devices // model // fsdp, fsdp, model), ("data", "fsdp", "model"))
@@ -61,8 +62,8 @@ def bytes_here(shapes: Any, shardings: Any) -> int:
 def row(model: str, devices: int, setting: str, *, sharded: bool) -> dict[str, Any]:
     """Bytes of one device, and the bytes that it sends in a step.
 
-    Either the parameters are sharded over fsdp and model, and the state besides over data; or they
-    are whole on each device, and the state is divided over all axes.
+    If `sharded`, the parameters are sharded over fsdp and model, and the state over data as well.
+    Otherwise each device has all parameters, and the state is divided over all axes of the mesh.
     """
     mesh = mesh_of(devices)
     params = parameters(model, mesh, SETTINGS[setting].dtype)
@@ -93,16 +94,16 @@ def replace(p: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruc
 
 
 def ring(n: int, size: float) -> float:
-    """What each of n devices sends to gather, or to reduce and scatter, an array of this size."""
+    """Bytes that each of n devices sends to gather an array, or to reduce and scatter it."""
     return (n - 1) / n * size
 
 
 def sent_by(p: jax.ShapeDtypeStruct, zero: NamedSharding, sharded: bool) -> tuple[float, float]:
-    """Bytes for the sum of a gradient and for ZeRO-1's gather; bytes for FSDP.
+    """Bytes that ZeRO-1 sends for a parameter, and those that FSDP sends.
 
-    Gradients are reduced and scattered to the devices that have a part of the state, parameters
-    gathered from them; devices with the same part sum it by an all-reduce, which is two rings.
-    FSDP gathers a parameter for each of the two passes, and scatters its gradient.
+    ZeRO-1 reduces and scatters the gradient to the devices that have a part of the state, and
+    gathers the parameter from them. Devices that have the same part sum it by an all-reduce, which
+    is two rings. FSDP gathers the parameter in both passes, and scatters its gradient.
     """
     lies, mesh = p.sharding, p.sharding.mesh
     size = math.prod(lies.shard_shape(p.shape)) * p.dtype.itemsize

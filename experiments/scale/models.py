@@ -1,8 +1,9 @@
 """The parameters of real models as shapes, layers stacked along the first axis (`jax.lax.scan`).
 
-Each has its partition spec on a mesh of data, fsdp and model: "model" cuts heads and hidden units,
-"fsdp" the other axis, the experts, or the same axis again where it would cut blocks of 128 along
-the last one. What does not divide evenly, in whole blocks along the last axis, is not cut.
+Each has a partition spec on a mesh with the axes data, fsdp and model. "model" cuts heads and
+hidden units. "fsdp" cuts the other axis or the experts; where that would cut blocks of 128 along
+the last axis, it cuts the axis of "model" once more. An axis that does not divide evenly, the last
+one in whole blocks, is not cut.
 """
 
 import math

@@ -1,9 +1,8 @@
 """What XLA:TPU makes of ZeRO-1 and of a state on the host: `python -m experiments.scale.tpu`.
 
-Compiled ahead of time for eight v5e chips: `pip install libtpu` of jax's version, and no TPU.
+All is compiled ahead of time for eight v5e chips. That needs libtpu of jax's version, but no TPU.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.bench.report import update_readme, write_file
+from experiments.common.report import table, update_readme, write_json
 from jadam.sharding import divided, state_shardings, streamed
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
@@ -29,7 +28,7 @@ NO_CLOUD = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 LAYERS, WIDTH, HIDDEN, TOKENS = 8, 2048, 8192, 8 * 4096
-# A member that only XLA computes: the kernel of a CPU, where it is installed, joins leaves.
+# A member that only XLA computes: the CPU's kernel, where it is installed, would join leaves.
 OPTIMIZER = jadam.radam(1e-3)
 
 
@@ -76,7 +75,7 @@ def collectives_of_zero_1(mesh: Mesh) -> dict[str, list[str]]:
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found: dict[str, set[str]] = {}
     for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        # An asynchronous one has its operand first.
+        # The result of an asynchronous collective begins with its operand.
         found.setdefault(kind, set()).add(re.findall(r"\[([\d,]+)\]", result)[-1])
     return {kind: sorted(shapes) for kind, shapes in sorted(found.items())}
 
@@ -105,11 +104,13 @@ def bytes_of_an_update(mesh: Mesh, where: str) -> dict[str, int]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    lines = ["| the state | arguments on the device [MB] | temporary [MB] |", "| --- | --- | --- |"]
-    for where, plan in results["update"].items():
-        lines.append(f"| {where} | {plan['arguments'] / 1e6:.0f} | {plan['temporary'] / 1e6:.0f} |")
+    columns = ("the state", "arguments on the device [MB]", "temporary [MB]")
+    rows = [
+        [where, *(f"{plan[kind] / 1e6:.0f}" for kind in ("arguments", "temporary"))]
+        for where, plan in results["update"].items()
+    ]
     found = "; ".join(f"{kind} of [{'], ['.join(s)}]" for kind, s in results["zero_1"].items())
-    return "\n".join([*lines, "", f"Collectives in the step with ZeRO-1: {found}."])
+    return f"{table(columns, rows)}\n\nCollectives in the step with ZeRO-1: {found}."
 
 
 def main() -> None:
@@ -125,7 +126,7 @@ def main() -> None:
         "zero_1": collectives_of_zero_1(mesh),
         "update": {where: bytes_of_an_update(mesh, where) for where in places},
     }
-    write_file(RESULTS, json.dumps(results, indent=1).encode() + b"\n")
+    write_json(RESULTS, results)
     update_readme("tpu", markdown(results), README)
 
 

@@ -12,19 +12,19 @@ from matplotlib.lines import Line2D
 from PIL import Image
 from rich.progress import track
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
 from .choose import Choice
 from .descend import JADAM
-from .functions import Problem
 from .pictures import STYLES, landscape, title, visible
+from .problem import Problem
 
 FRAME, LAST_FRAME = 120, 2500  # milliseconds
 TAIL = 12  # frames
 
 
 def frame_steps(steps: int, frames: int = 100) -> Int[np.ndarray, " frames"]:
-    """The step that each frame shows: every one at first, ever fewer later, the last in the end."""
+    """The step that each frame shows: at first every step, later ever fewer, at last the last."""
     return np.unique(np.round(np.geomspace(1, steps + 1, frames)).astype(int)) - 1
 
 
@@ -66,7 +66,7 @@ def animate(
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
 
-    # One palette for all, so that a frame holds no more than what changed. In the middle all
+    # One palette for all frames, so that each holds only what changed. In the middle frame all
     # colours are there.
     palette = frames[len(frames) // 4].quantize(256)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

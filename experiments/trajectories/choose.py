@@ -1,9 +1,9 @@
 """The learning rate of each optimizer on each function, by one rule for all.
 
-Of RATES, the one with which the loss is under TARGET for good after the fewest steps: the mean
-over STARTS starts, so that no lucky jump decides, in which a run that never arrives or that ever
-leaves the picture counts as one step more than were made. Where rates are equal, above all where
-none arrives, the smaller median of the last losses decides.
+It is the one of RATES with which the loss falls below TARGET for good after the fewest steps. The
+steps are a mean over STARTS starts, so that no lucky jump decides. A run that never arrives, or
+that ever leaves the picture, counts as one step more than were made. Where two rates need the same
+steps, and so where none arrives, the smaller median of the last losses decides.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from .descend import Optimizer, Runs, descend, outcomes
-from .functions import Problem
+from .problem import Problem
 
 RATES = np.logspace(-4, 3, 57).astype(np.float32)
-# Where the shown run begins, then a lattice around it, as parts of the picture's width and height.
+# The start of the shown run, then a lattice around it, as parts of the picture's width and height.
 LATTICE = np.linspace(-0.03, 0.03, 4)
 OFFSETS = np.array([(0.0, 0.0), *((x, y) for x in LATTICE for y in LATTICE)])
 STARTS = len(OFFSETS)

@@ -18,8 +18,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 import jadam
-
-from .functions import FUNCTIONS
+from experiments.common.objectives import FUNCTIONS
 
 TARGET = 1e-3
 """The loss that counts as arrived."""
@@ -59,7 +58,7 @@ class Outcomes(NamedTuple):
     loss: Float[np.ndarray, "*runs"]
     """The last one; infinite where the run diverged."""
     steps: Int[np.ndarray, "*runs"]
-    """After how many the loss is under TARGET for good; one more than were made: never."""
+    """Steps until the loss is under TARGET for good; one more than were made if it never is."""
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -70,7 +69,7 @@ def descend(
     starts: Float[ArrayLike, "f 2"],
     settings: Mapping[str, Float[ArrayLike, " s"]],
 ) -> Runs:
-    """Runs [f, s]: each function, an index into FUNCTIONS, from its start, with each setting."""
+    """Runs [f, s]: each function (its index in FUNCTIONS) from its start, with each setting."""
 
     def run(
         function: Int[Array, ""], start: Float[Array, "2"], setting: Mapping[str, Float[Array, ""]]
@@ -88,7 +87,7 @@ def descend(
             updates, state = tx.update(grad, state, point)
             return (optax.apply_updates(point, updates), state), Runs(point, loss)
 
-        # One more than steps: a scan puts out where a step begins.
+        # One more than steps: what a scan puts out is where each step begins.
         return lax.scan(step, (start, tx.init(start)), length=steps + 1)[1]
 
     with_each_setting = jax.vmap(run, (None, None, 0))

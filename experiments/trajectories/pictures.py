@@ -10,23 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
+from experiments.common.palette import BLUE, GREY, RED, SIX
+
 from .choose import RATES, Choice
 from .descend import JADAM, OPTAX, TARGET, Runs, outcomes
-from .functions import Problem
 from .planes import DEFAULTS, LEARNING_RATES, PLANES, Planes
+from .problem import Problem
 
-# Okabe and Ito's palette, safe for the colour-blind: jadam's solid, optax's dashed.
-COLORS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000")
+# jadam's curves are solid, optax's dashed.
 DASHED = (0, (3, 1.2))
 STYLES: dict[str, dict[str, Any]] = {
     name: {"color": color, "linestyle": line}
     for names, line in ((JADAM, "-"), (OPTAX, DASHED))
-    for name, color in zip(names, COLORS, strict=True)
+    for name, color in zip(names, SIX, strict=True)
 }
 PALE = LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9c0cf"])
 WIDTH = 9.0  # inches, which a README shows on some 900 pixels
 FLOOR, CEILING = 1e-12, 1e3
-"""Losses beyond are drawn here. In float32 they come to 0, which has no logarithm."""
+"""Losses beyond are drawn at these limits: in float32 a loss comes to 0, without a logarithm."""
 
 
 def landscape(axes: Axes, problem: Problem, pixels: int = 400) -> None:
@@ -61,7 +62,7 @@ def path(axes: Axes, runs: Runs, problem: Problem, color: str, **options: Any) -
 
 
 def drawable(losses: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """Losses within FLOOR and CEILING; there also what is not finite."""
+    """The losses within FLOOR and CEILING; what is not finite lies at CEILING."""
     return np.clip(np.nan_to_num(losses, nan=CEILING), FLOOR, CEILING)
 
 
@@ -73,7 +74,7 @@ def still_to_come(losses: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " st
 
 def loss_axes(axes: Axes) -> None:
     """A logarithmic axis, with the target as a dotted line."""
-    axes.axhline(TARGET, color="#777777", linewidth=0.9, linestyle=":")
+    axes.axhline(TARGET, color=GREY, linewidth=0.9, linestyle=":")
     axes.set(yscale="log")
     axes.grid(alpha=0.25)
 
@@ -104,7 +105,7 @@ def adam_figure(problems: Sequence[Problem], runs: Sequence[Runs], learning_rate
     for (above, below), problem, of_problem in zip(panels, problems, runs, strict=True):
         landscape(above, problem)
         for i, run in reversed(list(enumerate(map(Runs, *of_problem)))):
-            color, width = (COLORS[0], 1.6) if i == 0 else ("#777777", 0.8)
+            color, width = (BLUE, 1.6) if i == 0 else (GREY, 0.8)
             path(above, run, problem, color, linewidth=width, marker=".", markevery=10)
             below.plot(drawable(run.losses), color=color, linewidth=width)
         loss_axes(below)
@@ -170,7 +171,7 @@ def planes_figure(problems: Sequence[Problem], planes: Planes, steps: int) -> Fi
     """Adam's last loss by learning rate and b1, and by learning rate and b2."""
     figure, panels = pairs(len(problems), (2.1, 2.1))
     norm = LogNorm(1e-9, 1e1)
-    colors = colormaps["cividis"].with_extremes(bad="#D55E00")
+    colors = colormaps["cividis"].with_extremes(bad=RED)
     for i, (problem, panel) in enumerate(zip(problems, panels, strict=True)):
         for axes, (name, complements) in zip(panel, PLANES.items(), strict=True):
             losses = getattr(planes, name)[i]

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 import jadam
 
 from .descend import descend
-from .functions import Problem
+from .problem import Problem
 
 LEARNING_RATES = np.logspace(-3, 1, 49)
-# 1 - b: a decay rate is an average over some 1/(1-b) steps, so these are even in what they do.
+# 1 - b. A decay rate b averages over some 1/(1-b) steps, so a logarithmic scale of 1 - b is even.
 DEFAULTS = {"b1": 0.9, "b2": 0.999}
 PLANES = {"b1": np.geomspace(1e-3, 0.9, 37), "b2": np.geomspace(1e-4, 0.9, 49)}
 
@@ -27,7 +27,7 @@ class Planes(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def _last_losses(steps: int, *arguments) -> Float[Array, "f s"]:
-    """Inside of one jit, so that no paths are kept."""
+    """The last losses alone; inside one jit, so that no paths are kept."""
     return descend(jadam.adam, steps, *arguments).losses[..., -1]
 
 

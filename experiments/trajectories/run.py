@@ -13,15 +13,16 @@ import numpy as np
 from rich.progress import track
 
 import jadam
-from experiments.bench.report import provenance, table, update_readme, write_json
-from experiments.picture import write
+from experiments.common.objectives import FUNCTIONS, Point
+from experiments.common.picture import write
+from experiments.common.report import provenance, table, update_readme, write_json
 
 from .animation import animate
 from .choose import RATES, STARTS, Choice, choose
 from .descend import OPTIMIZERS, TARGET, Runs, descend, outcomes
-from .functions import FUNCTIONS, Point, Problem, problem
 from .pictures import adam_figure, comparison_figure, losses_figure, planes_figure, readable
 from .planes import LEARNING_RATES, PLANES, Planes, scan_planes
+from .problem import Problem, problem
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

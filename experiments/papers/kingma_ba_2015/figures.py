@@ -1,19 +1,14 @@
 """The three figures, each with its numbers and what became of the paper's claims."""
 
-import shlex
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import picture
-from experiments.bench import report
-from experiments.mnist.data import Mnist, load
-from experiments.papers.publish import COLUMNS, README, RESULTS, RUNS, Claim, rows_of, table_of
+from experiments.common.mnist.dataset import Mnist, load
+from experiments.papers.publish import RUNS, Claim, publish
 
 from . import logistic, mlp, vae
 from .comparison import as_json, compare
@@ -87,22 +82,5 @@ def main(config: Config) -> None:
     """JSON, picture and table of claims of each figure."""
     mnist = load()
     for number in config.figure:
-        publish(f"{NAME}_figure{number}", FIGURES[number](config, mnist), config.out)
-
-
-def publish(name: str, result: Result, out: Path) -> None:
-    """name.json, name.png and name.svg, and the claims on the terminal and in the README."""
-    command = shlex.join(["python", "-m", f"experiments.papers.{NAME}", *sys.argv[1:]])
-    content = {
-        **report.provenance(command),
-        "config": asdict(result.config),
-        "claims": [claim._asdict() for claim in result.claims],
-        **result.numbers,
-    }
-    report.write_json(out / f"{name}.json", content)
-    picture.write(result.picture, out / name)
-    console = Console()
-    report.show(console, name, COLUMNS, rows_of(result.claims))
-    console.print(f"written to {out / name}.json, .png and .svg")
-    if out.resolve() == RESULTS:
-        report.update_readme(name, table_of(result.claims), README)
+        result = FIGURES[number](config, mnist)
+        publish(f"{NAME}_figure{number}", *result, program=NAME, out=config.out)

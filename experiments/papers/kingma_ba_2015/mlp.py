@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PyTree
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist
-from experiments.papers.publish import BLUE, GREEN, ORANGE, PINK, RED, Claim
+from experiments.common.mnist.dataset import Mnist
+from experiments.common.palette import BLUE, GREEN, ORANGE, PINK, RED
+from experiments.papers.publish import Claim
 
 from .comparison import Contender, Found, draw
 from .training import Task, check, grid

@@ -1,7 +1,7 @@
 """What the three figures share: training under many settings at once, and finished parts kept."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 from rich.progress import track
 
-from experiments.bench.report import write_json
-
-Settings = Mapping[str, Float[np.ndarray, " settings"]]
-"""Hyperparameters by name; the i-th entries together are the i-th setting."""
+from experiments.common.report import write_json
+from experiments.papers.grid import Settings, product
 
 Losses = Float[np.ndarray, "epochs settings"]
 
@@ -31,7 +29,7 @@ class Task(NamedTuple):
 
 
 def check(name: str, config: Any) -> None:
-    """Refuses what no training can be made of.
+    """Checks the options that every figure has.
 
     Raises:
         ValueError: there is no epoch; the images are less than a batch or more than there are.
@@ -45,9 +43,8 @@ def check(name: str, config: Any) -> None:
 
 
 def grid(**values: tuple[float, ...]) -> Settings:
-    """Every combination of the values."""
-    axes = np.meshgrid(*(np.float32(value) for value in values.values()), indexing="ij")
-    return {name: axis.ravel() for name, axis in zip(values, axes, strict=True)}
+    """Every combination of the values, as float32."""
+    return product(**{name: np.float32(value) for name, value in values.items()})
 
 
 def train(

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from matplotlib.figure import Figure
 
 import jadam
-from experiments.mnist.data import Mnist
-from experiments.papers.publish import GREEN, RED, Claim
+from experiments.common.mnist.dataset import Mnist
+from experiments.common.palette import GREEN, RED
+from experiments.papers.publish import Claim
 
 from .training import Task, check, grid, kept, train
 
@@ -58,7 +59,7 @@ LONG_AGO = 2**30
 def adam(
     learning_rate: Array, is_corrected: Array, *, b1: float, b2: float
 ) -> optax.GradientTransformation:
-    """Adam, or Adam without hats: m and v of zeros, but 2^30 steps counted before the first."""
+    """Adam with or without bias corrections: without, its count begins at 2^30, with m = v = 0."""
     adam = jadam.adam(learning_rate, b1, b2)
 
     def init(params: PyTree) -> PyTree:

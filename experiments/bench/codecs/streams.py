@@ -17,10 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 import jadam
+from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.common.mnist.cnn import CNN
+from experiments.common.mnist.dataset import load
 
 BLOCK = 128
 STEPS = 1000
-RUNS = Path(__file__).parents[2] / "runs" / "streams"
+RUNS = Path(__file__).parents[3] / "runs" / "streams"
 
 Stream = np.ndarray
 """float32[steps, blocks, 128]."""
@@ -76,9 +79,6 @@ def record_mnist() -> Stream:
 
 def mnist_problem(seed: int, steps: int) -> tuple[Callable, PyTree, Array]:
     """The loss of parameters and image numbers, first parameters, image numbers [steps, 64]."""
-    from experiments.mnist.data import load
-    from experiments.mnist.model import CNN
-
     mnist = load()
     images, labels = jnp.asarray(mnist.train_images), jnp.asarray(mnist.train_labels)
     graphdef, params = nnx.split(CNN(rngs=nnx.Rngs(seed)), nnx.Param)
@@ -95,66 +95,74 @@ def mnist_problem(seed: int, steps: int) -> tuple[Callable, PyTree, Array]:
 
 # ---------------------------------------------------------------------- byte-level language model
 
-WIDTH, LAYERS, HEADS, CONTEXT = 128, 2, 4, 64
+GPT_SHAPE = Shape(layers=2, width=128, heads=4, context=64)
 
 
-def gpt_params(key: Array) -> PyTree:
-    """GPT-2's shapes without biases; the output layer is not tied to the embedding."""
+def gpt_params(key: Array, shape: Shape = GPT_SHAPE) -> PyTree:
+    """The first parameters, under names whose order is that of the recorded blocks."""
 
     def normal(key: Array, *shape: int) -> Array:
         return 0.02 * jax.random.normal(key, shape)
 
-    keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
-    scale = jnp.ones(WIDTH)
+    width = shape.width
+    keys = iter(jax.random.split(key, 3 + 4 * shape.layers))
+    scale = jnp.ones(width)
     layers = [
         {
             "attention_scale": scale,
-            "qkv": normal(next(keys), WIDTH, 3 * WIDTH),
-            "out": normal(next(keys), WIDTH, WIDTH),
+            "qkv": normal(next(keys), width, 3 * width),
+            "out": normal(next(keys), width, width),
             "mlp_scale": scale,
-            "up": normal(next(keys), WIDTH, 4 * WIDTH),
-            "down": normal(next(keys), 4 * WIDTH, WIDTH),
+            "up": normal(next(keys), width, 4 * width),
+            "down": normal(next(keys), 4 * width, width),
         }
-        for _ in range(LAYERS)
+        for _ in range(shape.layers)
     ]
     return {
-        "embedding": normal(next(keys), 256, WIDTH),
-        "position": normal(next(keys), CONTEXT, WIDTH),
+        "embedding": normal(next(keys), 256, width),
+        "position": normal(next(keys), shape.context, width),
         "layers": layers,
         "scale": scale,
-        "head": normal(next(keys), WIDTH, 256),
+        "head": normal(next(keys), width, 256),
     }
 
 
-def gpt_loss(params: PyTree, tokens: Int[Array, "n {CONTEXT}+1"]) -> Float[Array, ""]:
-    """The mean cross entropy of the next byte."""
-
-    def norm(x: Array, scale: Array) -> Array:
-        return scale * jax.nn.standardize(x, axis=-1)
-
-    x = params["embedding"][tokens[:, :-1]] + params["position"]
-    n = len(tokens)
-    for layer in params["layers"]:
-        qkv = norm(x, layer["attention_scale"]) @ layer["qkv"]
-        q, k, v = jnp.split(qkv.reshape(n, CONTEXT, 3 * HEADS, WIDTH // HEADS), 3, axis=2)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + y.reshape(n, CONTEXT, WIDTH) @ layer["out"]
-        x = x + jax.nn.gelu(norm(x, layer["mlp_scale"]) @ layer["up"]) @ layer["down"]
-    logits = norm(x, params["scale"]) @ params["head"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+def in_gpt(params: PyTree) -> PyTree:
+    """The parameters under the names that the GPT has for them."""
+    blocks = {
+        i: {
+            "norm1": {"scale": layer["attention_scale"]},
+            "norm2": {"scale": layer["mlp_scale"]},
+            **{name: {"kernel": layer[name]} for name in ("qkv", "out", "up", "down")},
+        }
+        for i, layer in enumerate(params["layers"])
+    }
+    return {
+        "bytes": {"embedding": params["embedding"]},
+        "positions": params["position"],
+        "blocks": blocks,
+        "norm": {"scale": params["scale"]},
+        "head": {"kernel": params["head"]},
+    }
 
 
 def record_gpt() -> Stream:
     """All kinds of leaves; of the embedding, rows of frequent, rare and absent bytes."""
     text = np.frombuffer("".join(pydoc_data.topics.topics.values()).encode(), np.uint8)
-    starts = np.random.default_rng(0).integers(0, len(text) - CONTEXT - 1, (STEPS, 16, 1))
-    batches = text[starts + np.arange(CONTEXT + 1)].astype(np.int32)
+    context = GPT_SHAPE.context
+    starts = np.random.default_rng(0).integers(0, len(text) - context - 1, (STEPS, 16, 1))
+    batches = text[starts + np.arange(context + 1)].astype(np.int32)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(GPT_SHAPE, rngs=nnx.Rngs(0), epsilon=1e-5)))
+
+    def loss(params: PyTree, batch: Int[Array, "n t+1"]) -> Float[Array, ""]:
+        return loss_fn(nnx.merge(graphdef, in_gpt(params)), batch)
+
     params = gpt_params(jax.random.key(0))
     counts = {"embedding": 0, "position": 4, "head": 12, "qkv": 12, "out": 8, "up": 12, "down": 8}
     where = jax.tree.map_with_path(lambda p, x: spread(x.size, counts.get(p[-1].key, 1)), params)
     by_frequency = np.argsort(-np.bincount(text, minlength=256), kind="stable")
     where["embedding"] = by_frequency[np.linspace(0, 110, 24).astype(int)]
-    return record(gpt_loss, params, jnp.asarray(batches), where)
+    return record(loss, params, jnp.asarray(batches), where)
 
 
 # ------------------------------------------------------------------------------- made by hand
@@ -163,7 +171,7 @@ SHAPE = (STEPS, 8, BLOCK)
 
 
 def adversarial(rng: np.random.Generator) -> Stream:
-    """DESIGN.md's input: one gradient ±1, the others 1e-3, one of them 0 every 50th step."""
+    """The first of each block ±1, the others 1e-3; in every 50th step every other one is 0."""
     g = np.full(SHAPE, 1e-3, np.float32)
     g[:, :, 0] = np.where(np.arange(STEPS) % 2, -1, 1)[:, None]
     g[::50, :, 1::2] = 0

@@ -1,33 +1,32 @@
 """MNIST through tensorflow-datasets (TFDS), without TensorFlow and without a network."""
 
 import fcntl
-import gzip
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-# The four original files: TFDS takes them for its own downloads, by its own checksums.
-FILES = Path(__file__).parent / "data"
-PREPARED = Path(__file__).parents[2] / "runs" / "tfds"
+from .idx import (
+    FILES,
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    Mnist,
+    read_images,
+    read_labels,
+)
+
+PREPARED = Path(__file__).parents[3] / "runs" / "tfds"
 
 
-class Mnist(NamedTuple):
-    """Both splits in memory, 55 MB: reading them each epoch would cost 3.5 s."""
-
-    train_images: np.ndarray  # uint8[60000, 28, 28, 1]
-    train_labels: np.ndarray  # int32[60000]
-    test_images: np.ndarray  # uint8[10000, 28, 28, 1]
-    test_labels: np.ndarray  # int32[10000]
-
-
-# Not registered, so that the name `mnist` goes on meaning TFDS' own class.
+# Not registered, so that the name `mnist` keeps meaning TFDS' own class.
 class MNIST(tfds.image_classification.MNIST, skip_registration=True):
     """TFDS' MNIST with its three uses of TensorFlow replaced: gunzip, read, encode as PNG."""
 
@@ -37,10 +36,10 @@ class MNIST(tfds.image_classification.MNIST, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         path = dl_manager.download(
             {
-                "train_images": self.URL + "train-images-idx3-ubyte.gz",
-                "train_labels": self.URL + "train-labels-idx1-ubyte.gz",
-                "test_images": self.URL + "t10k-images-idx3-ubyte.gz",
-                "test_labels": self.URL + "t10k-labels-idx1-ubyte.gz",
+                "train_images": self.URL + TRAIN_IMAGES,
+                "train_labels": self.URL + TRAIN_LABELS,
+                "test_images": self.URL + TEST_IMAGES,
+                "test_labels": self.URL + TEST_LABELS,
             }
         )
         return {
@@ -49,27 +48,26 @@ class MNIST(tfds.image_classification.MNIST, skip_registration=True):
         }
 
     def _generate_examples(self, images: os.PathLike, labels: os.PathLike) -> Iterator:
-        # IDX: a header of 16 bytes before images and 8 before labels, then one byte a value.
-        pixels = np.frombuffer(gzip.decompress(Path(images).read_bytes()), np.uint8, offset=16)
-        digits = np.frombuffer(gzip.decompress(Path(labels).read_bytes()), np.uint8, offset=8)
-        for i, (image, digit) in enumerate(zip(pixels.reshape(-1, 28, 28), digits, strict=True)):
+        examples = zip(read_images(images), read_labels(labels), strict=True)
+        for i, (image, digit) in enumerate(examples):
             png = io.BytesIO()
-            Image.fromarray(image).save(png, format="PNG")
+            Image.fromarray(image[..., 0]).save(png, format="PNG")
             png.seek(0)
             yield i, {"image": png, "label": int(digit)}
 
 
 def prepare(files: Path = FILES, data_dir: Path = PREPARED) -> Path:
-    """Turns the four files into a TFDS folder, about 5 s; only the first time.
+    """Turns the four files into a TFDS folder: about 5 s, and only the first time.
 
-    TFDS writes beside the final folder and renames at the end: a killed prepare is done again.
+    TFDS takes the files for its own downloads and checks them by its own checksums. It writes
+    beside the final folder and renames at the end, so that a killed prepare is done again.
 
     Raises:
         ValueError: a file is missing, or is not the one that TFDS has the checksum of.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "prepare.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at the same time: the second waits
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two first runs the second waits
         builder = MNIST(data_dir=data_dir, file_format="array_record")
         for url in MNIST.url_infos.values():
             # Without a network TFDS would try to download what is missing, for minutes.
@@ -89,6 +87,8 @@ def prepare(files: Path = FILES, data_dir: Path = PREPARED) -> Path:
 
 def load(data_dir: Path | None = None) -> Mnist:
     """Reads `mnist` from a prepared TFDS folder: by default the one made of the project's files.
+
+    All images are read at once: reading them again in each epoch would cost 3.5 s.
 
     Raises:
         ValueError: the folder has no `mnist`, one that only TensorFlow reads, a part of it, or a

@@ -14,9 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
 NUMBERS = Path(__file__).parents[2] / "docs" / "pages" / "numbers.md"
-BENCH_README = Path(__file__).parent / "README.md"
 PACKAGES = (
     *("jax", "jaxlib", "optax", "flax", "numpy", "torch", "flashoptim-jax"),
     *("flashoptim", "bitsandbytes", "torchao"),
@@ -24,7 +22,7 @@ PACKAGES = (
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     answer = subprocess.run(git, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"
 
@@ -43,7 +41,7 @@ def processor() -> str:
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
@@ -82,7 +80,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A file in one step: a reader finds the old file or the new one, whole."""
+    """Writes a file in one step: a reader finds the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(content)
@@ -90,15 +88,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Results as JSON."""
+    """Writes results as JSON."""
     write_file(path, json.dumps(results, indent=1).encode() + b"\n")
-
-
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Results as JSON under results/."""
-    path = RESULTS / f"{name}.json"
-    write_json(path, results)
-    return path
 
 
 def readme_block(name: str, readme: Path = NUMBERS) -> tuple[str, str, str]:

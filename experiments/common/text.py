@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
-# Not on every machine, or not Python's own.
+# Folders that are not on every machine, or are not Python's own.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 
 
@@ -26,7 +26,7 @@ class Text(NamedTuple):
 
 
 def docstrings(folder: Path) -> list[str]:
-    """Every docstring of the modules under a folder, parsed and not imported; sorted."""
+    """Every docstring under a folder, sorted; modules are parsed and not imported."""
     found = set()
     for path in sorted(folder.rglob("*.py")):
         if LEFT_OUT & set(path.relative_to(folder).parts):
@@ -48,7 +48,7 @@ def collect() -> bytes:
 
 
 def load(cache: Path, validation_bytes: int = 100_000) -> Text:
-    """The text, collected on first use. It differs between versions of Python: see its origin."""
+    """The text, collected at the first use. Its origin says of which version of Python it is."""
     path = cache / f"text-{platform.python_version()}.txt"
     if not path.exists():
         write_file(path, collect())

@@ -1,7 +1,7 @@
 """A small GPT of bytes: pre-norm, causal attention, GELU, learned positions, an untied head.
 
-Parameters may be stored in 16 bits; all arithmetic is float32, so that settings differ in what
-the optimizer stores and in nothing else.
+Parameters may be stored in 16 bits, but all arithmetic is float32: two optimizers differ in what
+they store, and in nothing else.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Norm = partial(nnx.LayerNorm, use_bias=False, dtype=jnp.float32)
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's size: 3.3 million parameters."""
+    """The model's size; by default it has 3.3 million parameters."""
 
     layers: int = 4
     width: int = 256
@@ -31,12 +31,12 @@ class Shape:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs, epsilon: float):
         self.heads = shape.heads
-        self.norm1 = Norm(shape.width, rngs=rngs)
+        self.norm1 = Norm(shape.width, epsilon=epsilon, rngs=rngs)
         self.qkv = Linear(shape.width, 3 * shape.width, rngs=rngs)
         self.out = Linear(shape.width, shape.width, rngs=rngs)
-        self.norm2 = Norm(shape.width, rngs=rngs)
+        self.norm2 = Norm(shape.width, epsilon=epsilon, rngs=rngs)
         self.up = Linear(shape.width, 4 * shape.width, rngs=rngs)
         self.down = Linear(4 * shape.width, shape.width, rngs=rngs)
 
@@ -50,15 +50,20 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Bytes [n, t] to the logits of each next byte [n, t, 256]."""
+    """Bytes [n, t] to the logits of each next byte [n, t, 256].
 
-    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+    Args:
+        epsilon: what the layer norms add to a variance.
+    """
+
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs, epsilon: float = 1e-6):
         self.bytes = nnx.Embed(
             256, shape.width, embedding_init=normal, dtype=jnp.float32, rngs=rngs
         )
         self.positions = nnx.Param(normal(rngs.params(), (shape.context, shape.width)))
-        self.blocks = nnx.List([Block(shape, rngs=rngs) for _ in range(shape.layers)])
-        self.norm = Norm(shape.width, rngs=rngs)
+        blocks = [Block(shape, rngs=rngs, epsilon=epsilon) for _ in range(shape.layers)]
+        self.blocks = nnx.List(blocks)
+        self.norm = Norm(shape.width, epsilon=epsilon, rngs=rngs)
         self.head = Linear(shape.width, 256, rngs=rngs)
 
     def __call__(self, text: Int[Array, "n t"]) -> Float[Array, "n t 256"]:

@@ -6,14 +6,14 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from experiments.bench.report import write_file
+from experiments.common.report import write_file
 
-# Names inside an SVG are not random, and its text stays text.
+# Without random names inside an SVG, and with its text as text.
 STYLE = {"svg.hashsalt": "jadam", "svg.fonttype": "none"}
 
 
 def write(figure: Figure, stem: Path, dpi: int = 120) -> None:
-    """The files stem.png and stem.svg, each whole or not at all."""
+    """Writes stem.png and stem.svg, each whole or not at all."""
     for kind in ("png", "svg"):
         drawn = io.BytesIO()
         with mpl.rc_context(STYLE):

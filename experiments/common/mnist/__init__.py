@@ -1,0 +1,1 @@
+"""MNIST: the four original files, what is in them, and the CNN that several experiments train."""
