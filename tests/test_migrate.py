@@ -4,10 +4,15 @@ torch's and Keras's states are recorded in tests/fixtures, with versions; where 
 installed, they also go on where jadam stopped.
 """
 
+import concurrent.futures
 import copy
 import functools
 import importlib.util
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -928,6 +933,7 @@ def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, mon
         ({"w": np.ones(2, np.complex128)}, ValueError, 'state: w: Unknown dtype "complex128"'),
         ({"w": "text"}, ValueError, "state: w: Unknown dtype"),
         ({"w": jax.random.key(0)}, TypeError, "state: w: expected an array"),
+        ({"__metadata__": 1.0}, ValueError, "state: expected leaves of other names than '__meta"),
     ]:
         with pytest.raises(error, match=pattern(message)):
             migrate.to_safetensors(path, tree)
@@ -940,4 +946,126 @@ def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         migrate.to_safetensors(path, {"w": jnp.zeros(5)})
     assert_identical(migrate.from_safetensors(path, state), state)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_safetensors
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        (None, ()),
+        np.ones(3),
+        {"": np.ones(3)},
+        {"a": {"__metadata__": np.ones(3)}},
+        {"float": np.arange(3, dtype=">f4"), "int": np.arange(6, dtype=">i2").reshape(2, 3)},
+    ],
+    ids=["empty", "no leaves", "a leaf alone", "no name", "metadata below", "big-endian"],
+)
+def test_what_is_written_can_be_read(tree, tmp_path):
+    """Trees and orders of bytes for which safetensors writes a file that it cannot read."""
+    tree = jax.tree.map(lambda x: x if x.dtype.byteorder == ">" else np.float32(x), tree)
+    migrate.to_safetensors(tmp_path / "a", tree)
+    found = migrate.from_safetensors(tmp_path / "a", tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+@needs_safetensors
+def test_a_file_has_the_mode_that_others_have(tmp_path):
+    """The umask's if it is new, its own if it is replaced; safetensors' is 0600 always."""
+    path = tmp_path / "state"
+    before = os.umask(0o027)
+    try:
+        migrate.to_safetensors(path, {})
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o604)
+        migrate.to_safetensors(path, {})
+        assert path.stat().st_mode & 0o777 == 0o604
+    finally:
+        os.umask(before)
+
+
+@needs_safetensors
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    """In the target's folder, which may be another file system, whether it exists or not."""
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "state"
+    link.symlink_to("elsewhere/state")
+    for number in (1.0, 2.0):
+        migrate.to_safetensors(link, {"w": jnp.float32(number)})
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert migrate.from_safetensors(target, {"w": jnp.zeros(())})["w"] == number
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "link", "state"}
+
+
+@needs_safetensors
+def test_a_file_does_not_replace_what_is_none(tmp_path):
+    """A folder, and what /dev/null stands for."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match="expected a file to replace"):
+            migrate.to_safetensors(path, {})
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import numpy as np
+import safetensors.numpy
+from jadam import migrate
+
+def killed(tensors, filename, metadata=None):
+    (pathlib.Path(filename).parent / ".tmpA1b2C3").write_bytes(b"half")  # safetensors' own
+    os.kill(os.getpid(), signal.SIGKILL)
+
+safetensors.numpy.save_file = killed
+migrate.to_safetensors(sys.argv[1], {"w": np.ones(5)})
+"""
+
+
+@needs_safetensors
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, monkeypatch):
+    """SIGKILL in mid-write: the old file is whole, the next write, of any name, sweeps.
+
+    But not what another writer, in this or another process, is writing meanwhile.
+    """
+    import safetensors.numpy
+
+    path, other = tmp_path / "state", tmp_path / "other"
+    state = {"w": jnp.ones(5)}
+    migrate.to_safetensors(path, state)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (p for p in tmp_path.iterdir() if p != path)
+    assert (left / ".tmpA1b2C3").exists()
+    assert_identical(migrate.from_safetensors(path, state), state)
+
+    save_file = safetensors.numpy.save_file
+
+    def while_another_writes(tensors, filename, metadata=None):
+        monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+        assert not left.exists()
+        migrate.to_safetensors(other, {"w": jnp.zeros(5)})
+        assert Path(filename).parent.exists()
+        save_file(tensors, filename, metadata)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", while_another_writes)
+    migrate.to_safetensors(path, state)
+    assert_identical(migrate.from_safetensors(path, state), state)
+    assert set(tmp_path.iterdir()) == {path, other}
+
+
+@needs_safetensors
+def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    """Sweeps between the making and the locking of each other's folders; readers see one file."""
+    path, like = tmp_path / "state", {"w": jax.ShapeDtypeStruct((5,), np.float32)}
+
+    def write(number):
+        migrate.to_safetensors(path, {"w": np.full(5, number, np.float32)})
+        return set(np.asarray(migrate.from_safetensors(path, like)["w"]).tolist())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(write, range(200)))
+    assert all(len(numbers) == 1 for numbers in found)
     assert list(tmp_path.iterdir()) == [path]
