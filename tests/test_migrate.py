@@ -645,35 +645,39 @@ def test_torchs_count_is_exact(count):
     assert again.count == count
 
 
-@pytest.mark.parametrize("t", [1, 7, 100, 500, 5000])
+@pytest.mark.parametrize(
+    ("b1", "decay", "t"),
+    [*((0.9, 0.004, t) for t in (1, 7, 100, 5000)), (0.999, 1.0, 50_000)],
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_nadams_product_may_be_rounded_but_not_be_another(t, dtype):
+def test_nadams_product_may_be_rounded_but_not_be_another(b1, decay, t, dtype):
     """One multiplication at a time as torch has it, down to 0; of another b1, decay or t refused.
 
-    A b1 that is off by 1e-6 changes the product by 8 units of float32 a step, rounding by half.
+    A b1 that is off by 1e-6 changes the product by 8 units of float32 a step, rounding by half of
+    one; the last case adds up to more than the 16 units that are allowed beside.
     """
-    like = jadam.nadam(RATE, momentum_decay=0.004).init(jnp.ones(2))
+    like = jadam.nadam(RATE, momentum_decay=decay).init(jnp.ones(2))
     ones = {"exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
-    group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False, "momentum_decay": 0.004}
+    group = {"params": [0], "betas": (b1, 0.999), "amsgrad": False, "momentum_decay": decay}
 
-    def product(b1, decay, t, dtype=dtype):
+    def product(b1, decay, t):
         found = dtype(1)
-        for i in range(1, t + 1):
-            found *= dtype(b1 * (1 - 0.5 * 0.96 ** (i * decay)))
+        for mu in b1 * (1 - 0.5 * 0.96 ** (np.arange(1, t + 1) * decay)):
+            found *= dtype(mu)
         return found
 
     def arrive(number):
         entry = {"step": float(t), "mu_product": number, **ones}
-        return migrate.from_torch({"state": {0: entry}, "param_groups": [group]}, like, lambda _: 0)
+        state_dict = {"state": {0: entry}, "param_groups": [group]}
+        return migrate.from_torch(state_dict, like, lambda _: 0)
 
-    arrive(product(0.9, 0.004, t))
-    wrong = {
-        "b1": product(0.9 * (1 + 1e-6 * (1 + 16 / t)), 0.004, t),
-        "decay": product(0.9, 0.0041, t),
-        "t": product(0.9, 0.004, t + 1),
-    }
-    for option, number in wrong.items():
-        if number > 1e-30 and (option != "decay" or t > 1):
+    arrive(product(b1, decay, t))
+    wrong = [product(b1 * (1 + 1e-6 * (1 + 16 / t)), decay, t)]
+    if b1 == 0.9:  # else one more step is less than the rounding of 50,000
+        wrong += [product(b1, decay, t + 1)]
+        wrong += [product(b1, decay * 1.025, t)] if t > 1 else []
+    for number in wrong:
+        if number > 1e-30:
             with pytest.raises(ValueError, match=r"\['mu_product'\]: expected"):
                 arrive(number)
 
