@@ -1,14 +1,14 @@
-"""A training run that kills itself: `python -m tests.mnist_run OUT RESUME EVENT END TIMES`.
+"""A training run that gets a signal: `python -m tests.mnist_run OUT RESUME SIGNAL EVENT END TIMES`.
 
-It dies by SIGKILL, with no chance to tidy up, before the audit event EVENT ("open", "os.rename")
-of a path that ends with END, when that comes for the TIMES-th time.
+It is `python -m experiments.mnist` with a tiny model. SIGNAL comes before the audit event EVENT
+("open", "os.rename") of a path that ends with END, when that comes for the TIMES-th time.
 """
 
 import os
+import runpy
 import signal
 import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -59,8 +59,8 @@ def digits() -> Mnist:
     return Mnist(images[:400], labels[:400], images[400:600], labels[400:600])
 
 
-def die_at(event: str, end: str, times: int) -> None:
-    """Arranges for the end of this process."""
+def signal_at(number: signal.Signals, event: str, end: str, times: int) -> None:
+    """Arranges for the signal to this process."""
     seen = 0
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
@@ -68,16 +68,29 @@ def die_at(event: str, end: str, times: int) -> None:
         if name == event and any(str(x).endswith(end) for x in arguments[:2]):
             seen += 1
             if seen == times:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 
 
-def main(out: str, resume: str, event: str, end: str, times: str) -> None:
+def options(config: Config) -> list[str]:
+    """The command line of a configuration."""
+    changed = {
+        f"--{field.name.replace('_', '-')}": str(getattr(config, field.name))
+        for field in fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    return [text for pair in changed.items() for text in pair]
+
+
+def main(out: str, resume: str, number: str, event: str, end: str, times: str) -> None:
     """The run."""
     train.MODELS["mlp"] = Tiny
-    die_at(event, end, int(times))
-    train.train_and_test(replace(CONFIG, out=Path(out), resume=resume == "True"), digits())
+    train.load = lambda data_dir: digits()
+    signal_at(signal.Signals[number], event, end, int(times))
+    sys.argv = ["experiments.mnist", *options(CONFIG), "--out", out]
+    sys.argv += ["--resume"] if resume == "True" else []
+    runpy.run_module("experiments.mnist", run_name="__main__")
 
 
 if __name__ == "__main__":

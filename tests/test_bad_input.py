@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 import jadam
+import jadam.sharding
 
 PARAMS = {"encoder": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
@@ -253,3 +254,20 @@ def test_any_tree_works_and_any_other_tree_is_refused(params, other):
     if not fits:
         with pytest.raises(ValueError, match="grads"):
             jadam.update(other, state)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1.0, "1", jnp.ones(())], ids=repr)
+def test_a_size_that_is_no_whole_number(value):
+    """Booleans are integers in Python: `min_size=True` would mean 1, and codes for every leaf."""
+    eight_bits = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+    calls = [
+        lambda: jadam.init(PARAMS, **eight_bits, min_size=value),
+        *(lambda f=f: f(1e-3, **eight_bits, min_size=value).init(PARAMS) for f in MEMBERS),
+        lambda: jadam.scale_by_adam(**eight_bits, min_size=value).init(PARAMS),
+        lambda: jadam.sharding.divided(PARAMS, axis="data", min_size=value),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"^min_size: expected a whole number, got"):
+            call()
+    with pytest.raises(TypeError, match=r"^block: expected a whole number, got"):
+        jadam.sharding.divided(PARAMS, axis="data", block=value)

@@ -583,6 +583,62 @@ def test_a_copied_or_pickled_state_is_the_state(case):
         jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+def by_module_level_init(params):
+    return jadam.init(params)
+
+
+def by_module_level_step(grads, state, params):
+    return jadam.step(grads, state, params)
+
+
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_copied_transformation_is_the_transformation(through):
+    """With its `step`, which a tuple of two functions does not have."""
+    tx = jadam.adamw(LR, weight_decay=0.1)
+    copied, params = through(tx), problem()
+    assert type(copied) is type(tx)
+    grads = gradients_like(params, 0)
+    state = tx.init(params)
+    for name, arguments in {
+        "update": (grads, state, params),
+        "step": (grads, copied.init(params), params),
+    }.items():
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            getattr(copied, name)(*arguments),
+            getattr(tx, name)(*arguments),
+        )
+
+
+def test_a_pickled_transformation_has_its_step():
+    """Of functions that pickle can name, as optax's: those that close over options it cannot."""
+    tx = type(jadam.adam(LR))(by_module_level_init, jadam.update, by_module_level_step)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(tx, protocol))
+        assert type(again) is type(tx)
+        assert tuple(again) == tuple(tx)
+        assert again.step is by_module_level_step
+
+
+@pytest.mark.parametrize("way", ["update", "step"])
+def test_the_counts_of_schedules_stay_at_their_largest(way):
+    """2³¹-1 and not a negative number, of which a schedule would make another rate."""
+    largest, params = 2**31 - 1, {"w": jnp.ones(2)}
+
+    def schedule(count):
+        return jnp.where(count >= 0, 0.1, 1e9)
+
+    tx = jadam.adamw(schedule, weight_decay=schedule)
+    state = jax.tree.map(
+        lambda x: jnp.full_like(x, largest - 1) if x.dtype == jnp.int32 else x, tx.init(params)
+    )
+    for _ in range(3):
+        moved, state = getattr(tx, way)({"w": jnp.ones(2)}, state, params)
+        counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+        assert [int(x) for x in counts] == [largest] * 3
+        assert jnp.max(jnp.abs(moved["w"])) < 2
+
+
 def test_averaged_parameters():
     """optax.incremental_update on what apply_updates returns keeps the parameters' types."""
     average = problem()

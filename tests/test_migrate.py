@@ -4,10 +4,15 @@ torch's and Keras's states are recorded in tests/fixtures, with versions; where 
 installed, they also go on where jadam stopped.
 """
 
+import concurrent.futures
 import copy
 import functools
 import importlib.util
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,7 +22,7 @@ import numpy as np
 import optax
 import pytest
 import test_drop_in
-from fixtures import optimizer_states
+from fixtures import convolution, optimizer_states
 from helpers import FAMILY, gradients_like
 from hypothesis import given, settings
 from jax.sharding import Mesh, NamedSharding
@@ -25,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from trajectories import generate
 
 import jadam
-from jadam import migrate
+from jadam import _foreign, migrate
 
 STEPS = optimizer_states.STEPS
 GRADIENTS = generate.gradients(2 * STEPS)
@@ -300,6 +305,50 @@ def test_there_and_back_is_every_bit(x64, side, case):
     assert_identical(side.arrive(back, tx.init(params), side.name, **options)[0], state[0])
 
 
+@pytest.mark.parametrize("side", [Torch, Keras], ids=lambda side: side.library)
+def test_a_convolution_keeps_the_order_of_its_axes(x64, side):
+    """Four axes of four lengths, by a permutation that is not its own inverse, both ways.
+
+    Torch's order into Flax's, and Keras's into Equinox's, which is torch's.
+    """
+    file = np.load(convolution.FILE)
+    recorded = {name: file[f"{side.library}/{name}"] for name in ("middle", "m", "v", "end")}
+    to_jadam = (2, 3, 1, 0) if side is Torch else (3, 2, 0, 1)
+    back = np.argsort(to_jadam)
+    assert tuple(back) != to_jadam
+
+    def ours(array):
+        """An array of the recording's library in the order of jadam's parameter."""
+        return jnp.asarray(array.transpose(to_jadam))
+
+    # As recorded, height, width, in and out.
+    there = (3, 2, 0, 1) if side is Torch else (0, 1, 2, 3)
+    gradients = [ours(g.transpose(there)) for g in convolution.GRADIENTS]
+    start = ours(convolution.START.transpose(there))
+    tx = jadam.adam(1e-3, eps=1e-8 if side is Torch else 1e-30)
+    steps, like = stepper(tx), tx.init(start)
+    moments = dict(zip(("exp_avg", "exp_avg_sq"), (recorded["m"], recorded["v"]), strict=True))
+    count = convolution.STEPS
+    if side is Torch:
+        group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False}
+        given = {"state": {0: {"step": float(count), **moments}}, "param_groups": [group]}
+        name = {"": (0, to_jadam)}.get
+    else:
+        keys = ("adam/conv_kernel_momentum", "adam/conv_kernel_velocity")
+        given = {"adam/iteration": count, **dict(zip(keys, moments.values(), strict=True))}
+        name = {"": ("conv/kernel", to_jadam)}.get
+
+    # 1e-13: rounding, as above.
+    arrived = side.arrive(given, like, name)
+    end, _ = steps(gradients[count:], ours(recorded["middle"]), arrived)
+    np.testing.assert_allclose(end, ours(recorded["end"]), rtol=0, atol=1e-13)
+    _, state = steps(gradients[:count], start, like)
+    left = flattened(side.depart(state, given, name))
+    for where, expected in flattened(given).items():
+        if np.ndim(expected) == 4:
+            np.testing.assert_allclose(left[where], expected, rtol=0, atol=1e-13, err_msg=where)
+
+
 @pytest.mark.parametrize("names", [["weight", "bias"], "numbers", "given as keys"])
 def test_torchs_parameters_are_named_in_every_way_that_torch_has(names):
     """By param_names, by the user's list, by number, and as torch.distributed.checkpoint does."""
@@ -451,6 +500,11 @@ TORCH_REFUSED = [
     (("state", 1, "exp_avg"), [[1.0], 2.0], f"{STATE}[1]['exp_avg']: expected an array"),
     (("state", 1, "exp_avg"), np.full(2, 1e39), f"{STATE}[1]['exp_avg']: expected numbers that"),
     (("state", 1, "exp_avg_sq"), -np.ones(2), f"{STATE}[1]['exp_avg_sq']: expected numbers >= 0"),
+    (("state", 1, "exp_avg"), np.array([1.0, np.nan]), f"{STATE}[1]['exp_avg']: .*nan beside 2.0"),
+    (("state", 1, "exp_avg_sq"), np.array([1.0, np.nan]), f"{STATE}[1]['exp_avg']: .* beside nan"),
+    (("state", 1, "exp_avg"), np.array([1.0, np.inf]), f"{STATE}[1]['exp_avg']: .*inf beside 2.0"),
+    # 5.8 times the root is the most after 7 steps, and ten times that is taken.
+    (("state", 1, "exp_avg"), np.array([1.0, 99.0]), f"{STATE}[1]['exp_avg']: .* 99.0 beside 2.0"),
     (("state", 1, "max_exp_avg_sq"), np.ones(2), f"{STATE}[1]['max_exp_avg_sq'] is not expected"),
     (("state", 1, "exp_inf"), np.ones(2), f"{STATE}[1]['exp_inf'] is not expected"),
     (("param_groups",), {}, "state_dict['param_groups']: expected a list, got dict"),
@@ -479,6 +533,7 @@ KERAS_REFUSED = [
     (("adam/fc_bias_momentum",), GONE, "variables['adam/fc_bias_momentum'] is missing"),
     (("adam/fc_bias_momentum",), np.ones(3), "variables['adam/fc_bias_momentum']: expected shape"),
     (("adam/fc_bias_velocity",), -np.ones(2), "variables['adam/fc_bias_velocity']: expected .* 0"),
+    (("adam/fc_bias_momentum",), np.full(2, 2e6), "variables['adam/fc_bias_momentum']: .* 2e+06"),
     (("adam/fc_bias_velocity_hat",), np.ones(2), "variables['adam/fc_bias_velocity_hat'] is not"),
     (("adam/fc_bias_average",), np.ones(2), "variables['adam/fc_bias_average'] is not expected"),
     (("variable_3",), 0.5, "variables['variable_3']: expected 0.0"),
@@ -510,6 +565,121 @@ def test_what_is_not_torchs_is_refused_by_its_key(keys, value, message):
     migrate.from_torch(torch_mapping(), layer_state(), torch_name)
     with pytest.raises((TypeError, ValueError), match=pattern(message)):
         migrate.from_torch(changed(torch_mapping(), keys, value), layer_state(), torch_name)
+
+
+def test_what_gradients_have_made_is_taken():
+    """NaN and infinity in all moments, a v that underflowed, moments at Adam's own bound."""
+    largest = 7.26  # of √v after many steps, at the default b1 and b2
+    moments = {
+        "exp_avg": np.array([np.nan, np.inf, 0.1, 1e-20, largest, -largest]),
+        "exp_avg_sq": np.array([np.nan, np.inf, np.inf, 0.0, 1.0, 1.0]),
+    }
+    like = jadam.adam(RATE).init(jnp.ones(6))
+    group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False}
+    found = migrate.from_torch(
+        {"state": {0: {"step": 3000.0, **moments}}, "param_groups": [group]}, like, lambda _: 0
+    )
+    for x, expected in zip(found[0][1:], moments.values(), strict=True):
+        np.testing.assert_array_equal(x, expected.astype(np.float32))
+
+
+def test_the_largest_ratio_is_attained():
+    """By gradients that grow by b2/b1 a step; AdaMax's by b1/b2, as large as their norm allows.
+
+    In float64 from the definitions of the moments; 1e-12 for rounding.
+    """
+    for b1, b2, t in [(0.9, 0.999, 1), (0.9, 0.999, 100), (0.9, 0.5, 9), (0.0, 0.9, 5)]:
+        g = (b2 / max(b1, 1e-9)) ** np.arange(1.0, t + 1) if b1 else np.eye(t)[-1]
+        ages = np.arange(t)[::-1]
+        m, v = (1 - b1) * np.sum(b1**ages * g), (1 - b2) * np.sum(b2**ages * g**2)
+        assert _foreign.largest_ratio(b1, b2, t, 2) == pytest.approx(m / np.sqrt(v), rel=1e-12)
+        g = b2 ** -ages.astype(float)  # every one is the norm
+        m, u = (1 - b1) * np.sum(b1**ages * g), 1.0
+        assert _foreign.largest_ratio(b1, b2, t, 1) == pytest.approx(m / u, rel=1e-12)
+    assert _foreign.largest_ratio(0.9, 0.0, 10, 2) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": jnp.int32(-5)}, "state[0].count: expected a number >= 0, got -5"),
+        ({"nu": {"w": jnp.array([1.0, -1.0])}}, "state[0].nu['w']: expected numbers >= 0, got -1"),
+        ({"mu": {"w": jnp.array([1e10, 1.0])}}, "state[0].mu['w']: .* 1e+10 beside 1e-10"),
+        ({"mu": {"w": jnp.array([0.0, jnp.nan])}}, "state[0].mu['w']: .* nan beside 1.0"),
+        ({"nu_max": {"w": jnp.array([1.0, 0.5])}}, "state[0].nu_max['w']: .* 0.5 beside 1.0"),
+    ],
+)
+def test_what_no_gradients_have_made_is_not_taken_from_optax(change, message):
+    """A negative count or second moment, a first far beyond it, NaN in one, a falling maximum."""
+    ones = {"w": jnp.array([1e-10, 1.0])}
+    tx = optax.amsgrad(RATE) if "nu_max" in change else optax.adam(RATE)
+    state = tx.init({"w": jnp.ones(2)})
+    adam = state[0]._replace(nu=ones)
+    if "nu_max" in change:
+        adam = adam._replace(nu_max=ones)
+    maximum = "corrected" if "nu_max" in change else None
+    migrate.from_optax((adam,), maximum=maximum)
+    with pytest.raises(ValueError, match=pattern(message)):
+        migrate.from_optax((adam._replace(**change),), maximum=maximum)
+
+
+def test_optaxs_adamax_and_lost_elements_are_taken():
+    """Norms beyond 1, whose roots are smaller; NaN and infinity in both moments; traced states."""
+    numbers = jnp.array([1e20, jnp.nan, jnp.inf])
+    state = optax.adamax(RATE).init(jnp.ones(3))
+    state = (state[0]._replace(mu=numbers, nu=numbers), *state[1:])
+    assert_identical(migrate.to_optax(migrate.from_optax(state)), state)
+    assert_identical(jax.jit(migrate.from_optax)(state), migrate.from_optax(state))
+
+
+@pytest.mark.parametrize("count", [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1])
+def test_torchs_count_is_exact(count):
+    """In float32, which torch has, as far as that counts; beyond in float64, which torch takes."""
+    group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False}
+    state = jadam.init(jnp.ones(2))._replace(count=jnp.int32(count))
+    found = migrate.to_torch(state, {"state": {}, "param_groups": [group]}, lambda _: 0)
+    step = found["state"][0]["step"]
+    assert step == count
+    assert step.dtype == (np.float32 if count <= 2**24 else np.float64)
+    again = migrate.from_torch(found, jadam.init(jnp.ones(2)), lambda _: 0)
+    assert again.count == count
+
+
+@pytest.mark.parametrize(
+    ("b1", "decay", "t"),
+    [*((0.9, 0.004, t) for t in (1, 7, 100, 5000)), (0.999, 1.0, 50_000)],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nadams_product_may_be_rounded_but_not_be_another(b1, decay, t, dtype):
+    """One multiplication at a time as torch has it, down to 0; of another b1, decay or t refused.
+
+    A b1 that is off by 1e-6 changes the product by 8 units of float32 a step, rounding by half of
+    one; the last case adds up to more than the 16 units that are allowed beside.
+    """
+    like = jadam.nadam(RATE, momentum_decay=decay).init(jnp.ones(2))
+    ones = {"exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+    group = {"params": [0], "betas": (b1, 0.999), "amsgrad": False, "momentum_decay": decay}
+
+    def product(b1, decay, t):
+        found = dtype(1)
+        for mu in b1 * (1 - 0.5 * 0.96 ** (np.arange(1, t + 1) * decay)):
+            found *= dtype(mu)
+        return found
+
+    def arrive(number):
+        entry = {"step": float(t), "mu_product": number, **ones}
+        state_dict = {"state": {0: entry}, "param_groups": [group]}
+        return migrate.from_torch(state_dict, like, lambda _: 0)
+
+    arrive(product(b1, decay, t))
+    wrong = [product(b1 * (1 + 1e-6 * (1 + 16 / t)), decay, t)]
+    if b1 == 0.9:  # else one more step is less than the rounding of 50,000
+        wrong += [product(b1, decay, t + 1)]
+        wrong += [product(b1, decay * 1.025, t)] if t > 1 else []
+    for number in wrong:
+        if number > 1e-30:
+            with pytest.raises(ValueError, match=r"\['mu_product'\]: expected"):
+                arrive(number)
 
 
 @pytest.mark.parametrize(("keys", "value", "message"), KERAS_REFUSED)
@@ -809,6 +979,47 @@ def test_what_the_other_storage_cannot_hold_is_refused():
             migrate.cast_like(state, like)
 
 
+@each_member
+def test_a_first_moment_beyond_its_bound_is_not_cut(member):
+    """Codes end at what b1 and b2 allow beside v: more would silently become that."""
+    adamax = member == "adamax"
+    like = jax.eval_shape(MEMBERS[member](RATE, **SMALL).init, jnp.ones((8, 200)))
+    state = MEMBERS[member](RATE).init(jnp.ones((8, 200)))[0]
+    nu = jnp.full((8, 200), 1e-10)
+    state = state._replace(count=jnp.int32(1000), nu=nu)
+    if member == "amsgrad":
+        state = state._replace(nu_max=nu)
+    root = 1e-10 if adamax else 1e-5
+    # From the papers: the sum of (b1/b2)ᵏ, or the root of that of (b1²/b2)ᵏ over 1-b2.
+    bound = 0.1 / (1 - 0.9 / 0.999) if adamax else np.sqrt(0.01 / 1e-3 / (1 - 0.81 / 0.999))
+    for size, right in [(0.99, True), (1.2, False), (1e15, False)]:
+        full = state._replace(mu=jnp.zeros((8, 200)).at[3, 5].set(size * bound * root))
+        if right:
+            found = migrate.cast_like(
+                migrate.cast_like((full,), like[:1], adamax=adamax), (state,), adamax=adamax
+            )
+            # A level of m at its end is 5% (test_floats_go_to_the_nearest_codes).
+            np.testing.assert_allclose(found[0].mu[3, 5], full.mu[3, 5], rtol=0.05)
+        else:
+            with pytest.raises(ValueError, match=r"^state\[0\].mu: expected a first moment"):
+                migrate.cast_like((full,), like[:1], adamax=adamax)
+
+
+@each_member
+def test_nan_in_either_moment_is_nan_in_codes(member):
+    """Alone in its element: m has no code for it, so that v's stands for both."""
+    adamax = member == "adamax"
+    like = jax.eval_shape(MEMBERS[member](RATE, **SMALL).init, jnp.ones((8, 200)))[:1]
+    ones = MEMBERS[member](RATE).init(jnp.ones((8, 200)))[0]
+    ones = jax.tree.map(jnp.ones_like, ones)._replace(mu=jnp.full((8, 200), 0.05))
+    for field in ("mu", "nu"):
+        state = ones._replace(**{field: getattr(ones, field).at[2, 150].set(jnp.nan)})
+        codes = migrate.cast_like((state,), like, adamax=adamax)
+        found = migrate.cast_like(codes, (ones,), adamax=adamax)[0]
+        for x in (found.mu, found.nu):
+            assert np.argwhere(~np.isfinite(x)).tolist() == [[2, 150]]
+
+
 # Files
 
 needs_safetensors = pytest.mark.skipif(
@@ -928,6 +1139,7 @@ def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, mon
         ({"w": np.ones(2, np.complex128)}, ValueError, 'state: w: Unknown dtype "complex128"'),
         ({"w": "text"}, ValueError, "state: w: Unknown dtype"),
         ({"w": jax.random.key(0)}, TypeError, "state: w: expected an array"),
+        ({"__metadata__": 1.0}, ValueError, "state: expected leaves of other names than '__meta"),
     ]:
         with pytest.raises(error, match=pattern(message)):
             migrate.to_safetensors(path, tree)
@@ -940,4 +1152,126 @@ def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         migrate.to_safetensors(path, {"w": jnp.zeros(5)})
     assert_identical(migrate.from_safetensors(path, state), state)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_safetensors
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        (None, ()),
+        np.ones(3),
+        {"": np.ones(3)},
+        {"a": {"__metadata__": np.ones(3)}},
+        {"float": np.arange(3, dtype=">f4"), "int": np.arange(6, dtype=">i2").reshape(2, 3)},
+    ],
+    ids=["empty", "no leaves", "a leaf alone", "no name", "metadata below", "big-endian"],
+)
+def test_what_is_written_can_be_read(tree, tmp_path):
+    """Trees and orders of bytes for which safetensors writes a file that it cannot read."""
+    tree = jax.tree.map(lambda x: x if x.dtype.byteorder == ">" else np.float32(x), tree)
+    migrate.to_safetensors(tmp_path / "a", tree)
+    found = migrate.from_safetensors(tmp_path / "a", tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+@needs_safetensors
+def test_a_file_has_the_mode_that_others_have(tmp_path):
+    """The umask's if it is new, its own if it is replaced; safetensors' is 0600 always."""
+    path = tmp_path / "state"
+    before = os.umask(0o027)
+    try:
+        migrate.to_safetensors(path, {})
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o604)
+        migrate.to_safetensors(path, {})
+        assert path.stat().st_mode & 0o777 == 0o604
+    finally:
+        os.umask(before)
+
+
+@needs_safetensors
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    """In the target's folder, which may be another file system, whether it exists or not."""
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "state"
+    link.symlink_to("elsewhere/state")
+    for number in (1.0, 2.0):
+        migrate.to_safetensors(link, {"w": jnp.float32(number)})
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert migrate.from_safetensors(target, {"w": jnp.zeros(())})["w"] == number
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "link", "state"}
+
+
+@needs_safetensors
+def test_a_file_does_not_replace_what_is_none(tmp_path):
+    """A folder, and what /dev/null stands for."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match="expected a file to replace"):
+            migrate.to_safetensors(path, {})
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import numpy as np
+import safetensors.numpy
+from jadam import migrate
+
+def killed(tensors, filename, metadata=None):
+    (pathlib.Path(filename).parent / ".tmpA1b2C3").write_bytes(b"half")  # safetensors' own
+    os.kill(os.getpid(), signal.SIGKILL)
+
+safetensors.numpy.save_file = killed
+migrate.to_safetensors(sys.argv[1], {"w": np.ones(5)})
+"""
+
+
+@needs_safetensors
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, monkeypatch):
+    """SIGKILL in mid-write: the old file is whole, the next write, of any name, sweeps.
+
+    But not what another writer, in this or another process, is writing meanwhile.
+    """
+    import safetensors.numpy
+
+    path, other = tmp_path / "state", tmp_path / "other"
+    state = {"w": jnp.ones(5)}
+    migrate.to_safetensors(path, state)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (p for p in tmp_path.iterdir() if p != path)
+    assert (left / ".tmpA1b2C3").exists()
+    assert_identical(migrate.from_safetensors(path, state), state)
+
+    save_file = safetensors.numpy.save_file
+
+    def while_another_writes(tensors, filename, metadata=None):
+        monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+        assert not left.exists()
+        migrate.to_safetensors(other, {"w": jnp.zeros(5)})
+        assert Path(filename).parent.exists()
+        save_file(tensors, filename, metadata)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", while_another_writes)
+    migrate.to_safetensors(path, state)
+    assert_identical(migrate.from_safetensors(path, state), state)
+    assert set(tmp_path.iterdir()) == {path, other}
+
+
+@needs_safetensors
+def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    """Sweeps between the making and the locking of each other's folders; readers see one file."""
+    path, like = tmp_path / "state", {"w": jax.ShapeDtypeStruct((5,), np.float32)}
+
+    def write(number):
+        migrate.to_safetensors(path, {"w": np.full(5, number, np.float32)})
+        return set(np.asarray(migrate.from_safetensors(path, like)["w"]).tolist())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(write, range(200)))
+    assert all(len(numbers) == 1 for numbers in found)
     assert list(tmp_path.iterdir()) == [path]

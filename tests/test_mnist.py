@@ -233,7 +233,7 @@ def test_all_that_a_run_writes(small, tmp_path, monkeypatch, capsys):
     assert [epoch["images"] for epoch in result["epochs"]] == [450, 450]
     assert result["test"]["images"] == 200
     assert f"{result['test']['accuracy']:.2%}" in capsys.readouterr().out
-    names = {"result.json", "metrics.jsonl", "checkpoints", "tensorboard"}
+    names = {"result.json", "metrics.jsonl", "checkpoints", "tensorboard", "lock"}
     names |= {f"{x}.{kind}" for x in ("curves", "mistakes", "confusion") for kind in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == names
 

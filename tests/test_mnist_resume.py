@@ -1,4 +1,4 @@
-"""Runs of experiments.mnist that are killed go on to the bits of one that was not."""
+"""Runs of experiments.mnist that are ended or damaged go on to the bits of one that was not."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments.mnist import pictures, train
-from experiments.mnist.checkpoints import Position, begin
+from experiments.mnist.checkpoints import Position, begin, locked
+from experiments.mnist.interruption import interruptions
 from tests.mnist_run import CONFIG, Tiny, digits
 
 ROOT = Path(__file__).parent.parent
@@ -69,38 +70,132 @@ def metrics(out):
     return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
 
 
-def killed(out, resume, *death):
-    """Runs tests/mnist_run.py to its end by SIGKILL."""
+def ended_by(number, out, resume, *event):
+    """What tests/mnist_run.py says until a signal ends it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.mnist_run", str(out), str(resume), *map(str, death)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    arguments = map(str, (out, resume, number.name, *event))
+    command = [sys.executable, "-m", "tests.mnist_run", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -number, done.stderr
+    return done.stderr
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(small, whole, tmp_path):
-    """SIGKILL in mid-epoch, then in mid-save: parameters, moments, average, statistics, metrics."""
-    # At the 17th line; the run is at step 16, its last checkpoint at 14, the fifth of the second
-    # epoch. The 10th line is the validation of the first.
-    killed(tmp_path, False, "open", "metrics.jsonl", 17)
-    assert steps_in(tmp_path) == [5, 9, 14]
-    assert len(metrics(tmp_path)) == 16
-
-    # All of the checkpoint is written but its name.
-    killed(tmp_path, True, "os.rename", "checkpoints/23", 1)
-    written = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert any(name.startswith("23.orbax-checkpoint-tmp") for name in written)
-    assert "23" not in written
-
-    result = train.train_and_test(replace(CONFIG, out=tmp_path, resume=True), small)
+def assert_goes_on_to_the_same_bits(small, whole, out):
+    """Parameters, moments, average, statistics and metrics are those of the whole run."""
+    result = train.train_and_test(replace(CONFIG, out=out, resume=True), small)
     assert result["epochs"][-1]["step"] == STEPS
-    expected, got = checkpoint(whole), checkpoint(tmp_path)
+    expected, got = checkpoint(whole), checkpoint(out)
     assert expected.keys() == got.keys()
     kinds = ("params", "mu", "nu", "stats", "average")
     assert all(any(f"/{kind}/" in name for name in expected) for kind in kinds)
     for name, array in expected.items():
         assert array.dtype == got[name].dtype
         assert array.tobytes() == got[name].tobytes(), name
-    assert metrics(tmp_path) == metrics(whole)
+    assert metrics(out) == metrics(whole)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(small, whole, tmp_path):
+    """SIGKILL in mid-epoch, then in mid-save."""
+    # At the 17th line; the run is at step 16, its last checkpoint at 14, the fifth of the second
+    # epoch. The 10th line is the validation of the first.
+    ended_by(signal.SIGKILL, tmp_path, False, "open", "metrics.jsonl", 17)
+    assert steps_in(tmp_path) == [5, 9, 14]
+    assert len(metrics(tmp_path)) == 16
+
+    # All of the checkpoint is written but its name.
+    ended_by(signal.SIGKILL, tmp_path, True, "os.rename", "checkpoints/23", 1)
+    written = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert any(name.startswith("23.orbax-checkpoint-tmp") for name in written)
+    assert "23" not in written
+    assert_goes_on_to_the_same_bits(small, whole, tmp_path)
+
+
+def test_a_run_that_is_asked_to_end_loses_nothing(small, whole, tmp_path):
+    """SIGINT and SIGTERM in mid-epoch: saved at that step, said how to go on, the signal's code."""
+    said = ended_by(signal.SIGINT, tmp_path, False, "open", "metrics.jsonl", 8)
+    assert "SIGINT: the run is saved at step 8; this goes on from there:\npython -m" in said
+    assert said.strip().endswith("--resume")
+    assert "Traceback" not in said
+    # It is opened to be read, for the lines of steps 9 to 14, the validation, and that of step 15.
+    said = ended_by(signal.SIGTERM, tmp_path, True, "open", "metrics.jsonl", 9)
+    assert "SIGTERM: the run is saved at step 15" in said
+    assert said.count("--resume") == 1
+    assert steps_in(tmp_path)[-1] == 15
+    assert_goes_on_to_the_same_bits(small, whole, tmp_path)
+
+
+def test_a_second_signal_acts_at_once():
+    """A run that does not come to the end of its call can still be ended by hand."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with interruptions() as interruption:
+        assert interruption() is None
+        signal.raise_signal(signal.SIGINT)
+        assert interruption() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    """The second is refused before it reads or writes anything; the killed leave no lock."""
+    monkeypatch.setattr(train, "load", lambda data_dir: pytest.fail("has started"))
+    holder = (
+        "import sys, time; from pathlib import Path; from experiments.mnist.checkpoints import "
+        "locked\nwith locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(300)"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"locked\n"
+            for resume in (False, True):
+                with pytest.raises(ValueError, match="--out: expected a folder in which no run is"):
+                    train.main(replace(CONFIG, out=tmp_path, resume=resume))
+        finally:
+            process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with locked(tmp_path):
+        pass
+
+
+@pytest.fixture(scope="module")
+def damage():
+    """What tests/mnist_damage.py finds, in a process in which Orbax leaves its threads behind."""
+    command = [sys.executable, "-m", "tests.mnist_damage"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage):
+    """Every file and folder of the last checkpoint cut, emptied, with a bit flipped or gone.
+
+    What is taken nevertheless has all its bits: files that nothing is read from.
+    """
+    for done, came in damage["last"].items():
+        assert came["right"], done
+        if came["step"] == 14:
+            assert came["said"] == [], done
+        else:
+            assert came["step"] == 9, done
+            first, second = came["said"]
+            assert first.startswith("the checkpoint of step 14 is damaged ("), done
+            assert first.endswith("/damaged/14"), done
+            assert second == "the run goes on from step 9", done
+        assert came["saved"] == [5, 9, 14], done  # step 14 can be saved again
+    needed = ("position/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/d", "position")
+    assert all(damage["last"][f"{place} gone"]["step"] == 9 for place in needed[2:])
+    assert all(damage["last"][f"{place} truncated"]["step"] == 9 for place in needed[:3])
+    assert damage["last"]["a digit changed in position/metadata"]["step"] == 9
+
+
+def test_a_run_with_no_whole_checkpoint_is_refused(damage):
+    """An error for the user that names each step; nothing is moved."""
+    assert damage["all"]["error"].startswith("ValueError: --resume: expected a whole checkpoint")
+    for step in (5, 9, 14):
+        assert f"the checkpoint of step {step} is damaged (" in damage["all"]["error"]
+    assert damage["all"]["left"] == ["checkpoints"]
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(whole):

@@ -1,5 +1,6 @@
 """Training and evaluation: the jitted functions, and the loop over epochs around them."""
 
+import contextlib
 import os
 import platform
 import time
@@ -23,8 +24,9 @@ from experiments.common.report import write_json
 
 from . import diagnostics, pictures
 from .augment import distort
-from .checkpoints import begin, save
+from .checkpoints import begin, locked, save
 from .config import Config
+from .interruption import InterruptedRunError, interruptions
 from .log import Lines, Metrics
 from .model import MODELS
 from .optimizers import make_schedule
@@ -225,6 +227,9 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
 
     All that is random follows from the seed, the epoch and the step, so that a run goes on from
     a checkpoint to the same bits.
+
+    Raises:
+        InterruptedRunError: SIGINT or SIGTERM came in the loop; the state is saved.
     """
     count = len(mnist.train_images) - config.validation
     steps = count // config.batch_size
@@ -255,14 +260,19 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
     reports = (
         Lines(config.out / "diagnostics.jsonl", at.diagnostics) if config.diagnostics else None
     )
-    with Progress(
-        TextColumn("epoch {task.description}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}"),
-        TextColumn("{task.fields[validation]}"),
-        TextColumn("{task.fields[speed]:,.0f} images/s"),
-        TimeElapsedColumn(),
-    ) as progress:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log.events),
+        interruptions() as interruption,
+        Progress(
+            TextColumn("epoch {task.description}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}"),
+            TextColumn("{task.fields[validation]}"),
+            TextColumn("{task.fields[speed]:,.0f} images/s"),
+            TimeElapsedColumn(),
+        ) as progress,
+    ):
         for epoch in range(at.step // steps, config.epochs):
             task = progress.add_task(
                 f"{epoch + 1}/{config.epochs}",
@@ -304,11 +314,12 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
                         progress.update(task, validation=f"validation {accuracy:.2%}")
                     log.add(row)
                     at.loss, at.correct, at.seconds = 0.0, 0, 0.0
-                if start * config.saves // steps < stop * config.saves // steps:
+                signal = interruption()
+                if signal or start * config.saves // steps < stop * config.saves // steps:
                     at.metrics, at.diagnostics = len(log.rows), len(reports.rows) if reports else 0
                     save(checkpoints, config, state, at, accuracy)
-    checkpoints.close()
-    log.events.close()
+                if signal:
+                    raise InterruptedRunError(signal, at.step)
 
     logits = predict(state.weights, test_images)
     pictures.write_all(config.out, log.rows, *mnist[2:], np.asarray(logits))
@@ -323,7 +334,12 @@ def train_and_test(config: Config, mnist: Mnist) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    """Runs the experiment and writes its folder."""
+    """Runs the experiment and writes its folder, which no other run may write at the same time."""
+    with locked(config.out):
+        _run(config)
+
+
+def _run(config: Config) -> None:
     result = train_and_test(config, load(config.data_dir))
     result["config"] = config.as_json()
     result["machine"] = {

@@ -13,6 +13,7 @@ from jadam._members import Member
 from jadam._search import Found, Parameter, states_in, with_moments
 from jadam._storage import Storage
 from jadam._types import Count, PyTree
+from jadam.migrate._foreign import check_possible
 
 Rates = tuple[tuple[str, float], ...]
 
@@ -42,7 +43,8 @@ def cast_like(
 
     Raises:
         TypeError: a complex moment has to become real.
-        ValueError: the trees do not match, or a moment is too large for its new storage.
+        ValueError: the trees do not match; a moment is too large for its new storage; or, on the
+            way to codes, a first moment is beyond what b1 and b2 allow beside the second.
 
     >>> import jax, jax.numpy as jnp, jadam
     >>> params = jnp.ones((64, 64))
@@ -79,7 +81,7 @@ def _recoded(found: Found, parameter: Parameter, like: Parameter, rates: Rates) 
     if not parameter.storage.has_numbers:
         moments = _loaded(parameter.storage, moments, *rest)
     if not like.storage.has_numbers:
-        _check_codable(found.member, parameter, moments)
+        _check_codable(parameter, moments, *rest)
         return _rounded(like.storage, moments, *rest)
     fields = zip(parameter.moments, moments, like.stored, strict=True)
     return [_cast(parameter.where(name), x, target.dtype) for name, x, target in fields]
@@ -94,13 +96,25 @@ def _cast(where: str, x: Array, dtype: jnp.dtype) -> Array:
     return cast
 
 
-def _check_codable(member: Member, parameter: Parameter, moments: Sequence[Array]) -> None:
-    """Codes end where jadam's moments do, with a gradient of 2⁶³."""
+def _check_codable(
+    parameter: Parameter, moments: Sequence[Array], count: Count, member: Member, rates: Rates
+) -> None:
+    """Codes end where jadam's moments do: with a gradient of 2⁶³, and with m at its bound."""
     for moment, x in zip(member.moments, moments, strict=True):
         limit = 2.0 ** (63 if moment.is_first else 63 * member.power)
         if bool(jnp.any(jnp.abs(x) > limit)):
             where, largest = parameter.where(moment.name), jnp.nanmax(jnp.abs(x))
             raise ValueError(f"{where}: expected at most {limit:.3g}, got {largest}")
+    bound = float(_relation(member, count, rates).ratios[0].limit)
+    found = dict(zip(parameter.moments, moments, strict=True))
+    # NaN in either has a code. 5%: moments of 16 bits are rounded, and the codes' v is off by 1.1%.
+    lost = jnp.isnan(found["mu"]) | jnp.isnan(found["nu"])
+    check_possible(
+        {field: parameter.where(field) for field in found},
+        {field: jnp.where(lost, jnp.zeros_like(x), x) for field, x in found.items()},
+        limit=1.05 * bound,
+        power=member.power,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "member", "rates"))

@@ -4,6 +4,7 @@ Such a mapping may come from anywhere. Every entry is checked, and taken or refu
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Bool, Float, Inexact, Shaped
 
 from jadam import _math
 from jadam._members import is_state
@@ -129,8 +130,6 @@ def arrived(
     value: Any,
     like: Any,
     axes: Sequence[int] | None = None,
-    *,
-    negative: bool = True,
 ) -> Host:
     """A moment in the shape and dtype of `like`: a copy, since the other optimizer may move on.
 
@@ -151,9 +150,82 @@ def arrived(
         cast = array.astype(dtype)
     if np.any(np.isfinite(array) & ~np.isfinite(cast)):
         raise ValueError(f"{where}: expected numbers that {dtype} has, got {np.abs(array).max()}")
-    if not negative and np.any(array < 0):
-        raise ValueError(f"{where}: expected numbers >= 0, got {array.min()}")
     return cast
+
+
+def largest_ratio(b1: float, b2: float, t: int, power: int) -> float:
+    """The largest |m|/√v (power 2) or |m|/u (power 1) of any gradients, by Cauchy and Schwarz.
+
+    (1-b1)·√(Σ ρᵏ/(1-b2)) with ρ = b1²/b2, or AdaMax's (1-b1)·Σ (b1/b2)ᵏ, each over k < t.
+    """
+    with np.errstate(divide="ignore", over="ignore"):
+        # Kept from 0, where the sum is t, and from infinity: 700 is what float64 has.
+        log_rho = power * np.log(np.float64(b1)) - np.log(np.float64(b2))
+        log_rho = np.clip(log_rho if abs(log_rho) > 1e-9 else 1e-9, -700, 700)
+        total = np.expm1(t * log_rho) / np.expm1(log_rho)
+        squared = (1 - b1) ** power * total / (1 - b2 if power == 2 else 1)
+        return float(squared ** (1 / power))
+
+
+@functools.partial(jax.jit, static_argnames="power")
+def _impossible(
+    m: Inexact[Array, "*shape"], v: Float[Array, "*shape"], limit: float, power: int | None
+) -> Bool[Array, "*shape"]:
+    wide = _math.widen(v.dtype)
+    # A v from squares under the smallest number of its dtype is 0, while m is not.
+    smallest = 1e3 * float(max(jnp.finfo(dtype).tiny for dtype in (v.dtype, np.float32)))
+    v, size = v.astype(wide), jnp.abs(m).astype(wide)
+    norm, root = v + smallest, jnp.sqrt(v + smallest)
+    most = limit * {1: norm, 2: root, None: jnp.maximum(norm, root)}[power]
+    return jnp.where(jnp.isnan(v), jnp.isfinite(size), jnp.isfinite(v) & ~(size <= most))
+
+
+def _near(x: Any) -> Any:
+    """An array of the host's memory in that of its device, which alone can compute."""
+    if isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host":
+        return jax.device_put(x, jax.memory.Space.Device)
+    return x
+
+
+def check_possible(
+    places: Mapping[str, str],
+    moments: Mapping[str, Any],
+    *,
+    limit: float = 1e6,
+    power: int | None = None,
+) -> None:
+    """Refuses moments that no gradients make.
+
+    Args:
+        places: each field's name in an error.
+        moments: the arrays of `mu`, `nu` and, for AMSGrad, `nu_max`. Infinities and NaN pass
+            where infinite and NaN gradients make them: in all of them.
+        limit: the largest |m|/√v; by default more than any b1 and b2 in use allow.
+        power: 1 where `nu` holds AdaMax's norms, 2 where it does not, None if that is not known.
+
+    Raises:
+        ValueError: names the moment, and the first of its numbers that is impossible.
+    """
+    moments = {field: _near(x) for field, x in moments.items()}
+    m, v = moments["mu"], moments["nu"]
+
+    def refuse(wrong: Any, field: str, expected: str) -> None:
+        if bool(jnp.any(wrong)):
+            first = tuple(int(i) for i in np.argwhere(np.asarray(wrong))[0])
+            got = " beside ".join(
+                str(moments[name][first]) for name in dict.fromkeys((field, "nu"))
+            )
+            raise ValueError(f"{places[field]}: expected {expected}, got {got}")
+
+    refuse(v < 0, "nu", "numbers >= 0")
+    if "nu_max" in moments:
+        refuse(moments["nu_max"] < v, "nu_max", f"no number below that of {places['nu']}")
+    root = {1: "", 2: "the root of ", None: "the root of "}[power]
+    refuse(
+        _impossible(m, v, limit, power),
+        "mu",
+        f"a first moment that gradients make, at most {limit:.3g} times {root}{places['nu']}",
+    )
 
 
 def departing(address: Address, field: str) -> Host:
@@ -182,21 +254,22 @@ class Table:
             raise ValueError(f"{where} is missing")
         return self._left.pop(where)
 
-    def moments(self, address: Address, places: Mapping[str, str]) -> list[jax.Array]:
-        """A leaf's moments, each from its field's place."""
-        return [
-            placed(
-                arrived(
-                    places[field],
-                    self.take(places[field]),
-                    like,
-                    address.axes,
-                    negative=field == "mu",
-                ),
-                like,
-            )
-            for field, like in address.parameter.moments.items()
-        ]
+    def moments(
+        self,
+        address: Address,
+        places: Mapping[str, str],
+        *,
+        limit: float = 1e6,
+        power: int | None = None,
+    ) -> list[jax.Array]:
+        """A leaf's moments, each from its field's place; limit and power as in `check_possible`."""
+        likes = address.parameter.moments
+        found = {
+            field: arrived(places[field], self.take(places[field]), like, address.axes)
+            for field, like in likes.items()
+        }
+        check_possible(places, found, limit=limit, power=power)
+        return [placed(found[field], like) for field, like in likes.items()]
 
     def check_all_taken(self) -> None:
         for where in self._left:

@@ -80,7 +80,9 @@ def from_keras(
 
     Raises:
         TypeError: an entry is not what Keras has there, or a leaf of `like` holds codes.
-        ValueError: an entry is missing, not expected, of a wrong shape or out of range.
+        ValueError: an entry is missing, not expected, of a wrong shape or out of range; a moment
+            is one that no gradients make beside another (NaN in one alone, a first beyond a
+            million times the root of the second, a maximum below the second).
 
     >>> import jax.numpy as jnp, numpy as np, jadam
     >>> state = jadam.migrate.from_keras(
@@ -114,6 +116,7 @@ def from_keras(
                 field: f"variables[{_key(prefix, address, field, adamax)!r}]"
                 for field in address.parameter.moments
             },
+            power=1 if adamax else 2,
         )
         for address in addresses(states, name)
     ]

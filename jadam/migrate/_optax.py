@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +12,7 @@ import optax
 from jadam._search import Maximum, check_maximum, refuse_codes, states_in
 from jadam._state import AdamState, AmsgradState
 from jadam._types import PyTree
+from jadam.migrate._foreign import check_possible
 
 _keystr = jax.tree_util.keystr
 
@@ -27,7 +29,9 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
             with `jadam.amsgrad(..., maximum="corrected")`.
 
     Raises:
-        ValueError: there is no Adam of optax in it, or `maximum` is not said.
+        ValueError: there is no Adam of optax in it, or `maximum` is not said; a count is negative,
+            or a moment is one that no gradients make beside another (a negative second, NaN in
+            one alone, a first beyond a million times the root of the second).
 
     >>> import jax.numpy as jnp, jadam, optax
     >>> state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(jnp.ones(3))
@@ -46,7 +50,21 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
             raise ValueError(f"{where}: expected second moments with no imaginary part")
         return v.real
 
-    return _swapped(state, kinds, real, maximum)
+    swapped = _swapped(state, kinds, real, maximum)
+    for found in states_in("state", swapped):
+        count = found.state.count
+        if _known(count) and bool(jnp.any(count < 0)):
+            raise ValueError(f"{found.where}.count: expected a number >= 0, got {count}")
+        for parameter in found.parameters:
+            if all(map(_known, parameter.stored)):
+                places = {field: parameter.where(field) for field in parameter.moments}
+                check_possible(places, parameter.moments)
+    return swapped
+
+
+def _known(x: Any) -> bool:
+    """Whether an array has values here: neither abstract nor traced."""
+    return not isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer))
 
 
 def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:

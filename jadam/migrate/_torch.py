@@ -23,6 +23,7 @@ from jadam.migrate._foreign import (
     filled,
     host_array,
     keys_of,
+    largest_ratio,
     listed,
     mapping,
     momentum_product,
@@ -190,8 +191,10 @@ def from_torch(
 
     Raises:
         TypeError: an entry is not what torch has there, or a leaf of `like` holds codes.
-        ValueError: an entry is missing, not expected, of a wrong shape or out of range; steps or
-            options differ; `maximize` is set; `amsgrad` or `adamax` do not fit.
+        ValueError: an entry is missing, not expected, of a wrong shape or out of range; a moment
+            is one that no gradients make beside another (NaN in one alone, a first beyond ten
+            times what `betas` allow, a maximum below the second); steps or options differ;
+            `maximize` is set; `amsgrad` or `adamax` do not fit.
 
     >>> import jax.numpy as jnp, numpy as np, jadam
     >>> entry = {"step": 7, "exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
@@ -227,7 +230,10 @@ def from_torch(
             given = table.take(product)
             check_product(product, given, counts[step], group.b1, group.momentum_decay)
         places = {field: f"{entry}[{fields[field]!r}]" for field in address.parameter.moments}
-        moments.append(table.moments(address, places))
+        # Ten times: betas may have been others before, and float16 rounds coarsely.
+        power = 1 if adamax else 2
+        limit = 10 * largest_ratio(group.b1, group.b2, max(counts[step], 1), power)
+        moments.append(table.moments(address, places, limit=limit, power=power))
     _check_alike(groups)
     table.check_all_taken()
     return filled(like, moments, common(counts) if counts else 0)
