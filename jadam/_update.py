@@ -223,8 +223,7 @@ def advance(
     stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
     rows = list(zip(leaves, given, options, stored, strict=True))
 
-    wanted = choice.is_wanted(kernel)
-    native = [wanted and choice.takes(kernel, rule, *row) for row in rows]
+    native = choice.taken(kernel, rule, rows)
     numbers = (rule, learning_rate, weight_decay, state.count)
     in_xla = leaf_step(*numbers)
     in_kernel = iter(_through_kernel(*numbers, [r for r, n in zip(rows, native, strict=True) if n]))

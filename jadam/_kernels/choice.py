@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,23 +70,31 @@ def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> fr
     """All that a kernel must have to step a leaf. An option that is set is one feature each."""
     gradient = jnp.result_type(g)
     param = jnp.result_type(p) if options.needs_params else gradient
-    return frozenset(
-        {
-            f"member {rule.member.name}",
-            f"gradients {gradient}, parameters {param}",
-            f"moments {storage_of(rule.member.moments, stored).name}",
-            *(name for name, is_set in options._asdict().items() if is_set),
-        }
-    )
+    place = jax.typeof(g).sharding
+    features = {
+        f"member {rule.member.name}",
+        f"gradients {gradient}, parameters {param}",
+        f"moments {storage_of(rule.member.moments, stored).name}",
+        *(name for name, is_set in options._asdict().items() if is_set),
+    }
+    if place.spec.unreduced:
+        features.add("gradients that are not summed over devices yet")
+    if not place.mesh.empty and getattr(place.mesh, "abstract_device", None) is None:
+        features.add("a mesh without devices")
+    return frozenset(features)
 
 
-def takes(choice: Choice, rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> bool:
-    """Whether a leaf's step goes to the kernel, where one is wanted."""
-    features = features_of(rule, g, p, options, stored)
-    return CPU.has(features) and (choice == "native" or CPU.is_faster(features))
+def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[bool]:
+    """Which leaves `(g, p, options, stored)` of a call go to the kernel."""
+    meshes = {jax.typeof(g).sharding.mesh for g, *_ in leaves}
+    # A program whose primitives need to know the devices may have one mesh only, says JAX.
+    if not _is_wanted(choice) or sum(not mesh.empty for mesh in meshes) > 1:
+        return [False] * len(leaves)
+    features = [features_of(rule, *leaf) for leaf in leaves]
+    return [CPU.has(x) and (choice == "native" or CPU.is_faster(x)) for x in features]
 
 
-def is_wanted(choice: Choice) -> bool:
+def _is_wanted(choice: Choice) -> bool:
     """Whether the argument `kernel` asks for the native kernel, and it is there."""
     # Off the CPU each leaf is XLA's own, which leaves XLA free in their order.
     automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()

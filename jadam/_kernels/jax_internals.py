@@ -43,6 +43,11 @@ def place_of(module: Any) -> Place:
     return Place.DIVIDED if known else Place.UNKNOWN
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes of a `jax.shard_map` along which an array differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def new_primitive(
     name: str, *, abstract: Rule, batched: Rule, everywhere: Rule, on_cpu: Callable[[Place], Rule]
 ) -> jax.extend.core.Primitive:

@@ -96,9 +96,22 @@ def through_kernel(
             for leaf, options in group
             for x in (leaf.g, *leaf.stored, *([leaf.p] if options.needs_params else []))
         ]
-        flat = _bind(plan, packed, count, *arrays, *operands)
+        flat = _bind(plan, *_varying_alike(packed, count, *arrays, *operands))
         results += [tuple(flat[i : i + 1 + moments]) for i in range(0, len(flat), 1 + moments)]
     return results
+
+
+def _varying_alike(*operands: Array) -> list[Array]:
+    """The operands with one type under `jax.shard_map`, which is then that of the results.
+
+    A result differs between devices if any operand does, not only the one that it is like.
+    """
+    axes = [jax_internals.varying_axes(x) for x in operands]
+    joined = frozenset[str]().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(joined - own), to="varying") if joined - own else x
+        for x, own in zip(operands, axes, strict=True)
+    ]
 
 
 def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
