@@ -19,7 +19,7 @@ from jadam._kernels.choice import Choice
 from jadam._leaf import increment
 from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Mask, adam_rule, advance, initializer
+from jadam._update import Advanced, Mask, adam_rule, advance, initializer
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -47,23 +47,28 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         >>> params["w"].tolist()
         [0.9990000128746033, 2.000999927520752]
         """
-        if isinstance(self.update, _Update):
-            return self.update.move(grads, state, params, to_params=True)
+        if isinstance(self.update, FusedUpdate):
+            moved, state, _ = self.update.move(grads, state, params, to_params=True, **extra_args)
+            return moved, state
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
 
 @dataclass(frozen=True)
-class _Update:
-    """An `update` that can also make the whole step: `move(grads, state, params, *, to_params)`."""
+class FusedUpdate:
+    """An `update` that can also make the whole step.
 
-    move: Callable[..., tuple[PyTree, Any]]
+    Attributes:
+        move: `(grads, state, params, *, to_params, weights=None) -> Advanced`, as in `advance`.
+    """
+
+    move: Callable[..., Advanced]
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        del extra_args
-        return self.move(updates, state, params, to_params=False)
+        moved, state, _ = self.move(updates, state, params, to_params=False, **extra_args)
+        return moved, state
 
 
 def _transformation(
@@ -91,16 +96,14 @@ def _transformation(
 
     kernel = choice.checked(kernel)
 
-    def move(
-        grads: PyTree, state: Any, params: PyTree, *, to_params: bool
-    ) -> tuple[PyTree, tuple[Any, ...]]:
+    def move(grads: PyTree, state: Any, params: PyTree, **form: Any) -> Advanced:
         if not (isinstance(state, (tuple, list)) and len(state) == 1 + len(followers)):
             raise TypeError(
                 f"state: expected the tuple of {1 + len(followers)} states that init made, got "
                 f"{type(state).__name__}"
             )
         adam_state, *schedules = state
-        moved, adam_state = advance(
+        moved, adam_state, extra = advance(
             rule,
             grads,
             adam_state,
@@ -109,12 +112,12 @@ def _transformation(
             weight_decay=weight_decay,
             mask=mask,
             kernel=kernel,
-            to_params=to_params,
+            **form,
         )
         # A schedule's state is its count, or nothing.
-        return moved, (adam_state, *jax.tree.map(increment, schedules))
+        return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
-    return FusedTransformation(init_fn, _Update(move))
+    return FusedTransformation(init_fn, FusedUpdate(move))
 
 
 def scale_by_adam(
@@ -145,7 +148,7 @@ def scale_by_adam(
         kernel=choice.checked(kernel),
     )
     init = initializer(ADAM, mu_dtype, nu_dtype, min_size)
-    return FusedTransformation(init, _Update(move))
+    return FusedTransformation(init, FusedUpdate(move))
 
 
 def adam(

@@ -66,8 +66,11 @@ CPU = Kernel(
 )
 
 
-def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> frozenset[str]:
+def features_of(
+    rule: Rule, g: Any, p: Any, options: Options, stored: Any, extra: Any
+) -> frozenset[str]:
     """All that a kernel must have to step a leaf. An option that is set is one feature each."""
+    del extra
     gradient = jnp.result_type(g)
     param = jnp.result_type(p) if options.needs_params else gradient
     place = jax.typeof(g).sharding
@@ -75,7 +78,7 @@ def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> fr
         f"member {rule.member.name}",
         f"gradients {gradient}, parameters {param}",
         f"moments {storage_of(rule.member.moments, stored).name}",
-        *(name for name, is_set in options._asdict().items() if is_set),
+        *(name if x is True else f"{name} {x}" for name, x in options._asdict().items() if x),
     }
     if place.spec.unreduced:
         features.add("gradients that are not summed over devices yet")
@@ -85,7 +88,7 @@ def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> fr
 
 
 def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[bool]:
-    """Which leaves `(g, p, options, stored)` of a call go to the kernel."""
+    """Which leaves `(g, p, options, stored, extra)` of a call go to the kernel."""
     meshes = {jax.typeof(g).sharding.mesh for g, *_ in leaves}
     # A program whose primitives need to know the devices may have one mesh only, says JAX.
     if not _is_wanted(choice) or sum(not mesh.empty for mesh in meshes) > 1:

@@ -21,30 +21,37 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
     def partition(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
         """A leaf lies as its m does. Blocks stay whole where lanes or tops depend on them."""
         del results
+        (options,) = plan.options
         m, *others = operands[_SHARED + 1 : _SHARED + 1 + plan.moments]
         spec = [*m.sharding.spec, *[None] * (len(m.shape) - len(m.sharding.spec))]
-        is_flat = all(x.dtype == "float32" for x in (m, *others))
+        is_flat = all(x.dtype == "float32" for x in (m, *others)) and options.weights is None
         if m.shape and not is_flat and m.sharding.shard_shape(m.shape)[-1] % BLOCK:
             spec[-1] = None
         like_m = NamedSharding(mesh, PartitionSpec(*spec))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        places = (everywhere,) * _SHARED + (like_m,) * (len(operands) - _SHARED)
-        return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments), places
+        places = [everywhere] * _SHARED + [
+            like_m if x.shape or not m.shape else everywhere for x in operands[_SHARED:]
+        ]
+        kept = 0 if options.weights is None else options.weights.kept
+        return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments + kept), places
 
     def sharding_rule(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
         """The axes of a leaf in their order; a code's top lies where its block lies."""
         del mesh, results
-        m = tuple(operands[_SHARED + 1].shape)
-        axes, sizes = [f"axis{i}" for i in range(len(m))], {}
+        (options,) = plan.options
         shapes = [tuple(x.shape) for x in operands[_SHARED:]]
+        whole, tops = shapes[0], shapes[1 : 1 + plan.moments]
+        axes, sizes = [f"axis{i}" for i in range(len(whole))], {}
         blocks = axes
-        if any(shape != m for shape in shapes) and m[-1] % BLOCK == 0:
-            axes, blocks = [*axes[:-1], "(blocks lanes)"], [*axes[:-1], "blocks"]
-            sizes = {"lanes": BLOCK}
-        elif any(shape != m for shape in shapes):
+        if any(shape != whole for shape in tops):
             blocks = [*axes[:-1], "blocks"]
-        leaf = [" ".join(axes if shape == m else blocks) for shape in shapes]
-        results = leaf[: 1 + plan.moments]
+            if whole[-1] % BLOCK == 0:
+                axes, sizes = [*axes[:-1], "(blocks lanes)"], {"lanes": BLOCK}
+        names = {whole: " ".join(axes), (): ""}
+        leaf = [names.get(shape, " ".join(blocks)) for shape in shapes]
+        extra = 1 + plan.moments + options.needs_params
+        kept = [] if options.weights is None else leaf[extra : extra + options.weights.kept]
+        results = [*leaf[: 1 + plan.moments], *kept]
         return f"numbers, tables, , {', '.join(leaf)} -> {', '.join(results)}", sizes
 
     def places(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
