@@ -23,6 +23,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+from numpy.polynomial import chebyshev
 
 from jadam import _codec, _math
 from jadam._leaf import Rule, increment, leaf_step
@@ -214,16 +215,45 @@ def _packed(
 
 @functools.cache
 def _tables() -> np.ndarray:
-    """`Tables` of native/step.h: what `_codec` computes with polynomials, at 32 places."""
-    places = np.arange(32) / 32
-    reciprocal = (1 / (1 + places + 1 / 64)).astype(np.float32)
-    # 16·log(1 + r)/log 2, to 2e-8 for |r| <= 1/64
-    series = 16 / np.log(2) * np.array([1, -1 / 2, 1 / 3])
-    powers = np.polynomial.polynomial.polyval(2 * places - 1, _codec.EXP2).astype(np.float32)
-    powers = (powers.view(np.int32) - (np.arange(32) << 18)).astype(np.int32).view(np.float32)
-    logarithms = -16 * np.log2(reciprocal.astype(np.float64)) - np.arange(32) // 2
-    tables = (powers, reciprocal, logarithms, series, _codec.EXP2, 16 * _codec.LOG2)
-    return np.concatenate(tables).astype(np.float32)
+    """`Tables` of native/step.h: what `_codec` computes with polynomials, at 32 and 8 places."""
+    exp2, reciprocal, log2 = _tables_of(32)
+    exp2_eighths, reciprocal_eighths, log2_eighths = _tables_of(8)
+    tables = {
+        "exp2": exp2,
+        "reciprocal": reciprocal,
+        "log2": log2,
+        # Of 16·log₂(1 + r)/r, so that the logarithm is within 5e-7: Taylor's for |r| <= 1/65,
+        # interpolated for |r| <= 1/17.
+        "series": 16 / np.log(2) * np.array([1, -1 / 2, 1 / 3]),
+        "exp2_eighths": exp2_eighths,
+        "exp2_rest": np.exp2(np.arange(4) / 32),
+        "reciprocal_eighths": reciprocal_eighths,
+        "log2_eighths": log2_eighths,
+        "series_eighths": chebyshev.Chebyshev.interpolate(
+            lambda r: 16 / np.log(2) * np.log1p(r) / r, 3, [-1 / 17, 1 / 17]
+        )
+        .convert(kind=np.polynomial.Polynomial)
+        .coef,
+        "exp2_polynomial": _codec.EXP2,
+        "log2_polynomial": 16 * _codec.LOG2,
+    }
+    fields = [(name, np.float32, table.shape) for name, table in tables.items()]
+    packed = np.zeros((), fields)
+    for name, table in tables.items():
+        packed[name] = table
+    return packed.reshape(1).view(np.float32)
+
+
+def _tables_of(n: int) -> tuple[np.ndarray, ...]:
+    """At x = 1 + i/n, i < n: 2^(x-1); 1/x in the middle of a place; 16·log₂ of that 1/x, negated.
+
+    As `Tables` has them: without what an exponent's lower bits hold of i.
+    """
+    i = np.arange(n)
+    powers = np.polynomial.polynomial.polyval(2 * i / n - 1, _codec.EXP2).astype(np.float32)
+    powers = (powers.view(np.int32) - i * (2**23 // n)).astype(np.int32).view(np.float32)
+    reciprocal = (1 / (1 + (i + 1 / 2) / n)).astype(np.float32)
+    return powers, reciprocal, -16 * np.log2(reciprocal.astype(np.float64)) - i * 16 // n
 
 
 def _in_xla(plan: Plan, arrays: int, packed: Array, count: Count, *operands: Any) -> list[Leaf]:

@@ -27,6 +27,20 @@ inline Kernel choose_kernel() {
   return baseline::run;
 }
 
+// _rounding.weyl of a block's lanes at step `count`.
+inline Dithers dithers_of(uint32_t count) {
+  constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
+  Dithers dithers;
+  for (uint32_t salt = 0; salt < 2; ++salt) {
+    for (uint32_t i = 0; i < kBlock; ++i) {
+      const uint32_t weyl = i * kLane + count * kStep + salt * kSalt;
+      dithers.upper[salt][i] = weyl >> 16;
+      dithers.unit[salt][i] = float(weyl >> 9) * 0x1p-23f;
+    }
+  }
+  return dithers;
+}
+
 // Numbers under 2^-126 count as 0, as in XLA's own loops.
 class FlushSubnormals {
  public:
@@ -66,7 +80,7 @@ struct Part {
 class Work {
  public:
   Work(std::vector<Leaf> leaves, const Step& step, const Tables& tables, uint32_t count)
-      : leaves_(std::move(leaves)), step_(step), tables_(tables), count_(count) {
+      : leaves_(std::move(leaves)), step_(step), tables_(tables), dithers_(dithers_of(count)) {
     int64_t in_job = kBlocksInJob;
     for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
       const int64_t blocks = leaves_[i].blocks();
@@ -91,7 +105,7 @@ class Work {
     for (int64_t job; (job = next_.fetch_add(1)) < jobs(); ++finished) {
       const int64_t end = job + 1 < jobs() ? starts_[job + 1] : int64_t(parts_.size());
       for (int64_t i = starts_[job]; i < end; ++i) {
-        kernel(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, count_);
+        kernel(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, dithers_);
       }
     }
     if (finished == 0) return;
@@ -111,7 +125,7 @@ class Work {
   const std::vector<Leaf> leaves_;
   const Step step_;
   const Tables tables_;
-  const uint32_t count_;
+  const Dithers dithers_;
   std::vector<Part> parts_;
   std::vector<int64_t> starts_;  // of each job in parts_
   std::atomic<int64_t> next_{0};

@@ -398,9 +398,10 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   leaf.m_out = new_m.data();
   leaf.v_out = new_v.data();
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
+  const jadam::Dithers dithers = jadam::dithers_of(c.count());
   const jadam::FlushSubnormals flush;
-  isa.run(leaf, {0, half}, c.step, kTables, c.count());
-  isa.run(leaf, {half, blocks}, c.step, kTables, c.count());
+  isa.run(leaf, {0, half}, c.step, kTables, dithers);
+  isa.run(leaf, {half, blocks}, c.step, kTables, dithers);
   return {moved.bytes(), new_m.bytes(), new_v.bytes()};
 }
 
