@@ -10,7 +10,9 @@ import contextvars
 import ctypes
 import functools
 import importlib.util
+import os
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from jadam._leaf import Rule, increment, leaf_step
 from jadam._types import Count, Leaf, Scalar
 
 _TARGET = "jadam_step"
+_FORCED = "JADAM_INSTRUCTION_SET"
 # More leaves in one call compile slowly, fewer cost a call each.
 GROUP = 32
 
@@ -47,18 +50,46 @@ def library() -> Library:
     spec = importlib.util.find_spec("jadam._kernel")
     if spec is None or spec.origin is None:
         return Library(None, "not built: jadam was installed without a C++ compiler")
+    if not _is_whole(Path(spec.origin)):
+        return Library(None, f"not loaded: {spec.origin} is cut short; install jadam again")
     try:
         loaded = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        loaded.jadam_instruction_sets.restype = ctypes.c_char_p
+        built = loaded.jadam_ffi_api_version()
+        handler, use = loaded.jadam_step, loaded.jadam_use_instruction_set
+    except (OSError, AttributeError) as error:
         return Library(None, f"not loaded: {error}")
-    built, there = loaded.jadam_ffi_api_version(), _ffi_api_version()
+    there = _ffi_api_version()
     # XLA calls a kernel that was built for its own major version and no later minor one.
     if built // 1000 != there // 1000 or built > there:
         versions = [f"{v // 1000}.{v % 1000}" for v in (built, there)]
         return Library(None, "not usable: built for XLA's FFI {}, jaxlib has {}".format(*versions))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(loaded.jadam_step), platform="cpu")
-    loaded.jadam_instruction_set.restype = ctypes.c_char_p
-    return Library(loaded.jadam_instruction_set().decode(), "loaded")
+    sets = loaded.jadam_instruction_sets().decode().split()
+    forced = os.environ.get(_FORCED)
+    if forced and forced not in sets:
+        expected = ", ".join(sets)
+        return Library(None, f"not used: {_FORCED} is {forced!r}, this processor has {expected}")
+    chosen = forced or sets[0]
+    use(chosen.encode())
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    return Library(chosen, f"loaded, forced by {_FORCED}" if forced else "loaded")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file is as long as its header says.
+
+    The table of sections is its end. To load one that is cut short is to be killed by SIGBUS. Files
+    of another format count as whole: their loaders check them.
+    """
+    header = struct.Struct("<4sBB34xQ10xHH2x")  # of 64 bits, lower bytes first
+    with path.open("rb") as file:
+        start = file.read(header.size)
+    if not start.startswith(b"\x7fELF"):
+        return True
+    if len(start) < header.size:
+        return False
+    _, bits, order, sections, size, number = header.unpack(start)
+    return (bits, order) != (2, 1) or sections + size * number <= path.stat().st_size
 
 
 def _ffi_api_version() -> int:
@@ -77,6 +108,10 @@ def kernels() -> dict[str, str]:
     On a CPU the native kernel takes the leaves of `adam`, `adamw`, `nadam`, `nadamw` and
     `scale_by_adam` whose gradients and parameters are float32 or bfloat16 and whose moments are
     float32 (in `step` alone), bfloat16 or codes; each device its own shard. The rest is XLA's.
+
+    The kernel is there for several instruction sets: avx512, avx2 and, for any processor, baseline.
+    It takes the best that the processor has, or what the environment variable
+    JADAM_INSTRUCTION_SET names when the library is loaded.
 
     >>> import jadam
     >>> sorted(jadam.kernels())
@@ -196,6 +231,26 @@ def step(
     return results
 
 
+# The fields of `Step` in native/step.h, in their order.
+STEP = (
+    "complement1",
+    "complement2",
+    "dither",
+    "m_weight",
+    "g_weight",
+    "c1",
+    "c2",
+    "eps",
+    "eps_root",
+    "learning_rate",
+    "weight_decay",
+    "before_a",
+    "before_s",
+    "now_a",
+    "now_s",
+)
+
+
 def _packed(
     rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
 ) -> Float[Array, "15"]:
@@ -203,19 +258,25 @@ def _packed(
     float32 = jnp.dtype(jnp.float32)
     then, now = (rule(_math.Step.of(t, float32)) for t in (count, increment(count)))
     assert now.coefficients is not None
-    numbers = (
-        *now.coefficients,
-        learning_rate,
-        weight_decay,
-        *then.ratio.curve,
-        *now.ratio.curve,
-    )
-    return jnp.stack([jnp.asarray(x, float32) for x in numbers])
+    before, after = then.ratio.curve, now.ratio.curve
+    numbers = now.coefficients._asdict() | {
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "before_a": before[0],
+        "before_s": before[1],
+        "now_a": after[0],
+        "now_s": after[1],
+    }
+    assert numbers.keys() == set(STEP)
+    return jnp.stack([jnp.asarray(numbers[name], float32) for name in STEP])
 
 
 @functools.cache
 def _tables() -> np.ndarray:
-    """`Tables` of native/step.h: what `_codec` computes with polynomials, at 32 and 8 places."""
+    """`Tables` of native/step.h: what `_codec` computes with polynomials, at 32 and 8 places.
+
+    One record with the fields of the struct.
+    """
     exp2, reciprocal, log2 = _tables_of(32)
     exp2_eighths, reciprocal_eighths, log2_eighths = _tables_of(8)
     tables = {
@@ -238,10 +299,7 @@ def _tables() -> np.ndarray:
         "log2_polynomial": 16 * _codec.LOG2,
     }
     fields = [(name, np.float32, table.shape) for name, table in tables.items()]
-    packed = np.zeros((), fields)
-    for name, table in tables.items():
-        packed[name] = table
-    return packed.reshape(1).view(np.float32)
+    return np.array([tuple(tables.values())], fields)
 
 
 def _tables_of(n: int) -> tuple[np.ndarray, ...]:
@@ -285,7 +343,7 @@ def _in_shards(plan: Plan, arrays: int, packed: Array, count: Count, *operands: 
 
 def _numbers(packed: Array, count: Count) -> tuple[Array, ...]:
     """What the kernel takes beside leaves."""
-    return packed, jnp.asarray(_tables()), increment(count).astype(jnp.uint32)
+    return packed, jnp.asarray(_tables().view(np.float32)), increment(count).astype(jnp.uint32)
 
 
 def _call(plan: Plan, *operands: Any) -> Any:

@@ -1,6 +1,7 @@
 // One step over a range of a leaf's blocks, in one pass over memory. Compiled once for each
-// instruction set. The equations are those of _math.py, _rounding.py and _codec.py, line by line;
-// tests/test_native.py holds the two together.
+// instruction set. The equations are those of _math.py, _rounding.py and _codec.py with the same
+// roundings where results are floats, and with other approximations of powers, logarithms and
+// reciprocals where they are codes; tests/test_native.py holds the two together.
 
 #include <type_traits>
 

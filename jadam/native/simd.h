@@ -89,8 +89,8 @@ JADAM_INLINE I32 copysign(I32 size, F32 sign) {
   return I32(
       _mm512_mask_sub_epi32(x, _mm512_movepi32_mask(__m512i(sign)), _mm512_setzero_si512(), x));
 #else
-  const I32 negative = bits<I32>(sign) >> 31;
-  return (size ^ negative) - negative;
+  const U32 negative = bits<U32>(bits<I32>(sign) >> 31);
+  return bits<I32>((bits<U32>(size) ^ negative) - negative);
 #endif
 }
 

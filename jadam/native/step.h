@@ -7,7 +7,7 @@ namespace jadam {
 
 constexpr int64_t kBlock = 128;  // as _codec.BLOCK
 
-// One step's numbers, in the order of _native.Step.
+// One step's numbers, by the names in _native.STEP.
 struct Step {
   float complement1;  // 1 - b1
   float complement2;  // 1 - b2
@@ -26,8 +26,8 @@ struct Step {
   float now_s;
 };
 
-// Powers of two and 16 times logarithms on [1, 2), from _native._tables. AVX-512 has them at the 32
-// places 1 + i/32 with the series of log(1 + r), AVX2 at the 8 places 1 + i/8 with a longer one
+// Powers of two and 16 times logarithms on [1, 2), made by _native._tables. AVX-512 has them at the
+// 32 places 1 + i/32 with the series of log(1 + r), AVX2 at the 8 places 1 + i/8 with a longer one
 // and, of powers, a table of 2^(i/32) for i < 4 as a factor; the others have polynomials in 2x - 3.
 // What a level or a number's upper bits hold of i is taken off powers and logarithms, so that
 // either can be added as it is: i << 18 (of 8 places i << 20) off the power's bits, i >> 1 (2i) off

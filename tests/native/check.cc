@@ -35,21 +35,7 @@ const Tables kTables = {
 #include "tables.inc"
 };
 
-struct Isa {
-  const char* name;
-  jadam::Kernel run;
-};
-
-std::vector<Isa> instruction_sets() {
-  std::vector<Isa> found;
-#if defined(JADAM_X86)
-  const jadam::Kernel best = jadam::choose_kernel();
-  if (best == jadam::avx512::run) found.push_back({"avx512", jadam::avx512::run});
-  if (best != jadam::baseline::run) found.push_back({"avx2", jadam::avx2::run});
-#endif
-  found.push_back({"baseline", jadam::baseline::run});
-  return found;
-}
+using Isa = jadam::InstructionSet;
 
 // ---- intervals
 
@@ -130,7 +116,7 @@ double limit_range(double g) {
   return std::isfinite(g) ? std::min(std::max(g, -0x1p63), 0x1p63) : g;
 }
 
-// Adam's numbers at step t, as _math.adam, nadam and moment_ratio make them.
+// Adam's numbers at step t, as _math.adam, _math.nadam and _math.moment_ratio make them.
 struct Hyper {
   const char* name;
   double b1, b2, t, eps, eps_root;
@@ -400,8 +386,8 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
   const jadam::Dithers dithers = jadam::dithers_of(c.count());
   const jadam::FlushSubnormals flush;
-  isa.run(leaf, {0, half}, c.step, kTables, dithers);
-  isa.run(leaf, {half, blocks}, c.step, kTables, dithers);
+  isa.kernel(leaf, {0, half}, c.step, kTables, dithers);
+  isa.kernel(leaf, {half, blocks}, c.step, kTables, dithers);
   return {moved.bytes(), new_m.bytes(), new_v.bytes()};
 }
 
@@ -598,7 +584,7 @@ void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, To
   for (size_t i = 1; i < isas.size(); ++i) {
     if (c.leaf.is_coded) {
       count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
-    } else if (isas[i].run != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
+    } else if (isas[i].kernel != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
       // Both fuse the same products; baseline fuses none.
       fail(isas[i].name, c, std::string("other bits than ") + isas[0].name);
     }
@@ -612,13 +598,13 @@ const Hyper kHypers[] = {{"t 1", 0.9, 0.999, 1, 1e-8, 0},
 constexpr std::pair<Float, Float> kDtypes[] = {
     {Float::kF32, Float::kF32}, {Float::kBF16, Float::kF32}, {Float::kBF16, Float::kBF16}};
 
-void check_templates(const std::vector<Isa>& isas) {
+void check_templates(const std::vector<Isa>& isas, bool is_short) {
   // Rows that end within a vector of 16, within a block of 128 and on both; more than 16 blocks.
   // With the sizes up to 300 their number is prime: each shape comes with each kind of numbers.
   std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 1000}, {1, 4099}, {33, 5},  {7, 15},
                                                      {5, 17},   {20, 40},  {4, 130}, {17, 129},
                                                      {3, 256},  {3, 384},  {2, 2200}};
-  for (int64_t n = 1; n <= 300; ++n) shapes.push_back({1, n});
+  for (int64_t n = 1; n <= 300; n += is_short ? 23 : 1) shapes.push_back({1, n});
   Totals totals;
   for (int flags = 0; flags < 8; ++flags) {
     for (const auto& [g, p] : kDtypes) {
@@ -649,7 +635,8 @@ void check_templates(const std::vector<Isa>& isas) {
 // Leaves of one step with their buffers, and what one thread makes of them.
 class Group {
  public:
-  Group(int64_t small_leaves, int64_t large_rows, bool nesterov, uint64_t seed) {
+  Group(const Isa& isa, int64_t small_leaves, int64_t large_rows, bool nesterov, uint64_t seed)
+      : kernel_(isa.kernel) {
     Random random(seed);
     for (int64_t i = 0; i <= small_leaves; ++i) {
       const auto [g, p] = kDtypes[random.below(3)];
@@ -660,7 +647,7 @@ class Group {
                                nesterov, rows, n, kHypers[1]);
       cases_.push_back(c);
       inputs_.push_back(make_inputs(c, true, seed + uint64_t(i)));
-      alone_.push_back(run(c, inputs_.back(), instruction_sets()[0], Place::kApart));
+      alone_.push_back(run(c, inputs_.back(), isa, Place::kApart));
     }
   }
 
@@ -672,8 +659,8 @@ class Group {
       std::vector<Outputs> outputs = alone_;
       std::vector<Leaf> leaves;
       for (size_t i = 0; i < cases_.size(); ++i) leaves.push_back(connected(i, outputs[i]));
-      const auto work =
-          std::make_shared<jadam::Work>(leaves, cases_[0].step, kTables, cases_[0].count());
+      const auto work = std::make_shared<jadam::Work>(kernel_, leaves, cases_[0].step, kTables,
+                                                      cases_[0].count());
       for (int i = 1; i < threads; ++i) {
         const bool is_late = i == 3;
         helpers.emplace_back([work, is_late] {
@@ -708,15 +695,16 @@ class Group {
     return leaf;
   }
 
+  jadam::Kernel kernel_;
   std::vector<Case> cases_;
   std::vector<Inputs> inputs_;
   std::vector<Outputs> alone_;
 };
 
-void check_threads() {
-  const Group groups[] = {{600, 3, false, 1}, {5000, 0, true, 2}, {0, 1, false, 3}};
+void check_threads(const Isa& isa, int rounds) {
+  const Group groups[] = {{isa, 600, 3, false, 1}, {isa, 5000, 0, true, 2}, {isa, 0, 1, false, 3}};
   for (const int threads : {1, 2, 4}) {
-    for (int round = 0; round < 5; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       std::vector<std::thread> callers;
       for (const Group& group : groups) {
         callers.emplace_back([&group, threads] { group.step(threads); });
@@ -724,12 +712,32 @@ void check_threads() {
       for (std::thread& caller : callers) caller.join();
     }
   }
-  std::printf("threads: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n");
+  std::printf("%s: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n", isa.name);
+}
+
+// The sets that are named, all that the machine has where none is.
+std::vector<Isa> sets_named(const std::vector<std::string>& names) {
+  std::vector<Isa> all = jadam::instruction_sets(), found;
+  if (names.empty()) return all;
+  for (const std::string& name : names) {
+    const auto set = std::find_if(all.begin(), all.end(), [&](Isa x) { return name == x.name; });
+    if (set == all.end()) {
+      std::fprintf(stderr, "check: this processor does not have %s\n", name.c_str());
+      std::exit(2);
+    }
+    found.push_back(*set);
+  }
+  return found;
 }
 
 }  // namespace
 
-int main() {
-  check_templates(instruction_sets());
-  check_threads();
+// check [--short] [instruction set]...
+int main(int argc, char** argv) {
+  std::vector<std::string> names(argv + 1, argv + argc);
+  const bool is_short = !names.empty() && names[0] == "--short";
+  if (is_short) names.erase(names.begin());
+  const std::vector<Isa> isas = sets_named(names);
+  check_templates(isas, is_short);
+  for (const Isa& isa : isas) check_threads(isa, is_short ? 1 : 5);
 }
