@@ -33,11 +33,11 @@ check: ## what continuous integration runs: lint, then test, then check-native i
 	$(MAKE) check-native SHORT=1
 
 check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and with sanitizers; SHORT=1
-	@for sanitize in $(if $(SHORT),,"") address,undefined thread; do \
+	@PATH="$(abspath $(VENV)/bin):$$PATH"; for sanitize in $(if $(SHORT),,"") address,undefined thread; do \
 	  dir=build/native-$${sanitize:-plain}$(if $(SHORT),-short); \
-	  $(VENV)/bin/cmake -S tests/native -B $$dir -DSANITIZE=$$sanitize -DSHORT=$(SHORT) \
+	  cmake -S tests/native -B $$dir -DSANITIZE=$$sanitize -DSHORT=$(SHORT) \
 	    -DPython3_EXECUTABLE=$(abspath $(RUN)) && \
-	  $(VENV)/bin/cmake --build $$dir --target check --parallel && \
+	  cmake --build $$dir --target check --parallel && \
 	  $$dir/check $(if $(SHORT),--short) || exit 1; \
 	done
 

@@ -124,20 +124,26 @@ def test_the_kernel_is_the_same_step(nesterov, storage, dtypes, way):
                 compare_moved(x, y, p if way == "step" else None, p, g.dtype, storage, fuses(name))
             for x, y, start in zip(*map(jax.tree.leaves, (after, state, before)), strict=True):
                 x, y, start = map(np.asarray, (x, y, start))
-                if x.dtype == np.float32 and not fuses(name):
+                if jnp.issubdtype(x.dtype, jnp.floating) and not fuses(name):
                     compare_unfused(x, y, start)
                 else:
                     compare_stored(x, y)
 
 
 def compare_unfused(x, y, start):
-    """Float32 moments of which one was made without fused products.
+    """Moments in floats of which one was made without fused products.
 
     The product in m + (1 - b1)(g - m) is rounded before the sum, in which it may cancel m: two
-    units in the last place of the larger term.
+    units in the last place of the larger term. What is dithered may fall to either neighbour then.
     """
-    larger = np.maximum(np.abs(start), np.abs(y))
-    np.testing.assert_array_less(np.abs(x - y), 2 * 2.0**-23 * larger + 1e-37)
+    is_dithered = x.dtype != np.float32
+    if is_dithered:
+        assert np.sum(x != y) <= 1e-3 * x.size
+    x, y, start = (a.astype(np.float32) for a in (x, y, start))
+    allowed = 2 * 2.0**-23 * np.maximum(np.abs(start), np.abs(y))
+    allowed += 2.0**-7 * np.abs(y) if is_dithered else 0
+    # 2^-126: a subnormal number counts as 0.
+    np.testing.assert_array_less(np.abs(x - y), allowed + 2.0**-126)
 
 
 def compare_moved(x, y, start, p, g_dtype, storage, is_fused):
