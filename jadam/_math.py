@@ -440,7 +440,7 @@ class SlowDecay(NamedTuple):
         if warmup is None:
             return cls(end, t * end.log, 1.0)
         within = jnp.minimum(t, warmup)
-        start = 1 / jnp.asarray(b1.log, t.dtype)
+        start = jnp.where(b1.rate == 0, 0, 1 / jnp.asarray(b1.log, t.dtype))
         slope = (1 / end.log - start) / warmup
         log = 1 / (start + slope * within)
         shift = 1 + start / slope

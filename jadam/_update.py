@@ -300,8 +300,8 @@ def _check(
             where = jax.tree_util.keystr(path)
             if np.shape(x) != shape:
                 raise ValueError(
-                    f"grads{where}: expected a shape to which state.{moment.name}{where} of shape "
-                    f"{np.shape(x)} belongs, got {np.shape(g)}"
+                    f"grads{where}: expected shape {np.shape(x)} of state.{moment.name}{where}, "
+                    f"got {np.shape(g)}"
                 )
             if moment.is_first and jnp.iscomplexobj(g) and not jnp.iscomplexobj(x):
                 raise TypeError(

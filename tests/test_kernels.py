@@ -81,6 +81,7 @@ def test_an_option_that_the_kernel_does_not_know_keeps_it_away(monkeypatch):
     class Options(NamedTuple):
         decays: bool
         to_params: bool
+        weights: None = None
         masked: bool = True
 
         needs_params = _leaf.Options.needs_params

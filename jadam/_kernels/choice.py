@@ -132,6 +132,10 @@ def why_not() -> str | None:
 def kernels() -> dict[str, str]:
     """What computes a step on each platform, and why.
 
+    The kernel is there for several instruction sets: avx512, avx2 and, for any processor, baseline.
+    It takes the best that the processor has, or what the environment variable
+    JADAM_INSTRUCTION_SET names when the library is loaded.
+
     On a CPU the native kernel takes each leaf of which it has all features: the member, the dtypes,
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.

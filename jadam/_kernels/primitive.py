@@ -167,7 +167,7 @@ def _in_shards(*operands: Any, plan: Plan) -> Any:
 
 def _shared(packed: Array, count: Count) -> tuple[Array, ...]:
     """What the library takes beside leaves."""
-    return packed, jnp.asarray(cpu.tables()), increment(count).astype(jnp.uint32)
+    return packed, jnp.asarray(cpu.tables().view(np.float32)), increment(count).astype(jnp.uint32)
 
 
 def _call(plan: Plan, *operands: Any) -> Any:

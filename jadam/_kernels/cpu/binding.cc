@@ -1,6 +1,7 @@
 // The kernel behind jax.ffi: buffers to leaves, leaves to jobs, jobs to XLA's threads.
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -18,6 +19,9 @@ ffi::Error wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("jadam_step: " + what);
 }
 
+// The kernel in use; jadam_use_instruction_set changes it.
+std::atomic<Kernel> kernel_in_use{instruction_sets()[0].kernel};
+
 bool float_of(ffi::DataType dtype, Float& found) {
   if (dtype == ffi::DataType::F32) found = Float::kF32;
   if (dtype == ffi::DataType::BF16) found = Float::kBF16;
@@ -33,7 +37,7 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
   const auto tables = args.get<ffi::Buffer<ffi::F32>>(1);
   const auto count = args.get<ffi::Buffer<ffi::U32>>(2);
   if (!step.has_value() || !tables.has_value() || !count.has_value() ||
-      step->size_bytes() != sizeof(Step) || tables->size_bytes() != sizeof(Tables)) {
+      step->size_bytes() != sizeof(Numbers) || tables->size_bytes() != sizeof(Tables)) {
     return wrong("this library and this jadam are of different versions");
   }
   std::vector<Leaf> leaves;
@@ -71,12 +75,12 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
     leaf.v_out = (*rets.get<ffi::AnyBuffer>(3 * i + 2))->untyped_data();
     leaves.push_back(leaf);
   }
-  Step step_numbers;
+  Numbers step_numbers;
   Tables table_numbers;
   std::memcpy(&step_numbers, step->untyped_data(), sizeof step_numbers);
   std::memcpy(&table_numbers, tables->untyped_data(), sizeof table_numbers);
-  const auto work =
-      std::make_shared<Work>(std::move(leaves), step_numbers, table_numbers, *count->typed_data());
+  const auto work = std::make_shared<Work>(kernel_in_use.load(), std::move(leaves), step_numbers,
+                                           table_numbers, *count->typed_data());
   const int64_t helpers = std::min(threads.num_threads(), work->jobs()) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
     threads.Schedule([work] { work->take_jobs(); });
@@ -91,13 +95,27 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
 
 extern "C" int jadam_ffi_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-extern "C" const char* jadam_instruction_set() {
-  const jadam::Kernel kernel = jadam::choose_kernel();
-#if defined(JADAM_X86)
-  if (kernel == jadam::avx512::run) return "AVX-512";
-  if (kernel == jadam::avx2::run) return "AVX2";
-#endif
-  return kernel == jadam::baseline::run ? "baseline" : "";
+// The names of those that this processor has, the best first, with a blank between two.
+extern "C" const char* jadam_instruction_sets() {
+  static const std::string names = [] {
+    std::string names;
+    for (const auto& set : jadam::instruction_sets()) {
+      names += (names.empty() ? "" : " ") + std::string(set.name);
+    }
+    return names;
+  }();
+  return names.c_str();
+}
+
+// Takes this one for all steps to come. False where the processor does not have it.
+extern "C" bool jadam_use_instruction_set(const char* name) {
+  for (const auto& set : jadam::instruction_sets()) {
+    if (std::strcmp(name, set.name) == 0) {
+      jadam::kernel_in_use = set.kernel;
+      return true;
+    }
+  }
+  return false;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step_leaves,
