@@ -54,6 +54,18 @@ PROGRAMS = {
     "moments 8-bit codes": lambda: (
         *(jadam.adam(1e-2, **EIGHT_BITS, kernel="native"), "float32", "float32", "update"),
     ),
+    "weights compensated int8": lambda: (
+        *(jadam.compensated_weights(jadam.adam(1e-2, kernel="native")), "float32", "bfloat16"),
+        "update",
+    ),
+    "weights compensated int16": lambda: (
+        jadam.compensated_weights(jadam.adam(1e-2, kernel="native"), residual_dtype="int16"),
+        *("float32", "bfloat16", "update"),
+    ),
+    "weights stochastic bfloat16": lambda: (
+        *(jadam.stochastic_rounding(jadam.adam(1e-2, kernel="native")), "bfloat16", "bfloat16"),
+        "update",
+    ),
     "decays": lambda: (jadam.adamw(1e-2, kernel="native"), "float32", "float32", "update"),
     "to_params": lambda: (jadam.adam(1e-2, kernel="native"), "float32", "float32", "step"),
 }

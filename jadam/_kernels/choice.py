@@ -41,7 +41,8 @@ class Kernel:
 
     def is_faster(self, features: frozenset[str]) -> bool:
         """Whether it is also the faster form."""
-        return "to_params" in features or not features & self.slow_updates
+        is_update = not any(x == "to_params" or x.startswith("weights") for x in features)
+        return not (is_update and features & self.slow_updates)
 
 
 CPU = Kernel(
@@ -58,6 +59,9 @@ CPU = Kernel(
             "moments 8-bit codes",
             "decays",
             "to_params",
+            "weights compensated int8",
+            "weights compensated int16",
+            "weights stochastic bfloat16",
         ]
     ),
     # An update alone leaves as much memory to read again in either form, and XLA can fuse its own
@@ -72,7 +76,9 @@ def features_of(
     """All that a kernel must have to step a leaf. An option that is set is one feature each."""
     del extra
     gradient = jnp.result_type(g)
+    # Weights that stand for more than their 16 bits are stepped in float32.
     param = jnp.result_type(p) if options.needs_params else gradient
+    param = param if options.weights is None else jnp.dtype(jnp.float32)
     place = jax.typeof(g).sharding
     features = {
         f"member {rule.member.name}",

@@ -29,9 +29,8 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
             spec[-1] = None
         like_m = NamedSharding(mesh, PartitionSpec(*spec))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        places = [everywhere] * _SHARED + [
-            like_m if x.shape or not m.shape else everywhere for x in operands[_SHARED:]
-        ]
+        own = (like_m if x.shape or not m.shape else everywhere for x in operands[_SHARED:])
+        places = ((everywhere,) * _SHARED) + tuple(own)
         kept = 0 if options.weights is None else options.weights.kept
         return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments + kept), places
 

@@ -187,6 +187,7 @@ def _call(plan: Plan, *operands: Any) -> Any:
         *operands,
         decays=np.array([options.decays for options in plan.options], np.int32),
         writes_params=any(options.to_params for options in plan.options),
+        **cpu.weights_attributes([options.weights for options in plan.options]),
     )
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from numpy.polynomial import chebyshev
 from jadam import _math
 from jadam._kernels.coefficients import Coefficients
 from jadam._leaf import increment
+from jadam._masters import Compensated, Weights
 from jadam._members import Rule
 from jadam._storage import codes
 from jadam._storage.curve import Curve
@@ -139,6 +141,16 @@ def numbers_of(
         now_a=after.a,
         now_s=after.s,
     ).packed()
+
+
+def weights_attributes(weights: Sequence[Weights | None]) -> dict[str, np.ndarray]:
+    """How the parameters of some leaves lie, as the library's enum `Weights`, and their salts."""
+    names = ["None", "compensated int8", "compensated int16", "stochastic bfloat16"]
+    salts = [x.place if isinstance(x, Compensated) else 0 for x in weights]
+    return {
+        "weights": np.array([names.index(str(x)) for x in weights], np.int32),
+        "salts": np.array(salts, np.int32),
+    }
 
 
 @functools.cache

@@ -28,10 +28,12 @@ bool float_of(ffi::DataType dtype, Float& found) {
   return dtype == ffi::DataType::F32 || dtype == ffi::DataType::BF16;
 }
 
-// Operands: step, tables, count, then g, m, v and, where it is needed, p of each leaf. Results: p
-// or the update, m, v of each.
+// Operands: step, tables, count, then of each leaf g, m, v, where it is needed p, and where its
+// weights say so the residual and its dither's count, or two words of random bits. Results: of each
+// leaf p or the update, m, v and the residual.
 ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       ffi::Span<const int32_t> decays, bool writes_params) {
+                       ffi::Span<const int32_t> decays, bool writes_params,
+                       ffi::Span<const int32_t> weights, ffi::Span<const int32_t> salts) {
   constexpr size_t kFirst = 3;
   const auto step = args.get<ffi::Buffer<ffi::F32>>(0);
   const auto tables = args.get<ffi::Buffer<ffi::F32>>(1);
@@ -41,14 +43,29 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
     return wrong("this library and this jadam are of different versions");
   }
   std::vector<Leaf> leaves;
-  size_t arg = kFirst;
+  size_t arg = kFirst, ret = 0;
   for (size_t i = 0; i < decays.size(); ++i) {
-    const bool has_params = writes_params || decays[i];
     Leaf leaf{};
+    leaf.weights = Weights(weights[i]);
+    const bool has_params = writes_params || decays[i] || leaf.weights != Weights::kPlain;
     ffi::AnyBuffer buffers[4] = {*args.get<ffi::AnyBuffer>(arg), *args.get<ffi::AnyBuffer>(arg + 1),
                                  *args.get<ffi::AnyBuffer>(arg + 2),
                                  *args.get<ffi::AnyBuffer>(has_params ? arg + 3 : arg)};
     arg += has_params ? 4 : 3;
+    const size_t out = ret;
+    ret += 3;
+    if (leaf.weights == Weights::kStochastic) {
+      const auto words = args.get<ffi::AnyBuffer>(arg++);
+      std::memcpy(leaf.words, words->untyped_data(), sizeof leaf.words);
+    } else if (leaf.weights != Weights::kPlain) {
+      leaf.residual = args.get<ffi::AnyBuffer>(arg++)->untyped_data();
+      leaf.residual_out = (*rets.get<ffi::AnyBuffer>(ret++))->untyped_data();
+      if (leaf.weights == Weights::kCompensated8) {
+        uint32_t made;
+        std::memcpy(&made, args.get<ffi::AnyBuffer>(arg++)->untyped_data(), sizeof made);
+        leaf.phase = made * kStep + uint32_t(salts[i]) * kSalt;
+      }
+    }
     const auto [g, m, v, p] = buffers;
     leaf.is_coded = m.element_type() == ffi::DataType::U16;
     const bool known =
@@ -59,9 +76,9 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
     const auto dims = g.dimensions();
     const int64_t size = int64_t(g.element_count());
     if (size == 0) continue;
-    // Lanes and blocks count along the last axis; all-float32 leaves have neither.
-    const bool is_flat =
-        !leaf.is_coded && leaf.m_dtype == Float::kF32 && leaf.v_dtype == Float::kF32;
+    // Lanes and blocks count along the last axis; where nothing is dithered by them there are none.
+    const bool is_flat = !leaf.is_coded && leaf.m_dtype == Float::kF32 &&
+                         leaf.v_dtype == Float::kF32 && leaf.weights != Weights::kCompensated8;
     leaf.n = is_flat || dims.size() == 0 ? size : dims.back();
     leaf.rows = size / leaf.n;
     leaf.decays = decays[i];
@@ -70,9 +87,9 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
     leaf.m = m.untyped_data();
     leaf.v = v.untyped_data();
     leaf.p = has_params ? p.untyped_data() : nullptr;
-    leaf.out = (*rets.get<ffi::AnyBuffer>(3 * i))->untyped_data();
-    leaf.m_out = (*rets.get<ffi::AnyBuffer>(3 * i + 1))->untyped_data();
-    leaf.v_out = (*rets.get<ffi::AnyBuffer>(3 * i + 2))->untyped_data();
+    leaf.out = (*rets.get<ffi::AnyBuffer>(out))->untyped_data();
+    leaf.m_out = (*rets.get<ffi::AnyBuffer>(out + 1))->untyped_data();
+    leaf.v_out = (*rets.get<ffi::AnyBuffer>(out + 2))->untyped_data();
     leaves.push_back(leaf);
   }
   Numbers step_numbers;
@@ -124,4 +141,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step_leaves,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<xla::ffi::Span<const int32_t>>("decays")
-                                  .Attr<bool>("writes_params"));
+                                  .Attr<bool>("writes_params")
+                                  .Attr<xla::ffi::Span<const int32_t>>("weights")
+                                  .Attr<xla::ffi::Span<const int32_t>>("salts"));

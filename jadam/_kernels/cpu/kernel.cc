@@ -536,12 +536,179 @@ void run_member(const Leaf& leaf, Range range, const Numbers& s, const Tables& t
                                  : run_params<Member, BF16, BF16>)(leaf, range, s, tables, dithers);
 }
 
+void run_plain(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+               const Dithers& dithers) {
+  (s.g_weight != 0 ? run_member<Adam<true>> : run_member<Adam<false>>)(leaf, range, s, tables,
+                                                                       dithers);
+}
+
+// ---- _masters.py, number by number: the compiler makes vectors of these loops
+
+constexpr int32_t kSign = INT32_MIN, kLargest = 0x7F7F;
+
+inline float float_of(int32_t b) { return bits<float>(b); }
+inline int32_t bits_of(float x) { return bits<int32_t>(x); }
+inline bool is_finite(int32_t b) { return (b & 0x7F800000) != 0x7F800000; }
+inline int32_t size_of(int32_t order) { return order < 0 ? -order : order; }
+
+// float32's numbers in their order.
+inline int32_t ordered(int32_t b) {
+  const int32_t sign = b >> 31;
+  return ((b & ~kSign) ^ sign) - sign;
+}
+
+// The bits of the bfloat16 nearest to x, in the upper half.
+inline int32_t nearest(float x) {
+  const uint32_t b = bits<uint32_t>(x);
+  const uint32_t near = b + (((b >> 16) & 1u) + 0x7FFFu);
+  return int32_t((x == x ? near : b | 0x400000u) & 0xFFFF0000u);
+}
+
+// u with x + u = target; -0 where nothing moves.
+inline float difference(float target, float x) {
+  const float max = 0x1.fffffep127f;
+  float moved = target - x;
+  moved = moved < -max ? -max : moved > max ? max : moved;
+  moved = is_finite(bits_of(target)) ? moved : target;
+  return bits_of(target) == bits_of(x) ? -0.0f : moved;
+}
+
+template <class R>
+void expand(const BF16* p, const R* residual, int64_t n, float* master) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t b = int32_t(uint32_t(p[i].bits) << 16);
+    const int32_t order = ordered(b) + int32_t(residual[i]) * (1 << kShift);
+    const int32_t joined = size_of(order) | ((order == 0 ? b : order) & kSign);
+    master[i] = float_of(is_finite(b) ? joined : b);
+  }
+}
+
+// The update that takes p to the bfloat16 nearest to the master, and the residual there.
+template <class R>
+void split(const float* master, const BF16* p, R* residual, int64_t n, uint32_t phase,
+           float* update) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t b = bits_of(master[i]);
+    const float x = float_of(int32_t(uint32_t(p[i].bits) << 16));
+    const bool finite = is_finite(b);
+    int32_t order = ordered(b);
+    if (kShift > 0) {
+      order += int32_t((uint32_t(i % kBlock) * kLane + phase) >> (kShift > 0 ? 32 - kShift : 0));
+    }
+    int32_t upper = (order + 0x8000) >> 16;
+    upper = upper < -kLargest ? -kLargest : upper > kLargest ? kLargest : upper;
+    const int32_t target = int32_t(uint32_t(size_of(upper)) << 16) | (b & kSign);
+    update[i] = difference(float_of(finite ? target : b), x);
+    const int32_t landed = ordered(nearest(x + update[i]));
+    const int32_t low = landed - 0x8000, high = landed + 0x7FFF;
+    order = order < low ? low : order > high ? high : order;
+    residual[i] = R(finite ? (order - landed) >> kShift : 0);
+  }
+}
+
+// The update to one of the two neighbours of the master; `first` is the place of the first number.
+inline void round_randomly(const float* master, const BF16* p, int64_t n, uint32_t first,
+                           const uint32_t (&words)[2], float* update) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t random = first + uint32_t(i);
+    for (const uint32_t word : words) {
+      random ^= word;
+      random = (random ^ (random >> 16)) * 0x7FEB352Du;
+      random = (random ^ (random >> 15)) * 0x846CA68Bu;
+      random ^= random >> 16;
+    }
+    const int32_t b = bits_of(master[i]);
+    const float size = float_of(b & ~kSign);
+    const float step = float_of(b & 0x7F800000) * 0x1p-7f;
+    const float s = step > 0x1p-126f ? step : 0x1p-126f;
+    const float steps = size / s, below = __builtin_floorf(steps);
+    const float up = float(int32_t(random >> 8)) * 0x1p-24f < steps - below ? 1.0f : 0.0f;
+    const int32_t rounded = (bits_of((below + up) * s) & ~kSign) | (b & kSign);
+    const bool in_range = (b & ~kSign) <= (kLargest << 16);
+    const float target = float_of(in_range ? rounded : nearest(master[i]));
+    update[i] = difference(target, float_of(int32_t(uint32_t(p[i].bits) << 16)));
+  }
+}
+
+// n numbers of a dtype from place i on.
+inline const void* at(const void* x, Float dtype, int64_t i) {
+  return static_cast<const char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
+}
+inline void* at(void* x, Float dtype, int64_t i) {
+  return static_cast<char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
+}
+
+// A leaf of weights that stand for more than their 16 bits: some blocks at a time, the weights go
+// through memory that stays in the cache, and are stepped there in float32.
+void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+                 const Dithers& dithers) {
+  const int64_t in_row = leaf.blocks_in_row();
+  const auto* p = static_cast<const BF16*>(leaf.p);
+  alignas(64) float master[kGroup * kBlock], gradient[kGroup * kBlock], update[kGroup * kBlock];
+  for (int64_t block = range.begin, count; block < range.end; block += count) {
+    const int64_t row = block / in_row, in = block % in_row;
+    count = range.end - block < kGroup ? range.end - block : kGroup;
+    count = in_row - in < count ? in_row - in : count;
+    const int64_t i = row * leaf.n + in * kBlock;
+    const int64_t rest = leaf.n - in * kBlock, n = count * kBlock < rest ? count * kBlock : rest;
+    if (leaf.weights == Weights::kCompensated8) {
+      expand(p + i, static_cast<const int8_t*>(leaf.residual) + i, n, master);
+    } else if (leaf.weights == Weights::kCompensated16) {
+      expand(p + i, static_cast<const int16_t*>(leaf.residual) + i, n, master);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        master[j] = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
+      }
+    }
+    Leaf part = leaf;
+    part.rows = 1;
+    part.n = n;
+    part.g = at(leaf.g, leaf.g_dtype, i);
+    if (leaf.g_dtype == Float::kBF16) {
+      const auto* g = static_cast<const BF16*>(part.g);
+      for (int64_t j = 0; j < n; ++j) {
+        gradient[j] = float_of(int32_t(uint32_t(g[j].bits) << 16));
+      }
+      part.g = gradient;
+      part.g_dtype = Float::kF32;
+    }
+    const Float m_dtype = leaf.is_coded ? Float::kBF16 : leaf.m_dtype;  // codes have 16 bits too
+    const Float v_dtype = leaf.is_coded ? Float::kBF16 : leaf.v_dtype;
+    const int64_t of_v = leaf.is_coded ? block : i;
+    part.m = at(leaf.m, m_dtype, i);
+    part.m_out = at(leaf.m_out, m_dtype, i);
+    part.v = at(leaf.v, v_dtype, of_v);
+    part.v_out = at(leaf.v_out, v_dtype, of_v);
+    part.p = part.out = master;
+    part.p_dtype = Float::kF32;
+    part.writes_params = true;
+    run_plain(part, {0, count}, s, tables, dithers);
+    if (leaf.weights == Weights::kCompensated8) {
+      split(master, p + i, static_cast<int8_t*>(leaf.residual_out) + i, n, leaf.phase, update);
+    } else if (leaf.weights == Weights::kCompensated16) {
+      split(master, p + i, static_cast<int16_t*>(leaf.residual_out) + i, n, 0, update);
+    } else {
+      round_randomly(master, p + i, n, uint32_t(i), leaf.words, update);
+    }
+    if (leaf.writes_params) {
+      auto* out = static_cast<BF16*>(leaf.out) + i;
+      for (int64_t j = 0; j < n; ++j) {
+        const float x = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
+        out[j].bits = uint16_t(uint32_t(nearest(x + update[j])) >> 16);
+      }
+    } else {
+      std::memcpy(static_cast<float*>(leaf.out) + i, update, n * sizeof(float));
+    }
+  }
+}
+
 }  // namespace
 
 void run(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
          const Dithers& dithers) {
-  (s.g_weight != 0 ? run_member<Adam<true>> : run_member<Adam<false>>)(leaf, range, s, tables,
-                                                                       dithers);
+  (leaf.weights == Weights::kPlain ? run_plain : run_weights)(leaf, range, s, tables, dithers);
 }
 
 }  // namespace JADAM_ISA

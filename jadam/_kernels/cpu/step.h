@@ -7,6 +7,9 @@ namespace jadam {
 
 constexpr int64_t kBlock = 128;  // as codes.BLOCK
 
+// Of the dithers, as _rounding.STEP and beside it.
+constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
+
 // One step's numbers, by the names in cpu.Numbers.
 struct Numbers {
   float complement1;  // 1 - b1
@@ -55,6 +58,10 @@ struct Dithers {
 
 enum class Float { kF32, kBF16 };
 
+// How a parameter lies between two steps: as it is, or in bfloat16 with a residual of 8 or 16 bits,
+// or in bfloat16 rounded randomly. The numbers of cpu.weights_attributes.
+enum class Weights : int32_t { kPlain, kCompensated8, kCompensated16, kStochastic };
+
 // One leaf: rows of n numbers, each row in blocks of 128. Where an output aliases its input the
 // two pointers are equal.
 struct Leaf {
@@ -65,6 +72,11 @@ struct Leaf {
   bool writes_params;  // p + update, else the update alone
   const void *g, *p, *m, *v;
   void *out, *m_out, *v_out;
+  Weights weights;
+  const void* residual;
+  void* residual_out;
+  uint32_t phase;     // of the dither of an 8-bit residual
+  uint32_t words[2];  // of random bits
 
   int64_t blocks_in_row() const { return (n + kBlock - 1) / kBlock; }
   int64_t blocks() const { return rows * blocks_in_row(); }

@@ -43,7 +43,6 @@ inline std::vector<InstructionSet> instruction_sets() {
 
 // _rounding.weyl of a block's lanes at step `count`.
 inline Dithers dithers_of(uint32_t count) {
-  constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
   Dithers dithers;
   for (uint32_t salt = 0; salt < 2; ++salt) {
     for (uint32_t i = 0; i < kBlock; ++i) {
