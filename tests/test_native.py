@@ -704,3 +704,30 @@ def test_a_wrong_kernel_is_refused():
         ValueError, match="kernel: expected one of 'auto', 'xla', 'native', got 'c'"
     ):
         jadam.adam(1e-3, kernel="c")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("shape", "wrapper"), [((64, 768), None), ((16,), None), ((8, 200), "int8")], ids=str
+)
+def test_rows_that_are_cut_within_a_block_need_no_communication(shape, wrapper):
+    """Dithers go by the place in the row: each device knows where its shard of it begins."""
+    tx = jadam.adamw(1e-2, mu_dtype="bfloat16", nu_dtype="bfloat16", kernel="native")
+    dtype = jnp.float32
+    if wrapper:
+        tx, dtype = WRAPPERS[wrapper](tx), jnp.bfloat16
+    mesh = Mesh(np.array(jax.devices()), "x")
+    where = NamedSharding(mesh, P(*[None] * (len(shape) - 1), "x"))
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    sharded = jax.device_put(g, where)
+    shardings = jadam.sharding.state_shardings(tx, sharded)
+    state = jax.jit(tx.init, out_shardings=shardings)(sharded)
+    step = jax.jit(tx.step)
+    program = step.lower(sharded, state, sharded).compile().as_text()
+    assert "jadam_step" in program
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in program
+    one, many = (g, tx.init(g)), (sharded, state)
+    for _ in range(2):
+        one, many = step(g, one[1], one[0]), step(sharded, many[1], many[0])
+    jax.tree.map(np.testing.assert_array_equal, many, one)

@@ -18,6 +18,7 @@ from jadam._kernels.jax_internals import Place
 from jadam._kernels.partitioning import partitioned
 from jadam._leaf import Options, Stepped, increment, leaf_step
 from jadam._members import Rule
+from jadam._storage import BLOCK
 from jadam._types import Count, Number, Scalar
 
 # More leaves in one call compile slowly, fewer cost a call each.
@@ -148,12 +149,12 @@ def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
 
 def _in_kernel(*operands: Any, plan: Plan) -> Any:
     """The call of the library."""
-    return _call(plan, *_shared(*operands[:2]), *operands[2 + plan.arrays :])
+    return _call(plan, *_shared(*operands[:2], shards=1), *operands[2 + plan.arrays :])
 
 
-def _in_shards(*operands: Any, plan: Plan) -> Any:
+def _in_shards(*operands: Any, plan: Plan, devices: int) -> Any:
     """A call for each leaf, by each device for its shard."""
-    before, shared = operands[: 2 + plan.arrays], _shared(*operands[:2])
+    before, shared = operands[: 2 + plan.arrays], _shared(*operands[:2], shards=devices)
     results = []
     leaves = plan.leaves(operands[len(before) :])
     for leaf, options in zip(leaves, plan.options, strict=True):
@@ -165,13 +166,19 @@ def _in_shards(*operands: Any, plan: Plan) -> Any:
     return results
 
 
-def _shared(packed: Array, count: Count) -> tuple[Array, ...]:
-    """What the library takes beside leaves."""
-    return packed, jnp.asarray(cpu.tables().view(np.float32)), increment(count).astype(jnp.uint32)
+def _shared(packed: Array, count: Count, *, shards: int) -> tuple[Array, ...]:
+    """What the library takes beside leaves, with a number for each shard that a row may have.
+
+    Divided as the rows are, it tells a device where its shard begins.
+    """
+    tables, t = cpu.tables().view(np.float32), increment(count).astype(jnp.uint32)
+    return packed, jnp.asarray(tables), t, jnp.arange(shards, dtype=jnp.uint32)
 
 
 def _call(plan: Plan, *operands: Any) -> Any:
-    shared, operands = operands[:3], operands[3:]
+    (*shared, shards), operands = operands[:4], operands[4:]
+    row = operands[0].shape[-1] if len(plan.options) == 1 and operands[0].shape else 0
+    shared = (*shared, shards[0] // np.uint32(shards.size) * np.uint32(row % BLOCK) % BLOCK)
     like = plan.like(operands)
     place = {id(x): i for i, x in enumerate(operands, len(shared))}
     call = jax.ffi.ffi_call(
@@ -204,9 +211,10 @@ def _batched(operands: Any, axes: Any, *, plan: Plan) -> Any:
     return results, (0,) * len(results)
 
 
-def _form_on_cpu(place: Place) -> Callable[..., Any]:
+def _form_on_cpu(place: Place, devices: int) -> Callable[..., Any]:
     """The kernel, in shards where arrays are divided; XLA's form where devices are unknown."""
-    forms = {Place.ONE_DEVICE: _in_kernel, Place.DIVIDED: _in_shards, Place.UNKNOWN: _in_xla}
+    in_shards = functools.partial(_in_shards, devices=devices)
+    forms = {Place.ONE_DEVICE: _in_kernel, Place.DIVIDED: in_shards, Place.UNKNOWN: _in_xla}
     return forms[place]
 
 

@@ -28,17 +28,18 @@ bool float_of(ffi::DataType dtype, Float& found) {
   return dtype == ffi::DataType::F32 || dtype == ffi::DataType::BF16;
 }
 
-// Operands: step, tables, count, then of each leaf g, m, v, where it is needed p, and where its
+// Operands: numbers, tables, count, the lane at which rows begin, then of each leaf g, m, v, where it is needed p, and where its
 // weights say so the residual and its dither's count, or two words of random bits. Results: of each
 // leaf p or the update, m, v and the residual.
 ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Span<const int32_t> decays, bool writes_params,
                        ffi::Span<const int32_t> weights, ffi::Span<const int32_t> salts) {
-  constexpr size_t kFirst = 3;
+  constexpr size_t kFirst = 4;
   const auto step = args.get<ffi::Buffer<ffi::F32>>(0);
   const auto tables = args.get<ffi::Buffer<ffi::F32>>(1);
   const auto count = args.get<ffi::Buffer<ffi::U32>>(2);
-  if (!step.has_value() || !tables.has_value() || !count.has_value() ||
+  const auto lane = args.get<ffi::Buffer<ffi::U32>>(3);
+  if (!step.has_value() || !tables.has_value() || !count.has_value() || !lane.has_value() ||
       step->size_bytes() != sizeof(Numbers) || tables->size_bytes() != sizeof(Tables)) {
     return wrong("this library and this jadam are of different versions");
   }
@@ -47,6 +48,7 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
   for (size_t i = 0; i < decays.size(); ++i) {
     Leaf leaf{};
     leaf.weights = Weights(weights[i]);
+    leaf.first_lane = *lane->typed_data();
     const bool has_params = writes_params || decays[i] || leaf.weights != Weights::kPlain;
     ffi::AnyBuffer buffers[4] = {*args.get<ffi::AnyBuffer>(arg), *args.get<ffi::AnyBuffer>(arg + 1),
                                  *args.get<ffi::AnyBuffer>(arg + 2),
@@ -97,7 +99,8 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
   std::memcpy(&step_numbers, step->untyped_data(), sizeof step_numbers);
   std::memcpy(&table_numbers, tables->untyped_data(), sizeof table_numbers);
   const auto work = std::make_shared<Work>(kernel_in_use.load(), std::move(leaves), step_numbers,
-                                           table_numbers, *count->typed_data());
+                                           table_numbers, *count->typed_data(),
+                                           *lane->typed_data());
   const int64_t helpers = std::min(threads.num_threads(), work->jobs()) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
     threads.Schedule([work] { work->take_jobs(); });

@@ -587,7 +587,7 @@ void expand(const BF16* p, const R* residual, int64_t n, float* master) {
 // The update that takes p to the bfloat16 nearest to the master, and the residual there.
 template <class R>
 void split(const float* master, const BF16* p, R* residual, int64_t n, uint32_t phase,
-           float* update) {
+           uint32_t first_lane, float* update) {
   constexpr int kShift = 16 - 8 * int(sizeof(R));
   for (int64_t i = 0; i < n; ++i) {
     const int32_t b = bits_of(master[i]);
@@ -595,7 +595,8 @@ void split(const float* master, const BF16* p, R* residual, int64_t n, uint32_t 
     const bool finite = is_finite(b);
     int32_t order = ordered(b);
     if (kShift > 0) {
-      order += int32_t((uint32_t(i % kBlock) * kLane + phase) >> (kShift > 0 ? 32 - kShift : 0));
+      const uint32_t lane = (first_lane + uint32_t(i)) % kBlock;
+      order += int32_t((lane * kLane + phase) >> (kShift > 0 ? 32 - kShift : 0));
     }
     int32_t upper = (order + 0x8000) >> 16;
     upper = upper < -kLargest ? -kLargest : upper > kLargest ? kLargest : upper;
@@ -686,9 +687,10 @@ void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& 
     part.writes_params = true;
     run_plain(part, {0, count}, s, tables, dithers);
     if (leaf.weights == Weights::kCompensated8) {
-      split(master, p + i, static_cast<int8_t*>(leaf.residual_out) + i, n, leaf.phase, update);
+      split(master, p + i, static_cast<int8_t*>(leaf.residual_out) + i, n, leaf.phase,
+            leaf.first_lane, update);
     } else if (leaf.weights == Weights::kCompensated16) {
-      split(master, p + i, static_cast<int16_t*>(leaf.residual_out) + i, n, 0, update);
+      split(master, p + i, static_cast<int16_t*>(leaf.residual_out) + i, n, 0, 0, update);
     } else {
       round_randomly(master, p + i, n, uint32_t(i), leaf.words, update);
     }

@@ -76,6 +76,7 @@ struct Leaf {
   const void* residual;
   void* residual_out;
   uint32_t phase;     // of the dither of an 8-bit residual
+  uint32_t first_lane;  // at which each row begins, where a leaf is divided along its rows
   uint32_t words[2];  // of random bits
 
   int64_t blocks_in_row() const { return (n + kBlock - 1) / kBlock; }

@@ -42,11 +42,12 @@ inline std::vector<InstructionSet> instruction_sets() {
 }
 
 // _rounding.weyl of a block's lanes at step `count`.
-inline Dithers dithers_of(uint32_t count) {
+inline Dithers dithers_of(uint32_t count, uint32_t first_lane) {
   Dithers dithers;
   for (uint32_t salt = 0; salt < 2; ++salt) {
     for (uint32_t i = 0; i < kBlock; ++i) {
-      const uint32_t weyl = i * kLane + count * kStep + salt * kSalt;
+      const uint32_t lane = (first_lane + i) % kBlock;
+      const uint32_t weyl = lane * kLane + count * kStep + salt * kSalt;
       dithers.upper[salt][i] = weyl >> 16;
       dithers.unit[salt][i] = float(weyl >> 9) * 0x1p-23f;
     }
@@ -93,12 +94,12 @@ struct Part {
 class Work {
  public:
   Work(Kernel kernel, std::vector<Leaf> leaves, const Numbers& step, const Tables& tables,
-       uint32_t count)
+       uint32_t count, uint32_t first_lane = 0)
       : kernel_(kernel),
         leaves_(std::move(leaves)),
         step_(step),
         tables_(tables),
-        dithers_(dithers_of(count)) {
+        dithers_(dithers_of(count, first_lane)) {
     int64_t in_job = kBlocksInJob;
     for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
       const int64_t blocks = leaves_[i].blocks();
