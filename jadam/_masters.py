@@ -6,7 +6,7 @@ Either a residual keeps what the rounding took, or the rounding is random and ri
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ _LARGEST = 0x7F7F  # the upper half of the bits of bfloat16's largest finite num
 _SIGN = np.int32(-(2**31))
 
 
+@runtime_checkable
 class Weights(Protocol):
     """How a parameter lies between two steps, and what else belongs to it."""
 

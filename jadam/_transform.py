@@ -5,7 +5,6 @@ namesake, an `AdamState` where optax has its `ScaleByAdamState`, so that a progr
 into the state finds everything in its place, and a checkpoint of one restores into the other.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,7 +47,9 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         [0.9990000128746033, 2.000999927520752]
         """
         if isinstance(self.update, FusedUpdate):
-            moved, state, _ = self.update.move(grads, state, params, to_params=True, **extra_args)
+            moved, state, _ = self.update.move(
+                grads, state, params, to_params=True, extra_args=extra_args
+            )
             return moved, state
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
@@ -59,7 +60,8 @@ class FusedUpdate:
     """An `update` that can also make the whole step.
 
     Attributes:
-        move: `(grads, state, params, *, to_params, weights=None) -> Advanced`, as in `advance`.
+        move: `(grads, state, params, *, to_params, extra_args, weights=None) -> Advanced`, as in
+            `advance`; the extra arguments of optax are for a transformation inside.
     """
 
     move: Callable[..., Advanced]
@@ -67,7 +69,7 @@ class FusedUpdate:
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        moved, state, _ = self.move(updates, state, params, to_params=False, **extra_args)
+        moved, state, _ = self.move(updates, state, params, to_params=False, extra_args=extra_args)
         return moved, state
 
 
@@ -96,7 +98,10 @@ def _transformation(
 
     kernel = choice.checked(kernel)
 
-    def move(grads: PyTree, state: Any, params: PyTree, **form: Any) -> Advanced:
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, extra_args: Any = None, **form: Any
+    ) -> Advanced:
+        del extra_args
         if not (isinstance(state, (tuple, list)) and len(state) == 1 + len(followers)):
             raise TypeError(
                 f"state: expected the tuple of {1 + len(followers)} states that init made, got "
@@ -141,12 +146,14 @@ def scale_by_adam(
     ...     optax.clip_by_global_norm(1.0), jadam.scale_by_adam(), optax.scale(-1e-3)
     ... )
     """
-    move = functools.partial(
-        advance,
-        adam_rule(b1, b2, eps, eps_root, nesterov),
-        learning_rate=-1.0,
-        kernel=choice.checked(kernel),
-    )
+    rule, kernel = adam_rule(b1, b2, eps, eps_root, nesterov), choice.checked(kernel)
+
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, extra_args: Any = None, **form: Any
+    ) -> Advanced:
+        del extra_args
+        return advance(rule, grads, state, params, learning_rate=-1.0, kernel=kernel, **form)
+
     init = initializer(ADAM, mu_dtype, nu_dtype, min_size)
     return FusedTransformation(init, FusedUpdate(move))
 

@@ -232,7 +232,8 @@ def advance(
     leaves, structure = jax.tree.flatten(grads)
     needed = decays or to_params or weights is not None
     given = jax.tree.leaves(params) if needed else [None] * len(leaves)
-    kinds, extra = zip(*(x or (None, ()) for x in weights or [None] * len(leaves)), strict=True)
+    lying = [x or (None, ()) for x in weights or [None] * len(leaves)]
+    kinds, extra = [kind for kind, _ in lying], [belongs for _, belongs in lying]
     seen = (p if k is None else k.load(p, x) for k, p, x in zip(kinds, given, extra, strict=True))
     decaying = _decaying(structure.unflatten(seen), mask) if decays else [False] * len(leaves)
     options = [Options(d, to_params, k) for d, k in zip(decaying, kinds, strict=True)]

@@ -212,7 +212,7 @@ def compensated_weights(
         )
 
     def move(
-        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, **extra_args: Any
+        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
         _check_update(grads, params, "compensated_weights")
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
@@ -314,7 +314,7 @@ def stochastic_rounding(
         return StochasticRoundingState(_words(key), transformation.init(_widened(params)))
 
     def move(
-        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, **extra_args: Any
+        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
         _check_update(grads, params, "stochastic_rounding")
         _narrow_leaves(params, supported, "stochastic_rounding")
