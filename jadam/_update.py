@@ -277,7 +277,11 @@ def _check(
         _validate.same_nodes("grads", grads, f"state.{moment.name}", tree)
     leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
     for (path, g), *row in zip(leaves, *map(jax.tree.leaves, stored), strict=True):
-        shapes = storage_of(member.moments, row).shapes(np.shape(g))
+        storage = storage_of(member.moments, row)
+        for name, expected in storage.unfit.items():
+            place = f"state.{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{place}: expected {expected}; jadam.migrate.cast_like widens it")
+        shapes = storage.shapes(np.shape(g))
         for moment, x, shape in zip(member.moments, row, shapes, strict=True):
             where = jax.tree_util.keystr(path)
             if np.shape(x) != shape:

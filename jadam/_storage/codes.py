@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped, UInt16
 from numpy.polynomial import chebyshev
 
-from jadam._math import Equations, Relation, limit_range
+from jadam._math import Equations, Relation, largest_gradient, limit_range
 from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
 from jadam._storage.curve import Curve
@@ -72,6 +72,7 @@ class EightBitCodes:
     moments: tuple[Moment, ...]
     has_numbers = False
     name = "8-bit codes"
+    largest_gradient = largest_gradient(jnp.dtype(jnp.float32))
 
     @property
     def _roles(self) -> list[Role]:
@@ -98,6 +99,11 @@ class EightBitCodes:
         """The further moments, which have arrays of their own."""
         pair = (self._first, self._second)
         return {i: role for i, role in enumerate(self._roles) if i not in pair}
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """Nothing: any moment has a code."""
+        return {}
 
     @staticmethod
     def holds(stored: Sequence[Any]) -> bool:
@@ -160,7 +166,7 @@ class EightBitCodes:
         largest = jnp.where(code > 0, largest**related.power, 0)
         g_largest = _block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
         before = [jnp.zeros_like(largest) if r is Role.FIRST else largest for r in self._roles]
-        _, after = now(limit_range(g_largest), *before)
+        _, after = now(limit_range(g_largest, self.largest_gradient), *before)
         # What falls below the block's range stays on its lowest level while it is fed.
         fed = jnp.where(g == 0, 0, 1)
         return self._encode(moments, after[self._second], fed, related, count)
@@ -173,7 +179,8 @@ class EightBitCodes:
         moments[self._second] = v
         # Half a level lower: then a block's top is the level nearest to its largest root.
         root = (jnp.sqrt(v) if relation.power == 2 else v) * 2.0 ** (-1 / (2 * _PER_OCTAVE))
-        bound = limit_range(_block_max(root, _finite_size)) ** relation.power
+        largest = limit_range(_block_max(root, _finite_size), self.largest_gradient)
+        bound = largest**relation.power
         return self._encode(moments, bound, jnp.where(root == 0, 0, 1), relation, None)
 
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
