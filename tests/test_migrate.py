@@ -30,7 +30,8 @@ from jax.sharding import PartitionSpec as P
 from trajectories import generate
 
 import jadam
-from jadam import _foreign, migrate
+from jadam import migrate
+from jadam.migrate import _foreign
 
 STEPS = optimizer_states.STEPS
 GRADIENTS = generate.gradients(2 * STEPS)
