@@ -413,8 +413,10 @@ def radam(
     c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
     look_ahead = momentum(d1, t, None)
     rho = sma_length(d2, t)
-    tractable = rho >= jnp.asarray(threshold, t.dtype)
-    r = jnp.sqrt(jnp.where(tractable, rectification(rho, 2 / d2.complement - 1), 1))
+    limit = 2 / d2.complement - 1
+    # For b2 <= 0.6 ρ∞ is not above 4, where no variance is defined; ρₜ may be rounded up to it.
+    tractable = jnp.logical_and(rho >= jnp.asarray(threshold, t.dtype), limit > 4)
+    r = jnp.sqrt(jnp.where(tractable, rectification(rho, limit), 1))
 
     def equations(g: Number, m: Number, v: Real) -> tuple[Number, tuple[Number, Real]]:
         m = average(m, g, d1)
@@ -453,8 +455,11 @@ class SlowDecay(NamedTuple):
         start = 1 / jnp.asarray(b1.log, t.dtype)
         slope = (1 / end.log - start) / warmup
         log = 1 / (start + slope * within)
-        shift = 1 + start / slope
-        passed = (digamma(within + shift) - digamma(shift)) / slope
+        is_flat = slope == 0  # b3 is b1
+        divisor = jnp.where(is_flat, 1, slope)
+        shift = 1 + start / divisor
+        grown = (digamma(within + shift) - digamma(shift)) / divisor
+        passed = jnp.where(is_flat, within * end.log, grown)
         now = Decay(jnp.exp(log), -jnp.expm1(log), log)
         return cls(now, passed + (t - within) * end.log, within / warmup)
 

@@ -212,13 +212,14 @@ def advance(
     With `to_params` the first result is the new parameters in place of the updates.
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
+    whole, params = params, _validate.where_given(params, grads)
     _check(rule.member, grads, state, params, decays, to_params)
     learning_rate = _validate.at_count("learning_rate", learning_rate, state.count)
     weight_decay = _validate.at_count("weight_decay", weight_decay, state.count)
 
     leaves, structure = jax.tree.flatten(grads)
     given = jax.tree.leaves(params) if decays or to_params else [None] * len(leaves)
-    decaying = _decaying(params, mask) if decays else [False] * len(leaves)
+    decaying = decaying_leaves(params, mask) if decays else [False] * len(leaves)
     options = [Options(decays=decays, to_params=to_params) for decays in decaying]
     stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
     rows = list(zip(leaves, given, options, stored, strict=True))
@@ -233,6 +234,8 @@ def advance(
         for (g, p, options, stored), is_native in zip(rows, native, strict=True)
     ]
     moved = structure.unflatten([first for first, *_ in results])
+    if to_params:
+        moved = _with_frozen(moved, whole)
     kept = [moments for _, *moments in results]
     return moved, rule.member.state_of(increment(state.count), structure, kept)
 
@@ -247,11 +250,23 @@ def _through_kernel(*args: Any) -> list[Any]:
     return primitive.through_kernel(*numbers, leaves)
 
 
-def _decaying(params: PyTree, mask: Mask) -> list[bool]:
-    """Which leaves decay."""
+def _with_frozen(moved: PyTree, params: PyTree) -> PyTree:
+    """The new parameters, and those without a gradient as they were."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, moved, params, is_leaf=lambda x: x is None
+    )
+
+
+def decaying_leaves(params: PyTree, mask: Mask) -> list[bool]:
+    """Which leaves decay.
+
+    Raises:
+        TypeError: the mask holds something else than booleans.
+        ValueError: the mask is a tree that does not match.
+    """
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    chosen = mask(params) if callable(mask) else mask
+    chosen = mask(params) if _validate.is_function(mask, params) else mask
 
     def spread(path: Any, keep: Any, subtree: PyTree) -> PyTree:
         if np.shape(keep) or np.asarray(keep).dtype != bool:

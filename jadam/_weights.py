@@ -286,6 +286,7 @@ def compensated_weights(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
+        params = _validate.where_given(params, updates)
         _check_update(updates, params, "compensated_weights")
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
         residual, dither, inner_state = state
@@ -396,6 +397,7 @@ def stochastic_rounding(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
+        params = _validate.where_given(params, updates)
         _check_update(updates, params, "stochastic_rounding")
         _narrow_leaves(params, supported, "stochastic_rounding")
         wide = _widened(params)
