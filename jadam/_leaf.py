@@ -77,7 +77,7 @@ def leaf_step(
         storage = storage_of(rule.member.moments, stored)
         wide = storage.wide(g.dtype)
         real = jnp.finfo(wide).dtype
-        gradient = _math.limit_range(g.astype(wide))
+        gradient = _math.limit_range(g.astype(wide), storage.largest_gradient)
         moments = storage.load(stored, lambda: relation(real, before=True), wide)
         direction, moments = equations(real)(gradient, *moments)
         kept = storage.store(

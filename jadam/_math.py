@@ -61,11 +61,13 @@ class Ratio(NamedTuple):
 
     Attributes:
         noise: |m|/√v in the root mean square, for gradients that are independent noise.
-        limit: where a storage ends: the largest |m|/√v that any gradients give, or less. One exact
-            step from moments within that bound leaves them within the bound of the next step.
+        bound: the largest |m|/√v that any gradients give, or ∞. One exact step from moments within
+            it leaves them within that of the next step, which keeps Adam's bound on a step.
+        limit: where codes end: the bound, or less where it is so large that it hardly occurs.
     """
 
     noise: Scalar
+    bound: Scalar
     limit: Scalar
 
 
@@ -111,16 +113,20 @@ def divide(x: Number, y: Float[Array, "..."]) -> Number:
     return x / y
 
 
-def limit_range(g: Number) -> Number:
-    """g with its finite values in ±2⁶³ (float32) or ±2⁵¹¹ (float64), so that g² and v are finite.
+def largest_gradient(dtype: jnp.dtype) -> float:
+    """2⁶³ for a second moment in float32 or bfloat16, 2⁵¹¹ in float64: its square is finite."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
+
+
+def limit_range(g: Number, largest: float) -> Number:
+    """g with its finite values in ±largest, so that g² and v are finite.
 
     Past √max no second moment can be stored. A gradient of constant size keeps the right update
     there, since m and √v are limited alike. Infinities and NaN pass, to be seen.
     """
     if jnp.iscomplexobj(g):
-        return lax.complex(limit_range(g.real), limit_range(g.imag))
-    limit = 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 1)
-    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -limit, limit))
+        return lax.complex(limit_range(g.real, largest), limit_range(g.imag, largest))
+    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -largest, largest))
 
 
 def square(g: Number) -> Real:
@@ -211,7 +217,7 @@ def _limited(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
     occur. 200 is more than a constant gradient gives at any b1 up to .9999: 1/noise is
     √((1+b1)/(1-b1)) = 141 there.
     """
-    return Ratio(noise, jnp.minimum(bound, 200 * noise))
+    return Ratio(noise, bound, jnp.minimum(bound, 200 * noise))
 
 
 def _powers(log_rho: Scalar, t: Float[Array, ""]) -> Float[Array, ""]:
@@ -356,7 +362,11 @@ def adamax(time: Time, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
     def equations(g: Number, m: Number, u: Real) -> tuple[Number, tuple[Number, Real]]:
         m = average(m, g, d1)
         u = jnp.maximum(u - d2.complement * u, jnp.abs(g) + jnp.asarray(eps, u.dtype))
-        return divide(m, c1 * jnp.where(u == 0, 1, u)), (m, u)
+        # Devices flush a product below the smallest number to 0. And the quotient is finite, also
+        # where u has fallen much faster than m.
+        tiny = float(jnp.finfo(u.dtype).tiny)
+        least = tiny * jnp.maximum(jnp.abs(m), 1)
+        return divide(m, jnp.where(u == 0, 1, jnp.maximum(c1 * u, least))), (m, u)
 
     return equations
 
@@ -403,8 +413,10 @@ def radam(
     c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
     look_ahead = momentum(d1, t, None)
     rho = sma_length(d2, t)
-    tractable = rho >= jnp.asarray(threshold, t.dtype)
-    r = jnp.sqrt(jnp.where(tractable, rectification(rho, 2 / d2.complement - 1), 1))
+    limit = 2 / d2.complement - 1
+    # For b2 <= 0.6 ρ∞ is not above 4, where no variance is defined; ρₜ may be rounded up to it.
+    tractable = jnp.logical_and(rho >= jnp.asarray(threshold, t.dtype), limit > 4)
+    r = jnp.sqrt(jnp.where(tractable, rectification(rho, limit), 1))
 
     def equations(g: Number, m: Number, v: Real) -> tuple[Number, tuple[Number, Real]]:
         m = average(m, g, d1)
@@ -443,8 +455,11 @@ class SlowDecay(NamedTuple):
         start = jnp.where(b1.rate == 0, 0, 1 / jnp.asarray(b1.log, t.dtype))
         slope = (1 / end.log - start) / warmup
         log = 1 / (start + slope * within)
-        shift = 1 + start / slope
-        passed = (digamma(within + shift) - digamma(shift)) / slope
+        is_flat = slope == 0  # b3 is b1
+        divisor = jnp.where(is_flat, 1, slope)
+        shift = 1 + start / divisor
+        grown = (digamma(within + shift) - digamma(shift)) / divisor
+        passed = jnp.where(is_flat, within * end.log, grown)
         now = Decay(jnp.exp(log), -jnp.expm1(log), log)
         return cls(now, passed + (t - within) * end.log, within / warmup)
 
@@ -501,12 +516,13 @@ def ademamix_ratios(
     root, weight = jnp.sqrt(bias_correction(d2, t)), -jnp.expm1(jnp.asarray(log_product, t.dtype))
     noise = jnp.maximum(jnp.sqrt(_noise_of_m(d3, t)), weight / jnp.sqrt(t))
     if warmup is None:
-        within = _moment_bound(d3, d2, t)
+        bound = within = _moment_bound(d3, d2, t)
     else:
+        bound = jnp.full_like(t, jnp.inf)
         stop = jnp.ceil(t / 2)
         _, log_before, _ = SlowDecay.of(b3, d1, stop, warmup)
         faded = jnp.exp(log_product - log_before - (t - stop) * d2.log / 2)
         stopped = -jnp.expm1(log_before) * faded / jnp.sqrt(bias_correction(d2, stop))
         within = jnp.maximum(stopped, weight / root)
-    slow = Ratio(noise / root, jnp.minimum(within, 4 * weight / root))
+    slow = Ratio(noise / root, bound, jnp.minimum(within, 4 * weight / root))
     return (*moment_ratios(time, b1=b1, b2=b2), slow)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from jadam._types import Count, Real, Shape
+from jadam._types import Count, Real, Scalar, Shape
 
 # 2³²/φ and 2³²/ρ, φ the golden and ρ the plastic number, as odd integers: multiples of an
 # irrational number fill the unit interval evenly (Weyl), and these two do so most evenly.
@@ -65,14 +65,32 @@ def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[
     """x in a narrower `dtype`, to one of its two neighbours there, unbiased over time.
 
     |x| becomes ⌊|x|/s + u⌋·s with s the spacing in `dtype` and u the Weyl dither in [0, 1), on as
-    many bits as x has below s: the sum is exact, and a number that `dtype` has stays. The largest
-    finite number stays finite; infinities and NaN pass.
+    many bits as x has below s: the sum is exact, and a number that `dtype` has stays. Finite
+    numbers stay finite; infinities and NaN pass.
     """
-    info = jnp.finfo(dtype)
-    bits = jnp.finfo(jnp.float32).nmant - info.nmant
+    bits = _bits_below(dtype)
+    u = (weyl(x.shape, t, salt) >> (32 - bits)).astype(jnp.float32) * 2.0**-bits
+    return _rounded(x, dtype, u)
+
+
+def round_to_zero(x: Real, dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """x in a narrower `dtype`, the neighbour nearer to 0."""
+    return _rounded(x, dtype, 0.0)
+
+
+def round_from_zero(x: Real, dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """x in a narrower `dtype`, the neighbour farther from 0, or the largest number."""
+    return _rounded(x, dtype, 1 - 2.0 ** -_bits_below(dtype))
+
+
+def _bits_below(dtype: jnp.dtype) -> int:
+    """How many bits float32 has more."""
+    return jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
+
+
+def _rounded(x: Real, dtype: jnp.dtype, u: Scalar | Real) -> Float[Array, "*shape"]:
+    """⌊|x|/s + u⌋·s with the sign of x."""
     x = x.astype(jnp.float32)
     s = grid(x, dtype)
-    u = (weyl(x.shape, t, salt) >> (32 - bits)).astype(jnp.float32) * 2.0**-bits
-    magnitude = jnp.minimum(jnp.floor(jnp.abs(x) / s + u) * s, float(info.max))
-    in_range = jnp.abs(x) <= float(info.max)
-    return jnp.where(in_range, jnp.copysign(magnitude, x), x).astype(dtype)
+    magnitude = jnp.minimum(jnp.floor(jnp.abs(x) / s + u) * s, float(jnp.finfo(dtype).max))
+    return jnp.where(jnp.isfinite(x), jnp.copysign(magnitude, x), x).astype(dtype)

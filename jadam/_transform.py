@@ -18,7 +18,7 @@ from jadam._kernels.choice import Choice
 from jadam._leaf import increment
 from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Advanced, Mask, adam_rule, advance, initializer
+from jadam._update import Advanced, Mask, adam_rule, advance, decaying_leaves, initializer
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -89,12 +89,14 @@ def _transformation(
     weight_decay, mask = (0.0, None) if decay is None else decay
     weight_decay = _validate.schedulable("weight_decay", weight_decay)
     if decay is not None:
-        followers.insert(0, optax.add_decayed_weights(weight_decay, mask))
+        followers.insert(0, optax.add_decayed_weights(weight_decay, _as_optax_takes(mask)))
 
     init = initializer(rule.member, mu_dtype, nu_dtype, min_size)
 
     def init_fn(params: PyTree) -> tuple[Any, ...]:
-        return init(params), *(follower.init(params) for follower in followers)
+        made = init(params)
+        decaying_leaves(params, mask)
+        return made, *(follower.init(params) for follower in followers)
 
     kernel = choice.checked(kernel)
 
@@ -123,6 +125,17 @@ def _transformation(
         return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
     return FusedTransformation(init_fn, FusedUpdate(move))
+
+
+def _as_optax_takes(mask: Mask) -> Mask:
+    """A mask as a function where it is a callable tree, which optax would call."""
+    if mask is None or not callable(mask):
+        return mask
+
+    def masked(params: PyTree) -> PyTree:
+        return mask(params) if _validate.is_function(mask, params) else mask
+
+    return masked
 
 
 def scale_by_adam(

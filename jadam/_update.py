@@ -225,17 +225,18 @@ def advance(
     how its parameter lies and gives what belongs to it, or None.
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
+    whole, params = params, _validate.where_given(params, grads)
     _check(rule.member, grads, state, params, decays, to_params)
     learning_rate = _validate.at_count("learning_rate", learning_rate, state.count)
     weight_decay = _validate.at_count("weight_decay", weight_decay, state.count)
 
     leaves, structure = jax.tree.flatten(grads)
     needed = decays or to_params or weights is not None
-    given = jax.tree.leaves(params) if needed else [None] * len(leaves)
+    given: list[Any] = jax.tree.leaves(params) if needed else [None] * len(leaves)
     lying = [x or (None, ()) for x in weights or [None] * len(leaves)]
     kinds, extra = [kind for kind, _ in lying], [belongs for _, belongs in lying]
     seen = (p if k is None else k.load(p, x) for k, p, x in zip(kinds, given, extra, strict=True))
-    decaying = _decaying(structure.unflatten(seen), mask) if decays else [False] * len(leaves)
+    decaying = decaying_leaves(structure.unflatten(seen), mask) if decays else [False] * len(leaves)
     options = [Options(d, to_params, k) for d, k in zip(decaying, kinds, strict=True)]
     stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
     rows = list(zip(leaves, given, options, stored, extra, strict=True))
@@ -248,8 +249,9 @@ def advance(
         next(in_kernel) if is_native else in_xla(*row)
         for row, is_native in zip(rows, native, strict=True)
     ]
+    moved = structure.unflatten([stepped.moved for stepped in results])
     return Advanced(
-        structure.unflatten([stepped.moved for stepped in results]),
+        _with_frozen(moved, whole) if to_params else moved,
         rule.member.state_of(
             increment(state.count), structure, [stepped.stored for stepped in results]
         ),
@@ -266,11 +268,23 @@ def _through_kernel(*args: Any) -> list[Any]:
     return primitive.through_kernel(*numbers, rows)
 
 
-def _decaying(params: PyTree, mask: Mask) -> list[bool]:
-    """Which leaves decay."""
+def _with_frozen(moved: PyTree, params: PyTree) -> PyTree:
+    """The new parameters, and those without a gradient as they were."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, moved, params, is_leaf=lambda x: x is None
+    )
+
+
+def decaying_leaves(params: PyTree, mask: Mask) -> list[bool]:
+    """Which leaves decay.
+
+    Raises:
+        TypeError: the mask holds something else than booleans.
+        ValueError: the mask is a tree that does not match.
+    """
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    chosen = mask(params) if callable(mask) else mask
+    chosen = mask(params) if _validate.is_function(mask, params) else mask
 
     def spread(path: Any, keep: Any, subtree: PyTree) -> PyTree:
         if np.shape(keep) or np.asarray(keep).dtype != bool:
@@ -296,7 +310,11 @@ def _check(
         _validate.same_nodes("grads", grads, f"state.{moment.name}", tree)
     leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
     for (path, g), *row in zip(leaves, *map(jax.tree.leaves, stored), strict=True):
-        shapes = storage_of(member.moments, row).shapes(np.shape(g))
+        storage = storage_of(member.moments, row)
+        for name, expected in storage.unfit.items():
+            place = f"state.{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{place}: expected {expected}; jadam.migrate.cast_like widens it")
+        shapes = storage.shapes(np.shape(g))
         for moment, x, shape in zip(member.moments, row, shapes, strict=True):
             where = jax.tree_util.keystr(path)
             if np.shape(x) != shape:

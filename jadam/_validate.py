@@ -33,11 +33,18 @@ def scalar(name: str, value: Any) -> Scalar:
         raise TypeError(f"{name}: expected a real number or a scalar array, got {value!r}")
     if value.shape:
         raise ValueError(f"{name}: expected a scalar, got an array of shape {value.shape}")
+    if value.dtype.kind == "c" and _is_real(value):
+        value = value.real  # optax.inject_hyperparams gives numbers the parameters' dtype
     if value.dtype.kind not in "fiu" and not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}")
     if isinstance(value, jax.Array):
         return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
     return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a complex scalar has no imaginary part; a traced one is taken at its word."""
+    return isinstance(value, jax.core.Tracer) or not np.any(np.imag(np.asarray(value)))
 
 
 def _known(value: Scalar) -> float | None:
@@ -161,6 +168,35 @@ def inexact_leaves(name: str, tree: PyTree) -> None:
                 f"{np.shape(leaf)}; keep such leaves out with optax.masked, optax.partition or "
                 "equinox.is_inexact_array"
             )
+
+
+def is_function(value: Any, params: PyTree) -> bool:
+    """Whether what may be a tree like the parameters, or a prefix of it, is a function instead.
+
+    A tree may be callable, as an Equinox module is.
+    """
+    if not callable(value) or jax.tree_util.all_leaves([value]):
+        return callable(value)
+    try:
+        jax.tree.structure(value).flatten_up_to(params)
+    except ValueError:
+        return True
+    return False
+
+
+def where_given(params: PyTree, grads: PyTree) -> PyTree:
+    """The parameters with None where the gradients have None: what does not train.
+
+    A tree that does not match comes back as it is, for `same_structure` to say where.
+    """
+
+    def keep(g: Any, p: Any) -> Any:
+        return None if g is None else p
+
+    try:
+        return jax.tree.map(keep, grads, params, is_leaf=lambda x: x is None)
+    except ValueError:
+        return params
 
 
 def same_nodes(name: str, tree: PyTree, reference_name: str, reference: PyTree) -> None:

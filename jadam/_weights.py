@@ -214,6 +214,7 @@ def compensated_weights(
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
+        params = _validate.where_given(params, grads)
         _check_update(grads, params, "compensated_weights")
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
         residual, dither, inner_state = state
@@ -316,6 +317,7 @@ def stochastic_rounding(
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
+        params = _validate.where_given(params, grads)
         _check_update(grads, params, "stochastic_rounding")
         _narrow_leaves(params, supported, "stochastic_rounding")
         leaves = jax.tree.leaves(params)

@@ -6,6 +6,7 @@ In float32 under strict promotion jadam's state must keep its types and the step
 """
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ import pytest
 from helpers import FAMILY, gradients_like
 
 import jadam
+import jadam.sharding
 
 LR = 0.1
 WEIGHTS = (1.0, 2.0, 0.5, 1.0, -1.0, 3.0, 0.1, 1.0, 1.0, 2.0)
@@ -649,3 +652,150 @@ def test_averaged_parameters():
     for a, p, q in zip(*map(jax.tree.leaves, (averaged, params, average)), strict=True):
         # Four float32 roundings of terms of size 1.
         np.testing.assert_allclose(a, 0.25 * p + 0.75 * q, rtol=0, atol=4 * 2.0**-24)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad"])
+def test_injected_hyperparameters_of_complex_parameters(name):
+    """optax gives them the parameters' dtype, complex64, and so they arrive; the same steps."""
+
+    def trained(lib):
+        options = {"maximum": "corrected"} if (lib, name) == (jadam, "amsgrad") else {}
+        make = optax.inject_hyperparams(getattr(lib, name), static_args=tuple(options))
+        tx = make(learning_rate=1e-2, **options)
+        params = jnp.asarray([1 + 2j, -3j], jnp.complex64)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(params, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    # optax's float32 bias correction is off by 7e-6 in the first steps, of a step of 0.01.
+    np.testing.assert_allclose(trained(jadam), trained(optax), rtol=0, atol=1e-6)
+
+
+class Net(eqx.Module):
+    """A model that is called, with a leaf that does not train and a function among its leaves."""
+
+    weight: Any
+    bias: Any
+    steps: Any = None
+    activation: Any = jax.nn.relu
+
+    def __call__(self, x):
+        return self.activation(self.weight @ x + self.bias)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_parameters_without_a_gradient_are_left_alone():
+    """An Equinox model passed whole: functions, counters, frozen leaves have None as gradient."""
+    model = Net(jnp.ones((2, 3)), jnp.ones(2), jnp.int32(7))
+    trained = eqx.tree_at(lambda m: m.bias, eqx.filter(model, eqx.is_inexact_array), None)
+
+    def after(lib):
+        tx = lib.adamw(LR, weight_decay=0.1)
+        updates, state = tx.update(trained, tx.init(trained), model)
+        return eqx.apply_updates(model, updates), state
+
+    (ours, _), (theirs, _) = after(jadam), after(optax)
+    # optax's float32 bias correction is off by 7e-6 of a step of 0.1.
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-6)
+    tx = jadam.adamw(LR, weight_decay=0.1)
+    stepped, _ = tx.step(trained, tx.init(trained), model)
+    np.testing.assert_allclose(stepped.weight, theirs.weight, rtol=1e-6)
+    assert (stepped.bias is model.bias, stepped.steps is model.steps) == (True, True)
+    assert stepped.activation is jax.nn.relu
+
+
+@pytest.mark.parametrize("wrap", [jadam.compensated_weights, jadam.stochastic_rounding])
+def test_16_bit_weights_beside_leaves_without_a_gradient(wrap):
+    """Likewise in the wrappers: the same updates as for the trained leaves alone."""
+    model = Net(jnp.ones((2, 3), jnp.bfloat16), jnp.ones(2, jnp.bfloat16), jnp.int32(7))
+    trained = eqx.tree_at(lambda m: m.bias, eqx.filter(model, eqx.is_inexact_array), None)
+    tx = wrap(jadam.adamw(LR))
+    state = tx.init(trained)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tx.update(trained, state, model),
+        tx.update(trained, state, trained),
+    )
+
+
+@pytest.mark.parametrize("lib_mask", ["tree", "function", "partial"])
+def test_a_mask_may_be_a_tree_that_can_be_called(lib_mask):
+    """An Equinox module of booleans is a mask; a function in the form of a tree is a function."""
+    params = Net(jnp.ones((2, 3)), jnp.ones(2), activation=None)
+    tree = Net(True, False, activation=None)
+    mask = {
+        "tree": tree,
+        "function": lambda p: tree,
+        "partial": jax.tree_util.Partial(lambda flag, p: tree, True),
+    }[lib_mask]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    tx = jadam.adamw(1.0, weight_decay=0.5, mask=mask)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_array_equal(updates.weight, -0.5)
+    np.testing.assert_array_equal(updates.bias, 0)
+    updates, _ = jadam.update(
+        zeros, jadam.init(params), params, learning_rate=1.0, weight_decay=0.5, mask=mask
+    )
+    np.testing.assert_array_equal(updates.bias, 0)
+
+
+def test_a_wrong_mask_is_refused_when_the_state_is_made():
+    """By its name, with the tree that was expected, where optax gives JAX's own error."""
+    tx = jadam.adamw(LR, mask={"encoder": True})
+    with pytest.raises(ValueError, match="mask: expected a tree like params or a prefix of it"):
+        tx.init(problem())
+
+
+# A transformation is a tree of its functions
+
+
+def stepped(tx, params):
+    return tx.step(params, tx.init(params), params)[0]
+
+
+def test_a_transformation_goes_through_what_takes_trees():
+    """eqx.filter_jit with it as an argument, a module's field, tree.map, _replace, deepcopy."""
+    params, tx = problem(), jadam.adamw(LR, weight_decay=0.1)
+    expected = stepped(tx, params)
+
+    class Trainer(eqx.Module):
+        tx: Any
+
+    trainer = eqx.filter_jit(lambda trainer: trainer)(Trainer(tx))
+    ways = {
+        "map": jax.tree.map(lambda x: x, tx),
+        "flatten": jax.tree.unflatten(*reversed(jax.tree.flatten(tx))),
+        "replace": tx._replace(init=tx.init),
+        "deepcopy": copy.deepcopy(tx),
+        "field": trainer.tx,
+    }
+    for name, way in ways.items():
+        assert type(way) is jadam.FusedTransformation, name
+        jax.tree.map(np.testing.assert_array_equal, stepped(way, params), expected)
+    # Compiled, XLA fuses products and sums: an ulp of the parameters, which are up to 3.
+    compiled = eqx.filter_jit(stepped)(tx, params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), compiled, expected
+    )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_another_update_is_followed_by_its_own_step():
+    """`step` follows from `update`, also in what jadam.sharding.streamed and _replace make."""
+    params, tx = problem(), jadam.adam(LR)
+    doubled = tx._replace(
+        update=lambda g, s, p=None, **extra: (
+            lambda out: (jax.tree.map(lambda u: 2 * u, out[0]), out[1])
+        )(tx.update(g, s, p))
+    )
+    for p, new, twice in zip(
+        *map(jax.tree.leaves, (params, stepped(tx, params), stepped(doubled, params))), strict=True
+    ):
+        np.testing.assert_allclose(twice - p, 2 * (new - p), rtol=0, atol=1e-6)  # ulps of p
+    host = jadam.sharding.state_shardings(tx, params)
+    moved = jax.jit(functools.partial(stepped, jadam.sharding.streamed(tx, host)))(params)
+    for new, expected in zip(*map(jax.tree.leaves, (moved, stepped(tx, params))), strict=True):
+        np.testing.assert_allclose(new, expected, rtol=1e-6, atol=1e-6)

@@ -12,7 +12,7 @@ from jadam import _validate
 from jadam._math import Equations, Relation
 from jadam._state import Moment
 from jadam._storage.codes import MIN_SIZE, EightBitCodes, suits
-from jadam._storage.floats import Floats, float_dtype
+from jadam._storage.floats import Floats, float_dtype, why_not
 from jadam._types import Count, DType, Number, Shape
 
 
@@ -28,6 +28,16 @@ class Storage(Protocol):
     @property
     def has_numbers(self) -> bool:
         """Whether the stored arrays are the moments themselves."""
+        ...
+
+    @property
+    def largest_gradient(self) -> float:
+        """Larger finite gradients count as this one: each moment of it is finite when stored."""
+        ...
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """What moments that it cannot hold would have to be instead, by their names."""
         ...
 
     def zeros(self, p: Any) -> tuple[Array, ...]:
@@ -88,10 +98,11 @@ def chooser(
     """The function from a new parameter to its storage, for the arguments that `init` takes.
 
     Raises:
-        TypeError: a dtype is not floating-point and stands for no codes.
+        TypeError: a dtype is not floating-point and stands for no codes, or has too small a range.
         ValueError: one of the two moments alone is to be coded.
     """
-    mu, nu = _dtype("mu_dtype", mu_dtype, "int8"), _dtype("nu_dtype", nu_dtype, "uint8")
+    mu = _dtype("mu_dtype", mu_dtype, "int8", is_first=True)
+    nu = _dtype("nu_dtype", nu_dtype, "uint8", is_first=False)
     codes = [dtype is not None and dtype.kind in "iu" for dtype in (mu, nu)]
     if codes[0] != codes[1]:
         raise ValueError(
@@ -111,7 +122,7 @@ def chooser(
     return choose
 
 
-def _dtype(name: str, value: DType | None, code: str) -> np.dtype | None:
+def _dtype(name: str, value: DType | None, code: str, *, is_first: bool) -> np.dtype | None:
     """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
     if value is None:
         return None
@@ -124,4 +135,6 @@ def _dtype(name: str, value: DType | None, code: str) -> np.dtype | None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = repr(value) if dtype is None else dtype
         raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
+    if (reason := why_not(dtype, is_first=is_first)) is not None:
+        raise TypeError(f"{name}: expected {reason}; got {dtype}")
     return jax.dtypes.canonicalize_dtype(dtype)

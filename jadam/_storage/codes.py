@@ -15,12 +15,14 @@ What this needs of a member: the `Ratio` of each first moment, and equations who
 grows with |g| and with itself (`Equations`).
 
 Further moments have an array of 8 bits each: a first moment its ratio, as an int8; the maximum of
-the second moment its distance above it in levels, as a uint8.
+the second moment its distance above it in levels, as a uint8. No maximum falls: where it is more
+than 255 levels above v, v is stored so much below it. AMSGrad divides by the maximum alone, and a v
+that is 65,536 times smaller does not change it.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped, UInt16
 from numpy.polynomial import chebyshev
 
-from jadam._math import Equations, Relation, limit_range
+from jadam._math import Equations, Relation, largest_gradient, limit_range
 from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
 from jadam._storage.curve import Curve
@@ -43,6 +45,7 @@ TOP = 510  # the highest of the 9-bit codes for a number; 0 is zero, 511 NaN
 NAN = 511
 M_LEVELS = 63  # the highest of the 7-bit codes for m
 _BYTE_LEVELS = 127  # the highest of the 8-bit codes for a further first moment
+_FARTHEST = 255  # levels that a maximum is above its second moment
 _TOPS = np.dtype(np.int16)
 _BOTH = np.dtype(np.uint16)
 _BESIDE = {Role.FIRST: np.dtype(np.int8), Role.MAXIMUM: np.dtype(np.uint8)}
@@ -72,6 +75,7 @@ class EightBitCodes:
     moments: tuple[Moment, ...]
     has_numbers = False
     name = "8-bit codes"
+    largest_gradient = largest_gradient(jnp.dtype(jnp.float32))
 
     @property
     def _roles(self) -> list[Role]:
@@ -94,10 +98,19 @@ class EightBitCodes:
         return self._roles.index(Role.SECOND)
 
     @property
+    def _maxima(self) -> list[int]:
+        return [i for i, role in enumerate(self._roles) if role is Role.MAXIMUM]
+
+    @property
     def _beside(self) -> dict[int, Role]:
         """The further moments, which have arrays of their own."""
         pair = (self._first, self._second)
         return {i: role for i, role in enumerate(self._roles) if i not in pair}
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """Nothing: any moment has a code."""
+        return {}
 
     @staticmethod
     def holds(stored: Sequence[Any]) -> bool:
@@ -155,15 +168,13 @@ class EightBitCodes:
         """The codes of the moments after a step with gradient g, dithered for that step."""
         related = relation()
         # The equations of a block's largest v and |g| bound v in it: no pass over v is needed.
-        code = _block_max(stored[self._first], _number).astype(jnp.int32)
-        largest = _power_of_two(code - TOP + stored[self._second].astype(jnp.int32))
-        largest = jnp.where(code > 0, largest**related.power, 0)
+        largest = self._largest(stored, related.power)
         g_largest = _block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
-        before = [jnp.zeros_like(largest) if r is Role.FIRST else largest for r in self._roles]
-        _, after = now(limit_range(g_largest), *before)
+        before = [largest.get(i, jnp.zeros_like(g_largest)) for i in self._places]
+        _, after = now(limit_range(g_largest, self.largest_gradient), *before)
+        bounds = {i: after[i] for i in largest}
         # What falls below the block's range stays on its lowest level while it is fed.
-        fed = jnp.where(g == 0, 0, 1)
-        return self._encode(moments, after[self._second], fed, related, count)
+        return self._encode(moments, bounds, jnp.where(g == 0, 0, 1), related, count)
 
     def round(self, moments: Sequence[Real], relation: Relation) -> tuple[Array, ...]:
         """The codes nearest to the moments of a state that was not made by a step of codes."""
@@ -172,9 +183,15 @@ class EightBitCodes:
         v = jnp.where(jnp.isfinite(moments[self._first]), moments[self._second], jnp.nan)
         moments[self._second] = v
         # Half a level lower: then a block's top is the level nearest to its largest root.
-        root = (jnp.sqrt(v) if relation.power == 2 else v) * 2.0 ** (-1 / (2 * _PER_OCTAVE))
-        bound = limit_range(_block_max(root, _finite_size)) ** relation.power
-        return self._encode(moments, bound, jnp.where(root == 0, 0, 1), relation, None)
+        shares = {self._second: 2.0 ** (-1 / (2 * _PER_OCTAVE))} | dict.fromkeys(self._maxima, 1.0)
+
+        def bound(x: Real, share: float) -> Float[Array, "*rows blocks"]:
+            root = (jnp.sqrt(x) if relation.power == 2 else x) * share
+            largest = limit_range(_block_max(root, _finite_size), self.largest_gradient)
+            return largest**relation.power
+
+        bounds = {i: bound(moments[i], share) for i, share in shares.items()}
+        return self._encode(moments, bounds, jnp.where(v == 0, 0, 1), relation, None)
 
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
         """Which codes are the outermost ones, of those that stand for a number."""
@@ -192,23 +209,52 @@ class EightBitCodes:
         """The curve of each first moment, by its place."""
         return {i: Curve.of(r) for i, r in zip(self._firsts, relation.ratios, strict=True)}
 
+    def _largest(
+        self, stored: Sequence[Array], power: int
+    ) -> dict[int, Float[Array, "*rows blocks"]]:
+        """The largest v of each block, and the largest maximum where there is one, by place."""
+        both, tops = stored[self._first], stored[self._second].astype(jnp.int32)
+        codes = {self._second: _block_max(both, _number)}
+        for i in self._maxima:
+            # As int16, which holds NaN's code with the largest distance.
+            code = _number(both).astype(jnp.int16)
+            higher = jnp.where(code > 0, code + stored[i].astype(jnp.int16), 0)
+            codes[i] = _block_max(higher, lambda x: x)
+
+        def number(code: Blocks) -> Float[Array, "*rows blocks"]:
+            level = code.astype(jnp.int32) - TOP + tops
+            return jnp.where(code > 0, _power_of_two(level) ** power, 0)
+
+        return {i: number(code) for i, code in codes.items()}
+
     def _encode(
         self,
         moments: Sequence[Real],
-        bound: Float[Array, "*rows blocks"],
+        bounds: Mapping[int, Float[Array, "*rows blocks"]],
         fed: Codes,
         relation: Relation,
         count: Count | None,
     ) -> tuple[Array, ...]:
-        """The codes of moments whose v is at most `bound` in each block."""
-        m, v = moments[self._first], moments[self._second]
-        tops = jnp.where(bound > 0, _floor(_level(bound, relation.power)) + 1, 0)
+        """The codes of moments that are at most `bounds` in each block: v, and maxima of it."""
+        m, v, power = moments[self._first], moments[self._second], relation.power
+
+        def top_of(place: int) -> Blocks:
+            return _floor(_level(bounds[place], power)) + 1
+
+        tops, some = top_of(self._second), bounds[self._second] > 0
+        level, alive = self._level_of(v, moments, relation, count), v > 0
+        for i in self._maxima:
+            # Neither a block's top nor a v is farther below a maximum than a byte can say.
+            tops = jnp.maximum(tops, top_of(i) - _FARTHEST)
+            level = jnp.maximum(level, _level_above(moments[i], power) - _FARTHEST)
+            some, alive = some | (bounds[i] > 0), alive | (moments[i] > 0)
+            fed = jnp.where(moments[i] > 0, 1, fed)
         # Computed once: the tops that are stored are those that the codes count from.
-        tops = lax.optimization_barrier(tops)
+        tops = lax.optimization_barrier(jnp.where(some, tops, 0))
         top = _spread(tops, v.shape[-1])
-        raised = self._level_of(v, moments, relation, count) - top + TOP
+        raised = level - top + TOP
         code = jnp.where(raised >= 1, jnp.minimum(raised, TOP), fed)
-        code = jnp.where(jnp.isfinite(v), jnp.where(v > 0, code, 0), NAN)
+        code = jnp.where(jnp.isfinite(v), jnp.where(alive, code, 0), NAN)
 
         level, curves = code - TOP + top, self._curves(relation)
 
@@ -225,9 +271,8 @@ class EightBitCodes:
                 dither = _unit(v.shape, count, salt, OTHER_STEP)
                 arrays[i] = ratio_code(i, moments[i], dither, _BYTE_LEVELS).astype(jnp.int8)
             else:
-                # Upwards, and a number on the lattice stays: a maximum does not fall.
-                above = -_floor(0.01 - _level(moments[i], relation.power)) - level
-                arrays[i] = jnp.clip(above, 0, 255).astype(jnp.uint8)
+                above = _level_above(moments[i], power) - level
+                arrays[i] = jnp.clip(above, 0, _FARTHEST).astype(jnp.uint8)
         return tuple(arrays[i] for i in self._places)
 
     def _level_of(
@@ -342,6 +387,11 @@ def _level(x: Real, power: int) -> Float[Array, "*shape"]:
     mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
     log2 = ((bits >> 23) - 127).astype(jnp.float32) + _polynomial(LOG2, mantissa - 1)
     return log2 * (_PER_OCTAVE / power)
+
+
+def _level_above(x: Real, power: int) -> Codes:
+    """The level at or above that of x. A number on the lattice stays, to a hundredth of a level."""
+    return -_floor(0.01 - _level(x, power))
 
 
 def _special(code: Int[Array, "*shape"], x: Real) -> Real:

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
-from jadam._math import Equations, Relation, widen
-from jadam._rounding import round_dithered
-from jadam._state import Moment
-from jadam._types import Count, Number, Shape
+from jadam._math import Equations, Relation, largest_gradient, widen
+from jadam._rounding import round_dithered, round_from_zero, round_to_zero
+from jadam._state import Moment, Role
+from jadam._types import Count, Number, Real, Shape
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,24 @@ class Floats:
     def name(self) -> str:
         """The dtypes of the moments, in order."""
         return " ".join(dtype.name for dtype in self.dtypes)
+
+    @property
+    def largest_gradient(self) -> float:
+        """The largest whose moments have numbers in all dtypes."""
+        limits = (
+            float(jnp.finfo(dtype).max) if moment.is_first else largest_gradient(dtype)
+            for moment, dtype in zip(self.moments, self.dtypes, strict=True)
+        )
+        return min(limits)
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """What each moment would have to be instead, where its dtype cannot hold it."""
+        reasons = {
+            moment.name: why_not(dtype, is_first=moment.is_first)
+            for moment, dtype in zip(self.moments, self.dtypes, strict=True)
+        }
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def zeros(self, p: Any) -> tuple[Array, ...]:
         """The moments of parameter p before the first step."""
@@ -59,12 +78,29 @@ class Floats:
         relation: Callable[[], Relation],
         count: Count,
     ) -> tuple[Array, ...]:
-        """The moments after a step, each rounded to its dtype with the dither of that step."""
-        del stored, g, now, relation
-        return tuple(
-            _rounded(x, dtype, count, salt)
-            for salt, (x, dtype) in enumerate(zip(moments, self.dtypes, strict=True))
-        )
+        """The moments after a step, each rounded to its dtype with the dither of that step.
+
+        No rounding takes a first moment past its bound beside the rounded second moment, which
+        would take the next update past Adam's bound on a step; and no maximum falls.
+        """
+        del stored, g, now
+        kept = [
+            _rounded(x, dtype, moment.role, count, salt)
+            for salt, (x, dtype, moment) in enumerate(
+                zip(moments, self.dtypes, self.moments, strict=True)
+            )
+        ]
+        wide = np.result_type(*(x.dtype for x in moments))
+        if all(jnp.finfo(dtype).bits >= jnp.finfo(wide).bits for dtype in self.dtypes):
+            return tuple(kept)
+        related = relation()
+        roles = [moment.role for moment in self.moments]
+        second = kept[roles.index(Role.SECOND)].astype(jnp.finfo(wide).dtype)
+        root = _root(second, related.power)
+        firsts = [i for i, role in enumerate(roles) if role is Role.FIRST]
+        for i, ratio in zip(firsts, related.ratios, strict=True):
+            kept[i] = _within(kept[i], moments[i], jnp.asarray(ratio.bound, root.dtype) * root)
+        return tuple(kept)
 
     def round(self, moments: Sequence[Number], relation: Relation) -> tuple[Array, ...]:
         """The moments, each as the nearest number of its dtype."""
@@ -88,8 +124,46 @@ def float_dtype(param_dtype: jnp.dtype, moment: Moment, chosen: jnp.dtype | None
     return np.result_type(wide, widen(chosen)) if wide.kind == "c" else chosen
 
 
-def _rounded(x: Number, dtype: jnp.dtype, count: Count, salt: int) -> Array:
+def why_not(dtype: jnp.dtype, *, is_first: bool) -> str | None:
+    """Why a dtype cannot hold a moment; None if it can."""
+    info = jnp.finfo(dtype)
+    if info.bits < 16:
+        return "at least 16 bits, since 8 bits lose small moments; 'int8' and 'uint8' do not"
+    if not is_first and info.maxexp < jnp.finfo(jnp.bfloat16).maxexp:
+        return (
+            "bfloat16 or wider, which has the squares of all gradients; of gradients under "
+            f"{float(info.smallest_subnormal) ** 0.5:.1e} or over {float(info.max) ** 0.5:.0f} "
+            f"{dtype} has none"
+        )
+    return None
+
+
+def _rounded(x: Number, dtype: jnp.dtype, role: Role, count: Count, salt: int) -> Array:
     """x in `dtype`, dithered where that has fewer than 32 bits; each salt gives another dither."""
-    if jnp.finfo(dtype).bits < 32:
-        return round_dithered(x, dtype, count, salt)
-    return x.astype(dtype)
+    if jnp.finfo(dtype).bits >= 32:
+        return x.astype(dtype)
+    if role is Role.MAXIMUM:
+        return round_from_zero(x, dtype)
+    return round_dithered(x, dtype, count, salt)
+
+
+def _root(second: Real, power: int) -> Real:
+    """The second moment's root, as far as a first moment is held to it.
+
+    Under 2¹⁰ times the smallest number v has lost squares, and does not say what m may be. There
+    the direction is divided by the least root that it has, which is larger.
+    """
+    smallest = 2.0**10 * float(jnp.finfo(second.dtype).tiny)
+    return second if power == 1 else jnp.sqrt(jnp.maximum(second, smallest))
+
+
+def _within(kept: Array, m: Number, most: Real) -> Array:
+    """m as it is to be kept, and towards zero where |m| would be larger than `most`."""
+    size = jnp.abs(kept.astype(m.dtype))
+    if jnp.iscomplexobj(m):
+        scale = jnp.where(size > most, most / jnp.where(size > most, size, 1), 1)
+        return lax.complex(m.real * scale, m.imag * scale).astype(kept.dtype)
+    cut = jnp.copysign(jnp.minimum(jnp.abs(m), most), m)
+    narrow = jnp.finfo(kept.dtype).bits < 32
+    lower = round_to_zero(cut, kept.dtype) if narrow else cut.astype(kept.dtype)
+    return jnp.where(size > most, lower, kept)

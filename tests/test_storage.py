@@ -1,0 +1,260 @@
+"""What every storage of the moments keeps, for every member and at both ends of its range.
+
+Finite gradients give finite numbers, no step is beyond the member's bound, a bad element poisons
+itself alone, and AMSGrad's maximum does not fall.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import jadam
+
+STORAGES = {
+    "float32": {},
+    "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    "bfloat16 m": {"mu_dtype": "bfloat16"},
+    "bfloat16 v": {"nu_dtype": "bfloat16"},
+    "float16 m": {"mu_dtype": "float16"},
+    "8 bits": {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0},
+}
+# XLA's form: what holds here holds without a compiler.
+MEMBERS = {
+    "adam": functools.partial(jadam.adam, kernel="xla"),
+    "nadam": functools.partial(jadam.nadam, kernel="xla"),
+    "amsgrad": jadam.amsgrad,
+    "amsgrad_corrected": functools.partial(jadam.amsgrad, maximum="corrected"),
+    "adamax": jadam.adamax,
+    "radam": jadam.radam,
+    "ademamix": jadam.ademamix,
+}
+STEPS = 160
+# float32 rounds m and v by an ulp or two in each step, as in test_math.
+SLACK = 1 + 1e-5
+
+
+@functools.cache
+def hostile() -> np.ndarray:
+    """[steps, 8, 128]: jumps over 76 decades, zeros, constant rows, and the largest numbers."""
+    rng = np.random.default_rng(0)
+    shape = (STEPS, 8, 128)
+    scale = (10.0 ** rng.uniform(-38, 38, (STEPS // 20, 8, 128))).repeat(20, 0)
+    gradients = np.where(rng.random(shape) < 0.7, scale * rng.standard_normal(shape), 0)
+    gradients[:, 0] = 10.0 ** np.linspace(-38, 38, 128)
+    gradients[:, 1] = np.where(np.arange(STEPS) % 7, 0, 3e38)[:, None]
+    # The sequence for which Adam's bound is attained at the last step.
+    gradients[:, 2] = reference.extremal_gradients(STEPS)[:, None] * 10.0 ** np.linspace(-3, 3, 128)
+    return np.clip(gradients, -3.4e38, 3.4e38).astype(np.float32)
+
+
+def directions(tx, gradients):
+    """Along gradients, with a learning rate of 1: the updates, and the last state."""
+
+    def step(state, g):
+        updates, state = tx.update(g, state, g)
+        return state, updates
+
+    state, updates = jax.jit(lambda: jax.lax.scan(step, tx.init(gradients[0]), gradients))()
+    return np.asarray(updates), state
+
+
+def bound(member: str, t: int) -> float:
+    """The largest |direction| at eps = 0, or infinity where no short formula says it.
+
+    AdaMax: |m| <= (1-b1)·Σ b1ᵏ·|g| and u >= b2ᵏ·|g|. AMSGrad divides by more than Adam.
+    """
+    if member == "adamax":
+        return 0.1 / reference.bias(0.9, t) * np.sum((0.9 / 0.999) ** np.arange(t))
+    return reference.step_bound(t) if member in ("adam", "amsgrad") else np.inf
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_no_gradients_give_nan_or_a_step_beyond_the_bound(member, storage):
+    """From 1e-38 to 3e38, without eps: rounding moments takes no step past Adam's own bound.
+
+    RAdam's first steps are m̂ itself, which is as large as the gradients.
+    """
+    updates, state = directions(MEMBERS[member](1.0, eps=0.0, **STORAGES[storage]), hostile())
+    assert np.all(np.isfinite(updates))
+    assert all(np.all(np.isfinite(x.astype(float))) for x in jax.tree.leaves(state[0]))
+    largest = np.abs(updates).max(axis=(1, 2))
+    assert np.all(largest <= [bound(member, t) * SLACK for t in range(1, STEPS + 1)])
+    if member == "adam":  # The test can fail: the bound is nearly attained.
+        assert largest[-1] >= 0.97 * bound(member, STEPS)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8 bits"])
+def test_a_bad_element_poisons_itself_alone(storage):
+    """NaN and infinities stay where they are, for every member, also in the block's codes."""
+    gradients = np.ones((6, 2, 128), np.float32)
+    gradients[1, 0, 3], gradients[2, 1, 5] = np.nan, np.inf
+    expected = np.zeros(gradients.shape, bool)
+    expected[1:, 0, 3] = expected[2:, 1, 5] = True
+    for member in ("amsgrad", "adamax", "ademamix"):
+        updates, _ = directions(MEMBERS[member](1.0, **STORAGES[storage]), gradients)
+        np.testing.assert_array_equal(~np.isfinite(updates), expected)
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("g", [1e-38, 1.2e-38, 5e-38, 1.1e-37, 1.2e-37, 1e-30, 1.0, 1e18])
+def test_adamax_without_eps_divides_by_no_flushed_product(g):
+    """c1·u of gradients under 1.2e-37 is flushed to 0: they count as 0, and never give NaN."""
+    gradients = np.full((40, 3), g, np.float32)
+    updates, _ = directions(jadam.adamax(1.0, eps=0.0), gradients)
+    # (1-b1)·g under the smallest normal number, 1.18e-38, is 0 on a CPU. 1e-6: some ulps.
+    if g < 1.18e-37:
+        np.testing.assert_array_equal(updates, 0)
+    elif g > 1e-36:
+        np.testing.assert_allclose(updates, -1.0, rtol=1e-6)
+    else:
+        assert np.all((updates <= 0) & (updates >= -1 - 1e-6))
+
+
+def test_adamax_is_finite_where_u_falls_faster_than_m():
+    """b1 > b2: after 2⁶³ the exact quotient grows past float32's largest number."""
+    gradients = np.zeros((300, 3), np.float32)
+    gradients[0] = 2.0**63
+    updates, _ = directions(jadam.adamax(1.0, b1=0.99, b2=0.5, eps=0.0), gradients)
+    assert np.all(np.isfinite(updates))
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
+def test_8_bit_floats_are_refused(member, dtype):
+    """They have neither the range nor the digits of a moment; the codes have both."""
+    for name in ("mu_dtype", "nu_dtype"):
+        with pytest.raises(
+            TypeError, match=rf"{name}: expected at least 16 bits, .*'int8'.*{dtype}"
+        ):
+            MEMBERS[member](1.0, **{name: dtype})
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_second_moment_in_float16_is_refused(member):
+    """It has the squares of gradients from 2.4e-4 to 256 alone, and most are smaller."""
+    with pytest.raises(TypeError, match=r"nu_dtype: expected bfloat16 or wider, .* under 2.4e-04"):
+        MEMBERS[member](1.0, nu_dtype="float16")
+
+
+def test_a_state_from_elsewhere_with_such_a_moment_is_refused():
+    """An optax state of float16 parameters: the leaf, the reason and what to call."""
+    p = {"w": jnp.ones(3, jnp.float16)}
+    state = jadam.init(p)._replace(nu={"w": jnp.ones(3, jnp.float16)})
+    with pytest.raises(TypeError, match=r"state.nu\['w'\]: expected bfloat16 .*cast_like"):
+        jadam.update(p, state)
+
+
+def test_a_first_moment_in_float16_has_the_range_of_float16_gradients():
+    """Constant gradients from 1e-6 to 65504 and beyond move by one learning rate.
+
+    A gradient of 1e6 counts as 65504, in m and in v. Tolerance: m keeps 11 bits, and under 6e-5,
+    where float16's numbers are 6e-8 apart, one of them is that much of m.
+    """
+    sizes = np.array([1e-6, 1e-5, 1e-3, 1.0, 6e4, 1e6, 3e38], np.float32)
+    updates, state = directions(
+        jadam.adam(1.0, eps=0.0, mu_dtype="float16"), np.broadcast_to(sizes, (200, 7))
+    )
+    assert state[0].mu.dtype == jnp.float16
+    tolerance = 2 * (2.0**-11 + 6e-8 / np.minimum(sizes, 6e4))
+    assert np.all(np.abs(updates[100:] + 1) <= tolerance)
+
+
+def test_float32_moments_of_float64_gradients_stay_finite(x64):
+    """The storage has no squares of 1e25, which float64 has, nor of 1e-25."""
+    p = jnp.ones(4, jnp.float32)
+    state = jadam.init(p)
+    largest = []
+    for g in ([1e25, 1e-22, 1.0, 1e300], [1.0, 1e-30, 1.0, 1e-300]):
+        updates, state = jadam.update(jnp.asarray(g), state, learning_rate=1.0, eps=0.0)
+        largest.append(np.max(np.abs(updates)))
+    assert np.all(np.isfinite(jnp.stack([state.mu, state.nu])))
+    assert largest <= [reference.step_bound(t) * SLACK for t in (1, 2)]
+
+
+# AMSGrad's maximum
+
+
+def maxima(state):
+    """√v_max of an 8-bit state as its definition says: levels of 1/32 octave below the top."""
+    code = np.asarray(state.mu & np.uint16(511)).astype(int)
+    level = code - 510 + np.repeat(np.asarray(state.nu).astype(int), 128, axis=-1)
+    return np.where(code == 0, 0.0, 2.0 ** ((level + np.asarray(state.nu_max).astype(int)) / 32))
+
+
+@pytest.mark.parametrize("maximum", ["raw", "corrected"])
+@pytest.mark.parametrize("b2", [0.999, 0.99])
+def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
+    """Gradients fall by six decades, or to 0, beside a neighbour that stays or falls too.
+
+    Against v in float64: after each step the stored maximum is at least the largest so far.
+    """
+    steps = 3000
+    tx = jadam.amsgrad(1.0, b2=b2, maximum=maximum, **STORAGES["8 bits"])
+    gradients = np.full((steps, 3, 128), 1e-6, np.float32)
+    gradients[:50] = 1.0
+    gradients[:50, 1] = 1e-3
+    gradients[50:, 1] = 0
+    gradients[:, 2, 0] = 1e4  # its block's range ends 16 octaves below
+    gradients[:50, 2, 1:] = 1e-4
+    gradients[50:, 2, 1:] = 0
+
+    def step(state, g):
+        updates, state = tx.update(g, state)
+        return state, (updates, state[0])
+
+    _, (updates, states) = jax.jit(lambda: jax.lax.scan(step, tx.init(gradients[0]), gradients))()
+    stored = np.stack(
+        [maxima(jax.tree.map(lambda x, t=t: x[t], states)) for t in range(0, steps, 50)]
+    )
+    assert np.all(stored[1:] >= stored[:-1])
+    v = exact = np.zeros((3, 128))
+    for t, g in enumerate(gradients.astype(np.float64), 1):
+        v = b2 * v + (1 - b2) * g * g
+        exact = np.maximum(exact, v / (reference.bias(b2, t) if maximum == "corrected" else 1))
+    # A code is 2.2% of the root. v in codes is off by one or two while it grows, and its maximum
+    # is rounded up by at most one more.
+    ratio = stored[-1] / np.sqrt(exact)
+    assert np.all((ratio[:2] > 0.978**2) & (ratio[:2] < 1.022**3))
+    assert np.all(ratio[2] > 0.978**2)  # on the lowest code of its block
+    # In float32 it is 1e-6/√v_max, 4.5e-6 and less. Were the maximum to fall, it would be 4e-3.
+    assert np.abs(updates[-1, 0]).max() < 1e-4
+
+
+def test_amsgrads_maximum_never_falls_in_bfloat16():
+    """It is rounded up: after 2,000 small gradients it is the bfloat16 at or above the largest."""
+    tx = jadam.amsgrad(1.0, mu_dtype="bfloat16", nu_dtype="bfloat16")
+    gradients = np.full((2000, 128), 0.01, np.float32)
+    gradients[:300] = 1 + np.linspace(0, 0.3, 128)
+    _, state = directions(tx, gradients)
+    v = (1 - 0.999**300) * gradients[0].astype(np.float64) ** 2
+    largest = np.asarray(state[0].nu_max, np.float64)
+    # 5%: the dither of v, as in test_update. A maximum that falls would be 1e-4 of it.
+    np.testing.assert_allclose(largest, v, rtol=0.05)
+
+
+# Denominators that are 0 in the limit
+
+
+def test_radam_at_the_end_of_what_it_is_defined_for():
+    """b2 = 0.6 gives ρ∞ = 4, for which the paper has no variance: m̂ alone, and never NaN."""
+    gradients = np.full((120, 3), 0.5, np.float32)
+    updates, _ = directions(jadam.radam(1.0, b2=0.6, threshold=4.0), gradients)
+    np.testing.assert_allclose(updates, -0.5, rtol=1e-6)  # some ulps
+
+
+def test_ademamix_warms_up_to_b1_itself():
+    """b3 = b1 leaves the half-life as it is: in 8 bits the update of constant gradients is exact.
+
+    After 200 steps both averages are the gradient, 1 + alpha in all. 5%: a code of m is 3%, and one
+    of √v 2.2%.
+    """
+    tx = jadam.ademamix(1.0, b3=0.9, warmup=10, **STORAGES["8 bits"])
+    updates, _ = directions(tx, np.full((200, 64), 0.5, np.float32))
+    assert np.mean(updates[-50:]) == pytest.approx(-6, rel=0.05)
