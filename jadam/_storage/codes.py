@@ -29,7 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped, UInt16
+from jaxtyping import Array, Float, Int, Integer, Shaped, UInt16
 from numpy.polynomial import chebyshev
 
 from jadam._math import Equations, Relation, largest_gradient, limit_range
@@ -50,8 +50,8 @@ _TOPS = np.dtype(np.int16)
 _BOTH = np.dtype(np.uint16)
 _BESIDE = {Role.FIRST: np.dtype(np.int8), Role.MAXIMUM: np.dtype(np.uint8)}
 
-Blocks = Int[Array, "*rows blocks"]
-Codes = Int[Array, "*rows lanes"]
+Blocks = Integer[Array, "*rows blocks"]
+Codes = Integer[Array, "*rows lanes"]
 
 
 def suits(shape: Shape, dtype: jnp.dtype, min_size: int) -> bool:
