@@ -46,6 +46,7 @@ ORDER = [
     "jadam",
 ]
 MAY_ALSO_IMPORT = {
+    "jadam._state": {"optax"},
     "jadam._transform": {"optax"},
     "jadam._weights": {"optax"},
     "jadam.migrate._optax": {"optax"},

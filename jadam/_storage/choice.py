@@ -131,6 +131,8 @@ def _dtype(name: str, value: DType | None, code: str, *, is_first: bool) -> np.d
         dtype = None
     if dtype == code:
         return dtype
+    if is_first and dtype is not None and dtype.kind == "c":
+        dtype = jnp.finfo(dtype).dtype  # as wide, and complex where the parameter is
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = repr(value) if dtype is None else dtype
         raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
