@@ -29,15 +29,17 @@ lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-check: ## what continuous integration runs: lint, then test
+check: ## what continuous integration runs: lint, then test, then check-native in its short form
 	$(MAKE) lint test TEST=dev
+	$(MAKE) check-native SHORT=1
 
-check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and with sanitizers
-	@for sanitize in "" address,undefined thread; do \
-	  dir=build/native-$${sanitize:-plain}; \
-	  cmake -S tests/native -B $$dir -DSANITIZE=$$sanitize \
+check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and with sanitizers; SHORT=1
+	@PATH="$(abspath $(VENV)/bin):$$PATH"; for sanitize in $(if $(SHORT),,"") address,undefined thread; do \
+	  dir=build/native-$${sanitize:-plain}$(if $(SHORT),-short); \
+	  cmake -S tests/native -B $$dir -DSANITIZE=$$sanitize -DSHORT=$(SHORT) \
 	    -DPython3_EXECUTABLE=$(abspath $(RUN)) && \
-	  cmake --build $$dir --target check --parallel && $$dir/check || exit 1; \
+	  cmake --build $$dir --target check --parallel && \
+	  $$dir/check $(if $(SHORT),--short) || exit 1; \
 	done
 
 soak: $(call STAMP,test) ## the long forms of the tests, several processes among them

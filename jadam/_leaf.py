@@ -1,13 +1,14 @@
 """One step of one leaf in XLA's operations: moments from storage, the equations, and back."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jadam import _math
+from jadam._masters import Weights
 from jadam._members import Rule
 from jadam._storage import storage_of
 from jadam._types import Count, Number, Scalar
@@ -19,15 +20,25 @@ class Options(NamedTuple):
     Attributes:
         decays: the parameter decays.
         to_params: p + update is wanted in place of the update.
+        weights: how the parameter lies, if it stands for more than its 16 bits.
     """
 
     decays: bool
     to_params: bool
+    weights: Weights | None = None
 
     @property
     def needs_params(self) -> bool:
         """Whether the step reads the parameter."""
-        return self.decays or self.to_params
+        return self.decays or self.to_params or self.weights is not None
+
+
+class Stepped(NamedTuple):
+    """A leaf after its step: the update or the parameter, its moments, what belongs to it."""
+
+    moved: Number
+    stored: tuple[Number, ...]
+    extra: tuple[Any, ...]
 
 
 def increment(count: Count) -> Count:
@@ -38,11 +49,13 @@ def increment(count: Count) -> Count:
 
 def leaf_step(
     rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
-) -> Callable[..., tuple[Number, ...]]:
-    """The step after `count` updates: `(g, p, options, *stored) -> (update, *stored)`.
+) -> Callable[..., Stepped]:
+    """The step after `count` updates: `(g, p, options, stored, extra) -> Stepped`.
 
     update = -learning_rate·(direction + weight_decay·p), the decay where the leaf decays. With
     `to_params` p + update comes in its place, in p's dtype. `p` may be None if it is not needed.
+    `extra` is what belongs to p where its weights say so; the step is then made in float32, of the
+    weight that p stands for.
     """
     now = increment(count)
 
@@ -55,8 +68,12 @@ def leaf_step(
         """That of this step, or of the one before it, which stored the moments."""
         return rule.relation_at(_math.Time.of(count if before else now, dtype))
 
-    def leaf(g: Any, p: Any, options: Options, *stored: Any) -> tuple[Number, ...]:
-        g = jnp.asarray(g)
+    def leaf(
+        g: Any, p: Any, options: Options, stored: Sequence[Any], extra: tuple[Any, ...] = ()
+    ) -> Stepped:
+        g, weights, start = jnp.asarray(g), options.weights, p
+        if weights is not None:
+            g, p = g.astype(jnp.float32), weights.load(jnp.asarray(start), extra)
         storage = storage_of(rule.member.moments, stored)
         wide = storage.wide(g.dtype)
         real = jnp.finfo(wide).dtype
@@ -73,7 +90,10 @@ def leaf_step(
         if not jnp.iscomplexobj(g):
             update = update.real
         update = update.astype(g.dtype)
-        return (_add(jnp.asarray(p), update) if options.to_params else update), *kept
+        if weights is not None:
+            update, extra = weights.store(_add(p, update), jnp.asarray(start), extra)
+        moved = _add(jnp.asarray(start), update) if options.to_params else update
+        return Stepped(moved, kept, extra)
 
     return leaf
 

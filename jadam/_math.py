@@ -106,7 +106,7 @@ def _scaled(scalar: Scalar, x: Number) -> Number:
     return jnp.asarray(scalar, x.dtype) * x
 
 
-def divide(x: Number, y: Real) -> Number:
+def divide(x: Number, y: Float[Array, "..."]) -> Number:
     """x / y for real y: a complex x is divided part by part, exactly as two real numbers."""
     if jnp.iscomplexobj(x):
         return lax.complex(x.real / y, x.imag / y)
@@ -161,7 +161,7 @@ def dither_of_v(b: Decay, time: Time) -> Float[Array, ""]:
     return jnp.where(b.complement <= 0.5, time.dither / b.complement, 0)
 
 
-def bias_correction(b: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+def bias_correction(b: Decay, t: Real) -> Real:
     """1 - bᵗ as (1-b) - b·(bᵗ⁻¹ - 1), without cancellation and exact at t = 1."""
     return b.complement - b.rate * jnp.expm1((t - 1) * b.log)
 
@@ -452,7 +452,7 @@ class SlowDecay(NamedTuple):
         if warmup is None:
             return cls(end, t * end.log, 1.0)
         within = jnp.minimum(t, warmup)
-        start = 1 / jnp.asarray(b1.log, t.dtype)
+        start = jnp.where(b1.rate == 0, 0, 1 / jnp.asarray(b1.log, t.dtype))
         slope = (1 / end.log - start) / warmup
         log = 1 / (start + slope * within)
         is_flat = slope == 0  # b3 is b1

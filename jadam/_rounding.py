@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from jadam._types import Count, Real, Scalar
+from jadam._types import Count, Real, Scalar, Shape
 
 # 2³²/φ and 2³²/ρ, φ the golden and ρ the plastic number, as odd integers: multiples of an
 # irrational number fill the unit interval evenly (Weyl), and these two do so most evenly.
@@ -22,7 +22,7 @@ _LANES = 128
 
 
 def weyl(
-    shape: tuple[int, ...], t: Count, salt: int = 0, step: np.uint32 = STEP
+    shape: Shape, t: Count | UInt32[Array, ""], salt: int = 0, step: np.uint32 = STEP
 ) -> UInt32[Array, "*shape"]:
     """A dither in [0, 2³²) for each element at step t: lane·2³²/ρ + t·2³²/φ mod 2³².
 

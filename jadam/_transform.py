@@ -5,7 +5,6 @@ by class, so that a program which reaches into the state finds everything in its
 or a checkpoint of one goes on under the other.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from jadam._kernels.choice import Choice
 from jadam._leaf import increment
 from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, CORRECTED_AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Mask, adam_rule, advance, decaying_leaves, initializer
+from jadam._update import Advanced, Mask, adam_rule, advance, decaying_leaves, initializer
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -47,23 +46,31 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         >>> params["w"].tolist()
         [0.9990000128746033, 2.000999927520752]
         """
-        if isinstance(self.update, _Update):
-            return self.update.move(grads, state, params, to_params=True)
+        if isinstance(self.update, FusedUpdate):
+            moved, state, _ = self.update.move(
+                grads, state, params, to_params=True, extra_args=extra_args
+            )
+            return moved, state
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
 
 @dataclass(frozen=True)
-class _Update:
-    """An `update` that can also make the whole step: `move(grads, state, params, *, to_params)`."""
+class FusedUpdate:
+    """An `update` that can also make the whole step.
 
-    move: Callable[..., tuple[PyTree, Any]]
+    Attributes:
+        move: `(grads, state, params, *, to_params, extra_args, weights=None) -> Advanced`, as in
+            `advance`; the extra arguments of optax are for a transformation inside.
+    """
+
+    move: Callable[..., Advanced]
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        del extra_args
-        return self.move(updates, state, params, to_params=False)
+        moved, state, _ = self.move(updates, state, params, to_params=False, extra_args=extra_args)
+        return moved, state
 
 
 def _transformation(
@@ -94,15 +101,16 @@ def _transformation(
     kernel = choice.checked(kernel)
 
     def move(
-        grads: PyTree, state: Any, params: PyTree, *, to_params: bool
-    ) -> tuple[PyTree, tuple[Any, ...]]:
+        grads: PyTree, state: Any, params: PyTree, *, extra_args: Any = None, **form: Any
+    ) -> Advanced:
+        del extra_args
         if not (isinstance(state, (tuple, list)) and len(state) == 1 + len(followers)):
             raise TypeError(
                 f"state: expected the tuple of {1 + len(followers)} states that init made, got "
                 f"{type(state).__name__}"
             )
         adam_state, *schedules = state
-        moved, adam_state = advance(
+        moved, adam_state, extra = advance(
             rule,
             grads,
             adam_state,
@@ -111,12 +119,12 @@ def _transformation(
             weight_decay=weight_decay,
             mask=mask,
             kernel=kernel,
-            to_params=to_params,
+            **form,
         )
         # A schedule's state is its count, or nothing.
-        return moved, (adam_state, *jax.tree.map(increment, schedules))
+        return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
-    return FusedTransformation(init_fn, _Update(move))
+    return FusedTransformation(init_fn, FusedUpdate(move))
 
 
 def _as_optax_takes(mask: Mask) -> Mask:
@@ -151,14 +159,16 @@ def scale_by_adam(
     ...     optax.clip_by_global_norm(1.0), jadam.scale_by_adam(), optax.scale(-1e-3)
     ... )
     """
-    move = functools.partial(
-        advance,
-        adam_rule(b1, b2, eps, eps_root, nesterov),
-        learning_rate=-1.0,
-        kernel=choice.checked(kernel),
-    )
+    rule, kernel = adam_rule(b1, b2, eps, eps_root, nesterov), choice.checked(kernel)
+
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, extra_args: Any = None, **form: Any
+    ) -> Advanced:
+        del extra_args
+        return advance(rule, grads, state, params, learning_rate=-1.0, kernel=kernel, **form)
+
     init = initializer(ADAM, mu_dtype, nu_dtype, min_size)
-    return FusedTransformation(init, _Update(move))
+    return FusedTransformation(init, FusedUpdate(move))
 
 
 def adam(

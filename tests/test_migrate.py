@@ -139,8 +139,8 @@ def test_a_tree_without_adam_is_refused():
     adam, sgd = jadam.adam(0.1).init(jnp.ones(3)), optax.sgd(0.1).init(jnp.ones(3))
     for convert, state, expected in [
         (migrate.from_optax, adam, "ScaleByAdamState"),
-        (migrate.to_optax, migrate.to_optax(adam), "an AdamState"),
-        (lambda state: migrate.cast_like(adam, state), sgd, "an AdamState"),
+        (migrate.to_optax, migrate.to_optax(adam), "AdamState"),
+        (lambda state: migrate.cast_like(adam, state), sgd, "AdamState"),
     ]:
         with pytest.raises(ValueError, match=f"expected .*{expected}.* found none"):
             convert(state)

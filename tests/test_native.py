@@ -1,7 +1,13 @@
 """The kernel in C++ against the same step in XLA's operations, and the ways around it."""
 
+import ctypes
 import functools
+import importlib.machinery
+import importlib.util
+import platform
+import re
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 from test_codec import bounds
 
 import jadam
+from jadam import _rounding
 from jadam._kernels import choice, cpu
+from jadam._storage import codes
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 STORAGE = {
@@ -27,10 +35,42 @@ DTYPES = {
     "bfloat16 gradients": (jnp.bfloat16, jnp.float32),
     "bfloat16": (jnp.bfloat16, jnp.bfloat16),
 }
-# Rows that end within a vector of 16 and within a block of 128, no row, no element, one number.
+# Rows that end within a vector and within a block of 128, no row, no element, one number.
 SHAPES = [(70, 300), (4099,), (33, 7, 20), (0, 5), (), (4, 2048)]
 
 needs_kernel = pytest.mark.skipif(choice.why_not() is not None, reason=str(choice.why_not()))
+
+
+def kernel_library():
+    return ctypes.CDLL(importlib.util.find_spec("jadam._kernel").origin)
+
+
+def instruction_sets():
+    """The names of those that the library has and this processor too, the best first."""
+    if cpu.library().instruction_set is None:
+        return []
+    names = kernel_library().jadam_instruction_sets
+    names.restype = ctypes.c_char_p
+    return names().decode().split()
+
+
+def use(name):
+    """That instruction set makes every step from now on, in programs compiled before too."""
+    use_set = kernel_library().jadam_use_instruction_set
+    use_set.restype = ctypes.c_bool
+    assert use_set(name.encode())
+
+
+def fuses(name):
+    """Whether an instruction set has products that are rounded with their sums alone, as XLA's."""
+    return name != "baseline" or platform.machine() != "x86_64"
+
+
+@pytest.fixture(autouse=True)
+def _the_set_of_before():
+    yield
+    if found := cpu.library().instruction_set:
+        use(found)
 
 
 def leaves(dtype, seed, scale=1.0):
@@ -51,7 +91,7 @@ def has_kernel(function, *args):
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_kernel_is_the_same_step(nesterov, storage, dtypes, way):
-    """Every dtype and storage: after five steps from the same state, what XLA's form gives."""
+    """Every dtype, storage and instruction set: from the same state, what XLA's form gives."""
     g_dtype, p_dtype = DTYPES[dtypes]
     params = leaves(p_dtype, 0)
     make = functools.partial(
@@ -72,26 +112,57 @@ def test_the_kernel_is_the_same_step(nesterov, storage, dtypes, way):
     assert not has_kernel(call(xla), leaves(g_dtype, 1), state, params)
     for t in range(5):
         grads = leaves(g_dtype, t + 1, scale=10.0**-t)
-        (moved, after), (expected, state) = (f(grads, state, params) for f in (in_kernel, in_xla))
-        assert jax.tree.map(jnp.result_type, (moved, after)) == jax.tree.map(
-            jnp.result_type, (expected, state)
-        )
-        for x, y, p, g in zip(moved, expected, params, grads, strict=True):
-            x, y, p = (np.asarray(a, np.float64) for a in (x, y, p))
-            update = np.abs(y - p if way == "step" else y) + 1e-2 * 0.1 * np.abs(p)
-            # Three units in the last place of what is added, the direction and the decay, which may
-            # cancel, as may m and g in a direction under 1: XLA's fused sum with the decay is up
-            # to 2.3 off. One more for 8 bits, where m comes through a reciprocal to one ulp. And
-            # one of the update's own dtype, and one of the result.
-            update = np.maximum(update, 1e-2)
-            unit = float(jnp.finfo(g.dtype).eps)
-            ulps = 4 if storage == "8 bits" else 3
-            allowed = ulps * 2.0**-23 * update + (unit if unit > 1e-3 else 0) * update
-            if way == "step":
-                allowed += float(jnp.finfo(p_dtype).eps) * np.abs(y)
-            np.testing.assert_array_less(np.abs(x - y) - allowed, 1e-30)
-        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
-            compare_stored(np.asarray(x), np.asarray(y))
+        before = state
+        expected, state = in_xla(grads, before, params)
+        for name in instruction_sets():
+            use(name)
+            moved, after = in_kernel(grads, before, params)
+            assert jax.tree.map(jnp.result_type, (moved, after)) == jax.tree.map(
+                jnp.result_type, (expected, state)
+            )
+            for x, y, p, g in zip(moved, expected, params, grads, strict=True):
+                compare_moved(x, y, p if way == "step" else None, p, g.dtype, storage, fuses(name))
+            for x, y, start in zip(*map(jax.tree.leaves, (after, state, before)), strict=True):
+                x, y, start = map(np.asarray, (x, y, start))
+                if jnp.issubdtype(x.dtype, jnp.floating) and not fuses(name):
+                    compare_unfused(x, y, start)
+                else:
+                    compare_stored(x, y)
+
+
+def compare_unfused(x, y, start):
+    """Moments in floats of which one was made without fused products.
+
+    The product in m + (1 - b1)(g - m) is rounded before the sum, in which it may cancel m: two
+    units in the last place of the larger term. What is dithered may fall to either neighbour then.
+    """
+    is_dithered = x.dtype != np.float32
+    if is_dithered:
+        assert np.sum(x != y) <= 1e-3 * x.size
+    x, y, start = (a.astype(np.float32) for a in (x, y, start))
+    allowed = 2 * 2.0**-23 * np.maximum(np.abs(start), np.abs(y))
+    allowed += 2.0**-7 * np.abs(y) if is_dithered else 0
+    # 2^-126: a subnormal number counts as 0.
+    np.testing.assert_array_less(np.abs(x - y), allowed + 2.0**-126)
+
+
+def compare_moved(x, y, start, p, g_dtype, storage, is_fused):
+    """Updates, or parameters that were at `start`, of a rate of 1e-2 and a decay of 0.1."""
+    unit_of_p = float(jnp.finfo(p.dtype).eps)
+    x, y, p = (np.asarray(a, np.float64) for a in (x, y, p))
+    update = np.abs(y if start is None else y - p) + 1e-2 * 0.1 * np.abs(p)
+    # Three units in the last place of what is added, the direction and the decay, which may cancel,
+    # as may m and g in a direction under 1: XLA's fused sum with the decay is up to 2.3 off. One
+    # more for 8 bits, where m comes through a reciprocal to one ulp. Half a unit for each product
+    # that is rounded before its sum where none is fused: in m, in Nesterov's sum, of the decay. And
+    # one of the update's own dtype, and one of the result.
+    update = np.maximum(update, 1e-2)
+    unit = float(jnp.finfo(g_dtype).eps)
+    ulps = (4 if storage == "8 bits" else 3) + (0 if is_fused else 1.5)
+    allowed = ulps * 2.0**-23 * update + (unit if unit > 1e-3 else 0) * update
+    if start is not None:
+        allowed += unit_of_p * np.abs(y)
+    np.testing.assert_array_less(np.abs(x - y) - allowed, 1e-30)
 
 
 def compare_stored(x, y):
@@ -112,6 +183,115 @@ def compare_stored(x, y):
         bits = np.abs(x.view(np.int16).astype(int) - y.view(np.int16))
         assert bits.max(initial=0) <= 1
         assert np.sum(bits != 0) <= 1e-3 * x.size
+
+
+WRAPPERS = {
+    "int8": jadam.compensated_weights,
+    "int16": functools.partial(jadam.compensated_weights, residual_dtype="int16"),
+    "stochastic": jadam.stochastic_rounding,
+}
+
+
+def weights_of(wrapper, params, state):
+    """What is trained, in float64."""
+    if wrapper != "stochastic":
+        params = jadam.master_weights(params, state)
+    return [np.asarray(p, np.float64) for p in params]
+
+
+@needs_kernel
+@pytest.mark.parametrize("way", ["update", "step"])
+@pytest.mark.parametrize("g_dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("storage", ["float32", "8 bits"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_weights_of_16_bits_take_the_same_step(wrapper, storage, g_dtype, way):
+    """Compensated and stochastic weights, in `update` and in `step`: what XLA's form trains."""
+    options = {"eps_root": 1e-12, "weight_decay": 0.1, "min_size": 0, **STORAGE[storage]}
+    mask = [True, False, True, True, True, False]
+    rate = optax.linear_schedule(1e-2, 1e-3, 10)
+    kernel, xla = (
+        WRAPPERS[wrapper](jadam.adamw(rate, mask=mask, kernel=kernel, **options))
+        for kernel in ("native", "xla")
+    )
+    in_kernel, in_xla = jax.jit(getattr(kernel, way)), jax.jit(getattr(xla, way))
+    params = leaves(jnp.bfloat16, 0)
+    state = kernel.init(params)
+    assert "jadam_step" in in_kernel.lower(leaves(g_dtype, 1), state, params).as_text()
+    for t in range(3):
+        grads = leaves(g_dtype, t + 1, scale=10.0**-t)
+        (moved, after), (expected, state) = (f(grads, state, params) for f in (in_kernel, in_xla))
+        assert jax.tree.map(jax.typeof, (moved, after)) == jax.tree.map(
+            jax.typeof, (expected, state)
+        )
+        if way == "update":
+            moved, expected = (
+                [(p.astype(u.dtype) + u).astype(p.dtype) for p, u in zip(params, x, strict=True)]
+                for x in (moved, expected)
+            )
+        for x, y in zip(
+            weights_of(wrapper, moved, after), weights_of(wrapper, expected, state), strict=True
+        ):
+            # The steps differ by 4 units of an ulp (as above), and the weight by one of its own.
+            ulp = 4 * 2.0**-23 * 1e-2 + 2.0**-23 * np.abs(y)
+            if wrapper == "int16":
+                np.testing.assert_array_less(np.abs(x - y) - ulp, 1e-30)
+            else:
+                # Rounded the other way by that, to the neighbour: 2⁻¹⁵ of the weight, or 2⁻⁷. With
+                # 8-bit moments 27 of 21,000 were.
+                coarse = np.abs(y) * (2.0**-14 if wrapper == "int8" else 2.0**-7)
+                np.testing.assert_array_less(np.abs(x - y) - ulp - coarse, 1e-30)
+                assert np.sum(np.abs(x - y) > ulp) <= 3e-3 * x.size + 1
+        params = expected
+        inner = (s.inner_state[0] for s in (after, state))
+        for x, y in zip(*map(jax.tree.leaves, inner), strict=True):
+            compare_stored(np.asarray(x), np.asarray(y))
+
+
+@needs_kernel
+def test_special_weights_are_those_of_xla():
+    """NaN, infinities, zeros, the largest and the smallest bfloat16: the same bits in all three."""
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 3.38e38, -3.38e38, 1e-38, 9.2e-41, 1.0, -1e-20]
+    params = jnp.asarray(np.resize(np.array(special), (4, 130)), jnp.bfloat16)
+    grads = jnp.asarray(np.resize(np.array([1.0, -1.0, 0.0, 1e3]), (4, 130)), jnp.bfloat16)
+    for wrapper in WRAPPERS.values():
+        found = []
+        for kernel in ("native", "xla"):
+            tx = wrapper(jadam.adam(2.0**-3, eps=0.0, kernel=kernel))
+            found.append(jax.jit(tx.step)(grads, tx.init(params), params))
+        (x, s), (y, r) = found
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+        keep = ~np.isnan(np.asarray(x, np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(x).view(np.int16)[keep], np.asarray(y).view(np.int16)[keep]
+        )
+        jax.tree.map(np.testing.assert_array_equal, s[0], r[0])
+
+
+@needs_kernel
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_weights_of_16_bits_take_one_pass_in_place_and_in_shards(wrapper):
+    """No temporary of a leaf's size, all donated; each device steps its shard, same bits."""
+    tx = WRAPPERS[wrapper](jadam.adamw(1e-3, **EIGHT_BITS))
+    params = jnp.asarray(np.random.default_rng(0).standard_normal((256, 1024)), jnp.bfloat16)
+
+    def step(params, state, grads):
+        return tx.step(grads, state, params)
+
+    state = tx.init(params)
+    one = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = one.memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.1 * params.size
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in (params, state.inner_state[0].mu))
+    if wrapper == "stochastic":
+        return  # divided, its random bits are those of the place among all: XLA's form
+    mesh = Mesh(np.array(jax.devices()), "x")
+    sharded = jax.device_put(params, NamedSharding(mesh, P("x")))
+    expected = jax.jit(step)(params, state, params)
+    many = jax.jit(step).lower(sharded, tx.init(sharded), sharded).compile()
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in many.as_text()
+    found = jax.jit(step)(sharded, tx.init(sharded), sharded)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @needs_kernel
@@ -350,6 +530,74 @@ def test_other_members_and_dtypes_fall_back(make):
     assert has_kernel(tx.update, params, tx.init(params))
 
 
+@needs_kernel
+def test_every_instruction_set_of_the_processor_is_there_and_runs():
+    """None is left out in silence: the library has what the processor says that it has.
+
+    Baseline fuses no product with a sum on x86-64, the others do: were the kernel that is asked for
+    not the one that runs, the bits would be the same.
+    """
+    assert instruction_sets()[-1] == "baseline"
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("only Linux on x86-64 says what the processor has")
+    flags = re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text())[1].split()
+    needs = {
+        "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx2": {"avx2", "fma"},
+        "baseline": set(),
+    }
+    assert instruction_sets() == [name for name, need in needs.items() if need <= set(flags)]
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(4096), jnp.float32)
+    step = jax.jit(functools.partial(jadam.update, kernel="native"))
+    bits = {}
+    for name in instruction_sets():
+        use(name)
+        updates = g
+        state = jadam.init(g)
+        for _ in range(3):
+            updates, state = step(g + updates, state)
+        bits[name] = np.asarray(updates).tobytes()
+    assert bits["baseline"] not in [x for name, x in bits.items() if name != "baseline"]
+    # In float32 nothing but the fusing may differ.
+    assert len(set(bits.values())) == min(len(bits), 2)
+
+
+def forget():
+    """What is known of the library is asked again."""
+    cpu.library.cache_clear()
+    choice.why_not.cache_clear()
+
+
+@pytest.fixture
+def loaded_again():
+    """`library()` as it is when a process asks for the first time."""
+    forget()
+    yield cpu.library
+    forget()
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", instruction_sets())
+def test_an_environment_variable_forces_the_instruction_set(monkeypatch, loaded_again, name):
+    """`jadam.kernels()` says which one runs, and that it was forced."""
+    monkeypatch.setenv("JADAM_INSTRUCTION_SET", name)
+    expected = f"native ({name}): loaded, forced by JADAM_INSTRUCTION_SET; "
+    assert jadam.kernels()["cpu"].startswith(expected)
+    assert loaded_again().instruction_set == name
+
+
+@needs_kernel
+def test_a_forced_set_that_is_not_there_is_refused_in_words(monkeypatch, loaded_again):
+    """A misspelt name is not the default: the kernel is not used, and the reason says why."""
+    there = ", ".join(instruction_sets())
+    monkeypatch.setenv("JADAM_INSTRUCTION_SET", "avx9")
+    loaded_again.cache_clear()
+    expected = f"xla: not used: JADAM_INSTRUCTION_SET is 'avx9', this processor has {there}"
+    assert jadam.kernels()["cpu"] == expected
+    with pytest.raises(RuntimeError, match="JADAM_INSTRUCTION_SET is 'avx9'"):
+        jadam.adam(1e-3, kernel="native")
+
+
 def test_kernels_says_what_is_in_use_and_why():
     """A name and a reason for each platform."""
     assert jadam.kernels().keys() == {"cpu", "gpu", "tpu"}
@@ -357,12 +605,6 @@ def test_kernels_says_what_is_in_use_and_why():
         kind, reason = text.split(": ", 1)
         assert kind.split(" ")[0] in ("native", "xla")
         assert reason
-
-
-def forget():
-    """What is known of the library is asked again."""
-    cpu.library.cache_clear()
-    choice.why_not.cache_clear()
 
 
 def test_without_the_library_jadam_runs_in_xla(monkeypatch):
@@ -382,9 +624,110 @@ def test_without_the_library_jadam_runs_in_xla(monkeypatch):
         forget()
 
 
+@needs_kernel
+@pytest.mark.parametrize("left", [0, 10, 4096, 0.5, -5000, -1])
+def test_a_library_that_is_cut_short_is_not_loaded(monkeypatch, tmp_path, loaded_again, left):
+    """As a full disk or a broken download leaves it; the loader would die of SIGBUS."""
+    whole = Path(importlib.util.find_spec("jadam._kernel").origin).read_bytes()
+    left = int(left * len(whole)) if isinstance(left, float) else left
+    path = tmp_path / "_kernel.so"
+    path.write_bytes(whole[:left])
+    spec = importlib.machinery.ModuleSpec("jadam._kernel", None, origin=str(path))
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: spec)
+    assert loaded_again().instruction_set is None
+    assert jadam.kernels()["cpu"].startswith("xla: not loaded: ")
+    assert str(path) in loaded_again().reason
+    g = jnp.ones((4, 64))
+    assert not has_kernel(jadam.step, g, jadam.init(g), g)
+
+
+@needs_kernel
+def test_a_library_without_the_kernels_symbols_is_not_used(monkeypatch, loaded_again):
+    """Another file under that name, or another version's: XLA's form, and the reason."""
+    ctypes_library = importlib.util.find_spec("_ctypes")
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: ctypes_library)
+    assert loaded_again().instruction_set is None
+    assert "undefined symbol: jadam_" in jadam.kernels()["cpu"]
+
+
+SOURCES = {path.name: path.read_text() for path in Path(jadam.__file__).parent.rglob("*.[ch]*")}
+
+
+def fields(struct):
+    """The names and lengths of a struct of float32 in step.h."""
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", SOURCES["step.h"], re.DOTALL)[1]
+    return [
+        (name, int(n or 1)) for name, n in re.findall(r"^  float (\w+)(?:\[(\d+)\])?;", body, re.M)
+    ]
+
+
+def test_python_fills_the_structs_of_the_kernel_by_name():
+    """The kernel reads numbers by position: names, order and lengths are those of Python."""
+    assert [(name, 1) for name in cpu.Numbers._fields] == fields("Numbers")
+    dtype = cpu.tables().dtype
+    assert [(name, dtype[name].shape[0]) for name in dtype.names] == fields("Tables")
+
+
+def test_the_kernel_has_pythons_constants():
+    """What both sides state is stated alike."""
+    constants = dict(
+        re.findall(r"\b(k\w+) = (0x\w+?|\d+)u?[,;]", SOURCES["step.h"] + SOURCES["work.h"])
+        + re.findall(r"\b(k\w+) = (\d+)[,;]", SOURCES["kernel.cc"])
+    )
+    expected = {
+        "kBlock": codes.BLOCK,
+        "kTop": codes.TOP,
+        "kNaN": codes.NAN,
+        "kM": codes.M_LEVELS,
+        "kStep": _rounding.STEP,
+        "kLane": _rounding._LANE,
+        "kSalt": _rounding._SALT,
+    }
+    assert {name: int(constants[name], 0) for name in expected} == expected
+    assert _rounding._LANES == codes.BLOCK
+    # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
+    assert codes._PER_OCTAVE == 32
+
+
+def test_comments_in_the_kernel_name_python_that_exists():
+    """A reader who follows one finds it."""
+    for text in SOURCES.values():
+        comments = "\n".join(re.findall(r"//.*", text))
+        for module, name in re.findall(r"\b(codes|cpu|_math|_rounding)\.(?!py\b)(\w+)", comments):
+            where = {"codes": codes, "cpu": cpu, "_math": jadam._math, "_rounding": _rounding}
+            assert hasattr(where[module], name), (module, name)
+
+
 def test_a_wrong_kernel_is_refused():
     """The name of the argument, what was expected, what came."""
     with pytest.raises(
         ValueError, match="kernel: expected one of 'auto', 'xla', 'native', got 'c'"
     ):
         jadam.adam(1e-3, kernel="c")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("shape", "wrapper"), [((64, 768), None), ((16,), None), ((8, 200), "int8")], ids=str
+)
+def test_rows_that_are_cut_within_a_block_need_no_communication(shape, wrapper):
+    """Dithers go by the place in the row: each device knows where its shard of it begins."""
+    tx = jadam.adamw(1e-2, mu_dtype="bfloat16", nu_dtype="bfloat16", kernel="native")
+    dtype = jnp.float32
+    if wrapper:
+        tx, dtype = WRAPPERS[wrapper](tx), jnp.bfloat16
+    mesh = Mesh(np.array(jax.devices()), "x")
+    where = NamedSharding(mesh, P(*[None] * (len(shape) - 1), "x"))
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    sharded = jax.device_put(g, where)
+    shardings = jadam.sharding.state_shardings(tx, sharded)
+    state = jax.jit(tx.init, out_shardings=shardings)(sharded)
+    step = jax.jit(tx.step)
+    program = step.lower(sharded, state, sharded).compile().as_text()
+    assert "jadam_step" in program
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in program
+    one, many = (g, tx.init(g)), (sharded, state)
+    for _ in range(2):
+        one, many = step(g, one[1], one[0]), step(sharded, many[1], many[0])
+    jax.tree.map(np.testing.assert_array_equal, many, one)

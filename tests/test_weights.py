@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam import _weights
+from jadam import _masters
 from jadam._weights import compensated_weights, master_weights, stochastic_rounding
 
 # optax.apply_updates adds float32 updates to bfloat16 parameters, which strict promotion refuses.
@@ -97,9 +97,9 @@ def test_every_bfloat16_with_every_int8_residual():
     @jax.jit
     def both(p):
         p, r = jnp.broadcast_arrays(p[:, None], codes)
-        master = _weights.join(p, r)
-        stay, r_stay = _weights.split(master, p, jnp.int8)
-        jump, r_jump = _weights.split(master, jnp.zeros_like(p), jnp.int8)
+        master = _masters.join(p, r)
+        stay, r_stay = _masters.split(master, p, jnp.int8)
+        jump, r_jump = _masters.split(master, jnp.zeros_like(p), jnp.int8)
         return master, applied(p, stay), r_stay, applied(jnp.zeros_like(p), jump), r_jump
 
     r = np.arange(-128, 128)
@@ -146,9 +146,9 @@ def test_a_bfloat16_and_an_int16_are_one_float32_number():
     @jax.jit
     def there_and_back(master):
         zero = jnp.zeros(master.shape, BF16)
-        update, r = _weights.split(master, zero, jnp.int16)
+        update, r = _masters.split(master, zero, jnp.int16)
         p = applied(zero, update)
-        return p, _weights.join(p, r)
+        return p, _masters.join(p, r)
 
     p, back = there_and_back(masters)
     np.testing.assert_array_equal(back, masters)  # 0 of either sign from +0 is +0
@@ -172,9 +172,9 @@ def test_from_anywhere_to_anywhere(dtype):
 
     @jax.jit
     def go(master, p):
-        update, r = _weights.split(master, p, jnp.dtype(dtype))
+        update, r = _masters.split(master, p, jnp.dtype(dtype))
         landed = applied(p, update)
-        return update, landed, _weights.join(landed, r)
+        return update, landed, _masters.join(landed, r)
 
     update, landed, back = (np.asarray(x, np.float64) for x in go(masters, p))
     masters, p = masters.astype(float), np.asarray(p, np.float64)
@@ -337,7 +337,7 @@ def test_random_bits_are_independent_in_every_direction():
     """Each of 32 bits, along both axes, between steps and between leaves: within 5 sigma of 0."""
     n = 256
     keys = jax.random.bits(jax.random.key(0), (8, 2), jnp.uint32)
-    draws = np.stack([_weights.random_bits(key, (n, n)) for key in keys])
+    draws = np.stack([_masters.random_bits(key, (n, n)) for key in keys])
     signs = 1.0 - 2.0 * ((draws[..., None] >> np.arange(32, dtype=np.uint32)) & 1)
     sigma = 1 / n
     assert np.abs(signs.mean((1, 2))).max() < 5 * sigma

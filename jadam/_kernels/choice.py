@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +41,8 @@ class Kernel:
 
     def is_faster(self, features: frozenset[str]) -> bool:
         """Whether it is also the faster form."""
-        return "to_params" in features or not features & self.slow_updates
+        is_update = not any(x == "to_params" or x.startswith("weights") for x in features)
+        return not (is_update and features & self.slow_updates)
 
 
 CPU = Kernel(
@@ -58,6 +59,9 @@ CPU = Kernel(
             "moments 8-bit codes",
             "decays",
             "to_params",
+            "weights compensated int8",
+            "weights compensated int16",
+            "weights stochastic bfloat16",
         ]
     ),
     # An update alone leaves as much memory to read again in either form, and XLA can fuse its own
@@ -66,27 +70,40 @@ CPU = Kernel(
 )
 
 
-def features_of(rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> frozenset[str]:
+def features_of(
+    rule: Rule, g: Any, p: Any, options: Options, stored: Any, extra: Any
+) -> frozenset[str]:
     """All that a kernel must have to step a leaf. An option that is set is one feature each."""
+    del extra
     gradient = jnp.result_type(g)
+    # Weights that stand for more than their 16 bits are stepped in float32.
     param = jnp.result_type(p) if options.needs_params else gradient
-    return frozenset(
-        {
-            f"member {rule.member.name}",
-            f"gradients {gradient}, parameters {param}",
-            f"moments {storage_of(rule.member.moments, stored).name}",
-            *(name for name, is_set in options._asdict().items() if is_set),
-        }
-    )
+    param = param if options.weights is None else jnp.dtype(jnp.float32)
+    place = jax.typeof(g).sharding
+    features = {
+        f"member {rule.member.name}",
+        f"gradients {gradient}, parameters {param}",
+        f"moments {storage_of(rule.member.moments, stored).name}",
+        *(name if x is True else f"{name} {x}" for name, x in options._asdict().items() if x),
+    }
+    if place.spec.unreduced:
+        features.add("gradients that are not summed over devices yet")
+    if not place.mesh.empty and getattr(place.mesh, "abstract_device", None) is None:
+        features.add("a mesh without devices")
+    return frozenset(features)
 
 
-def takes(choice: Choice, rule: Rule, g: Any, p: Any, options: Options, stored: Any) -> bool:
-    """Whether a leaf's step goes to the kernel, where one is wanted."""
-    features = features_of(rule, g, p, options, stored)
-    return CPU.has(features) and (choice == "native" or CPU.is_faster(features))
+def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[bool]:
+    """Which leaves `(g, p, options, stored, extra)` of a call go to the kernel."""
+    meshes = {jax.typeof(g).sharding.mesh for g, *_ in leaves}
+    # A program whose primitives need to know the devices may have one mesh only, says JAX.
+    if not _is_wanted(choice) or sum(not mesh.empty for mesh in meshes) > 1:
+        return [False] * len(leaves)
+    features = [features_of(rule, *leaf) for leaf in leaves]
+    return [CPU.has(x) and (choice == "native" or CPU.is_faster(x)) for x in features]
 
 
-def is_wanted(choice: Choice) -> bool:
+def _is_wanted(choice: Choice) -> bool:
     """Whether the argument `kernel` asks for the native kernel, and it is there."""
     # Off the CPU each leaf is XLA's own, which leaves XLA free in their order.
     automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()
@@ -120,6 +137,10 @@ def why_not() -> str | None:
 
 def kernels() -> dict[str, str]:
     """What computes a step on each platform, and why.
+
+    The kernel is there for several instruction sets: avx512, avx2 and, for any processor, baseline.
+    It takes the best that the processor has, or what the environment variable
+    JADAM_INSTRUCTION_SET names when the library is loaded.
 
     On a CPU the native kernel takes each leaf of which it has all features: the member, the dtypes,
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With

@@ -43,8 +43,18 @@ def place_of(module: Any) -> Place:
     return Place.DIVIDED if known else Place.UNKNOWN
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes of a `jax.shard_map` along which an array differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def new_primitive(
-    name: str, *, abstract: Rule, batched: Rule, everywhere: Rule, on_cpu: Callable[[Place], Rule]
+    name: str,
+    *,
+    abstract: Rule,
+    batched: Rule,
+    everywhere: Rule,
+    on_cpu: Callable[[Place, int], Rule],
 ) -> jax.extend.core.Primitive:
     """A primitive with several results, lowered by tracing functions.
 
@@ -53,7 +63,7 @@ def new_primitive(
         abstract: `(*avals, **params) -> avals` of the results.
         batched: the rule for `jax.vmap`.
         everywhere: the function to trace on any platform.
-        on_cpu: the function to trace on a CPU, by the place.
+        on_cpu: the function to trace on a CPU, by the place and the number of devices.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -76,7 +86,8 @@ def new_primitive(
 
     def lower_on_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
         def function(*operands: Any) -> Any:
-            return on_cpu(place_of(ctx.module_context))(*operands, **params)
+            devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+            return on_cpu(place_of(ctx.module_context), devices)(*operands, **params)
 
         return _lower_function(function, multiple_results=True)(ctx, *operands)
 

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jadam._kernels.jax_internals import custom_partitioning
 from jadam._storage import BLOCK
 
-# The operands are 3 that all leaves share, the gradient, the moments and, where it is needed, the
-# parameter.
-_SHARED = 3
+# The operands are 4 that all leaves share, the last of them to be divided as rows are, then the
+# gradient, the moments and, where it is needed, the parameter with what belongs to it.
+_SHARED = 4
 
 
 def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,33 +19,40 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
     divided = custom_partitioning(call, static_argnums=(0,))
 
     def partition(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
-        """A leaf lies as its m does. Blocks stay whole where lanes or tops depend on them."""
+        """A leaf lies as its m does. Blocks of codes stay whole."""
         del results
+        (options,) = plan.options
         m, *others = operands[_SHARED + 1 : _SHARED + 1 + plan.moments]
         spec = [*m.sharding.spec, *[None] * (len(m.shape) - len(m.sharding.spec))]
-        is_flat = all(x.dtype == "float32" for x in (m, *others))
-        if m.shape and not is_flat and m.sharding.shard_shape(m.shape)[-1] % BLOCK:
+        has_tops = any(x.shape != m.shape for x in others)
+        if has_tops and m.sharding.shard_shape(m.shape)[-1] % BLOCK:
             spec[-1] = None
         like_m = NamedSharding(mesh, PartitionSpec(*spec))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        places = (everywhere,) * _SHARED + (like_m,) * (len(operands) - _SHARED)
-        return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments), places
+        own = (like_m if x.shape or not m.shape else everywhere for x in operands[_SHARED:])
+        along_rows = NamedSharding(mesh, PartitionSpec(*spec[-1:]))
+        places = (*(everywhere,) * (_SHARED - 1), along_rows, *own)
+        kept = 0 if options.weights is None else options.weights.kept
+        return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments + kept), places
 
     def sharding_rule(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
         """The axes of a leaf in their order; a code's top lies where its block lies."""
         del mesh, results
-        m = tuple(operands[_SHARED + 1].shape)
-        axes, sizes = [f"axis{i}" for i in range(len(m))], {}
+        (options,) = plan.options
         shapes = [tuple(x.shape) for x in operands[_SHARED:]]
+        whole, tops = shapes[0], shapes[1 : 1 + plan.moments]
+        axes, sizes = [f"axis{i}" for i in range(len(whole))], {}
         blocks = axes
-        if any(shape != m for shape in shapes) and m[-1] % BLOCK == 0:
-            axes, blocks = [*axes[:-1], "(blocks lanes)"], [*axes[:-1], "blocks"]
-            sizes = {"lanes": BLOCK}
-        elif any(shape != m for shape in shapes):
+        if any(shape != whole for shape in tops):
             blocks = [*axes[:-1], "blocks"]
-        leaf = [" ".join(axes if shape == m else blocks) for shape in shapes]
-        results = leaf[: 1 + plan.moments]
-        return f"numbers, tables, , {', '.join(leaf)} -> {', '.join(results)}", sizes
+            if whole[-1] % BLOCK == 0:
+                axes, sizes = [*axes[:-1], "(blocks lanes)"], {"lanes": BLOCK}
+        names = {whole: " ".join(axes), (): ""}
+        leaf = [names.get(shape, " ".join(blocks)) for shape in shapes]
+        extra = 1 + plan.moments + options.needs_params
+        kept = [] if options.weights is None else leaf[extra : extra + options.weights.kept]
+        results = [*leaf[: 1 + plan.moments], *kept]
+        return f"numbers, tables, , shards, {', '.join(leaf)} -> {', '.join(results)}", sizes
 
     def places(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
         """Where the results lie: the same rule for XLA's older partitioner."""

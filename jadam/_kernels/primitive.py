@@ -16,8 +16,9 @@ from jaxtyping import Array
 from jadam._kernels import cpu, jax_internals
 from jadam._kernels.jax_internals import Place
 from jadam._kernels.partitioning import partitioned
-from jadam._leaf import Options, increment, leaf_step
+from jadam._leaf import Options, Stepped, increment, leaf_step
 from jadam._members import Rule
+from jadam._storage import BLOCK
 from jadam._types import Count, Number, Scalar
 
 # More leaves in one call compile slowly, fewer cost a call each.
@@ -28,12 +29,21 @@ class Leaf(NamedTuple):
     """A leaf's operands. p is None where it is not needed."""
 
     g: Any
-    stored: tuple[Any, ...]
     p: Any | None
+    stored: tuple[Any, ...]
+    extra: tuple[Any, ...]
 
-    def moved(self, options: Options) -> Any:
-        """The operand that becomes the first result: p, or the gradient that the update is like."""
-        return self.p if options.to_params else self.g
+    def in_order(self) -> list[Any]:
+        """As the library takes them."""
+        return [self.g, *self.stored, *([] if self.p is None else [self.p]), *self.extra]
+
+    def like(self, options: Options) -> list[tuple[Any, np.dtype]]:
+        """For each result its dtype and the operand whose shape and buffer it has if it can."""
+        weights = options.weights
+        moved: Any = self.p if options.to_params else self.g
+        dtype = jnp.float32 if weights is not None and not options.to_params else moved.dtype
+        kept = self.extra[: 0 if weights is None else weights.kept]
+        return [(moved, jnp.dtype(dtype)), *((x, x.dtype) for x in (*self.stored, *kept))]
 
 
 class Plan(NamedTuple):
@@ -57,21 +67,32 @@ class Plan(NamedTuple):
         return self.known.count(None)
 
     def leaves(self, operands: Sequence[Any]) -> list[Leaf]:
-        """The operands of each leaf: g, the stored moments and, where it is needed, p."""
+        """The operands of each leaf."""
         given = iter(operands)
-        return [
-            Leaf(
-                next(given),
-                tuple(next(given) for _ in range(self.moments)),
-                next(given) if options.needs_params else None,
-            )
-            for options in self.options
-        ]
 
-    def like(self, operands: Sequence[Any]) -> list[Any]:
-        """The operands whose shapes, dtypes and buffers the results have."""
+        def leaf(options: Options) -> Leaf:
+            g, *stored = (next(given) for _ in range(1 + self.moments))
+            p = next(given) if options.needs_params else None
+            taken = 0 if options.weights is None else options.weights.taken
+            return Leaf(g, p, tuple(stored), tuple(next(given) for _ in range(taken)))
+
+        return [leaf(options) for options in self.options]
+
+    def like(self, operands: Sequence[Any]) -> list[tuple[Any, np.dtype]]:
+        """`Leaf.like` of all results."""
         leaves = zip(self.leaves(operands), self.options, strict=True)
-        return [x for leaf, options in leaves for x in (leaf.moved(options), *leaf.stored)]
+        return [like for leaf, options in leaves for like in leaf.like(options)]
+
+    def stepped(self, results: Sequence[Any]) -> list[Stepped]:
+        """The results of each leaf."""
+        given = iter(results)
+
+        def leaf(options: Options) -> Stepped:
+            moved, *stored = (next(given) for _ in range(1 + self.moments))
+            kept = 0 if options.weights is None else options.weights.kept
+            return Stepped(moved, tuple(stored), tuple(next(given) for _ in range(kept)))
+
+        return [leaf(options) for options in self.options]
 
 
 def through_kernel(
@@ -79,26 +100,39 @@ def through_kernel(
     learning_rate: Scalar,
     weight_decay: Scalar,
     count: Count,
-    leaves: Sequence[tuple[Leaf, Options]],
-) -> list[tuple[Number, ...]]:
-    """`_leaf.leaf_step` of many leaves, each by a kernel where the platform has one."""
+    rows: Sequence[tuple[Any, Any, Options, Any, Any]],
+) -> list[Stepped]:
+    """`_leaf.leaf_step` of rows of its arguments, each by a kernel where the platform has one."""
     numbers, structure = jax.tree.flatten((rule, learning_rate, weight_decay))
     arrays = [x for x in numbers if isinstance(x, jax.Array)]
     known = tuple(None if isinstance(x, jax.Array) else x for x in numbers)
     packed = cpu.numbers_of(rule, learning_rate, weight_decay, count)
-    moments = len(rule.member.moments)
     results = []
-    for first in range(0, len(leaves), GROUP):
-        group = leaves[first : first + GROUP]
-        plan = Plan(structure, known, moments, tuple(options for _, options in group))
+    for first in range(0, len(rows), GROUP):
+        group = rows[first : first + GROUP]
+        options = tuple(options for _, _, options, *_ in group)
+        plan = Plan(structure, known, len(rule.member.moments), options)
         operands = [
             jnp.asarray(x)
-            for leaf, options in group
-            for x in (leaf.g, *leaf.stored, *([leaf.p] if options.needs_params else []))
+            for g, p, options, stored, extra in group
+            for x in Leaf(g, p if options.needs_params else None, stored, extra).in_order()
         ]
-        flat = _bind(plan, packed, count, *arrays, *operands)
-        results += [tuple(flat[i : i + 1 + moments]) for i in range(0, len(flat), 1 + moments)]
+        flat = _bind(plan, *_varying_alike(packed, count, *arrays, *operands))
+        results += plan.stepped(flat)
     return results
+
+
+def _varying_alike(*operands: Array) -> list[Array]:
+    """The operands with one type under `jax.shard_map`, which is then that of the results.
+
+    A result differs between devices if any operand does, not only the one that it is like.
+    """
+    axes = [jax_internals.varying_axes(x) for x in operands]
+    joined = frozenset[str]().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(joined - own), to="varying") if joined - own else x
+        for x, own in zip(operands, axes, strict=True)
+    ]
 
 
 def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
@@ -108,49 +142,59 @@ def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
     numbers = [next(given) if x is None else x for x in plan.known]
     rule, learning_rate, weight_decay = jax.tree.unflatten(plan.structure, numbers)
     step = leaf_step(rule, learning_rate, weight_decay, count)
-    results = []
-    leaves = plan.leaves(others[plan.arrays :])
-    for leaf, options in zip(leaves, plan.options, strict=True):
-        results += step(leaf.g, leaf.p, options, *leaf.stored)
-    return results
+    leaves = zip(plan.leaves(others[plan.arrays :]), plan.options, strict=True)
+    stepped = [step(g, p, options, stored, extra) for (g, p, stored, extra), options in leaves]
+    return [x for moved, stored, extra in stepped for x in (moved, *stored, *extra)]
 
 
 def _in_kernel(*operands: Any, plan: Plan) -> Any:
     """The call of the library."""
-    return _call(plan, *_shared(*operands[:2]), *operands[2 + plan.arrays :])
+    return _call(plan, *_shared(*operands[:2], shards=1), *operands[2 + plan.arrays :])
 
 
-def _in_shards(*operands: Any, plan: Plan) -> Any:
+def _in_shards(*operands: Any, plan: Plan, devices: int) -> Any:
     """A call for each leaf, by each device for its shard."""
-    shared = _shared(*operands[:2])
+    before, shared = operands[: 2 + plan.arrays], _shared(*operands[:2], shards=devices)
     results = []
-    leaves = plan.leaves(operands[2 + plan.arrays :])
-    for (g, stored, p), options in zip(leaves, plan.options, strict=True):
-        params = () if p is None else (p,)
-        results += _divided(plan._replace(options=(options,)), *shared, g, *stored, *params)
+    leaves = plan.leaves(operands[len(before) :])
+    for leaf, options in zip(leaves, plan.options, strict=True):
+        alone = plan._replace(options=(options,))
+        if options.weights is not None and not options.weights.divides:
+            results += _in_xla(*before, *leaf.in_order(), plan=alone)
+        else:
+            results += _divided(alone, *shared, *leaf.in_order())
     return results
 
 
-def _shared(packed: Array, count: Count) -> tuple[Array, ...]:
-    """What the library takes beside leaves."""
-    return packed, jnp.asarray(cpu.tables()), increment(count).astype(jnp.uint32)
+def _shared(packed: Array, count: Count, *, shards: int) -> tuple[Array, ...]:
+    """What the library takes beside leaves, with a number for each shard that a row may have.
+
+    Divided as the rows are, it tells a device where its shard begins.
+    """
+    tables, t = cpu.tables().view(np.float32), increment(count).astype(jnp.uint32)
+    return packed, jnp.asarray(tables), t, jnp.arange(shards, dtype=jnp.uint32)
 
 
 def _call(plan: Plan, *operands: Any) -> Any:
-    shared, operands = operands[:3], operands[3:]
-    # A gradient is seldom needed afterwards: the update takes its place.
+    (*shared, shards), operands = operands[:4], operands[4:]
+    row = operands[0].shape[-1] if len(plan.options) == 1 and operands[0].shape else 0
+    shared = (*shared, shards[0] // np.uint32(shards.size) * np.uint32(row % BLOCK) % BLOCK)
     like = plan.like(operands)
     place = {id(x): i for i, x in enumerate(operands, len(shared))}
     call = jax.ffi.ffi_call(
         cpu.TARGET,
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-        input_output_aliases={place[id(x)]: out for out, x in enumerate(like)},
+        [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in like],
+        # A gradient is seldom needed afterwards: the update takes its place.
+        input_output_aliases={
+            place[id(x)]: out for out, (x, dtype) in enumerate(like) if dtype == x.dtype
+        },
     )
     return call(
         *shared,
         *operands,
         decays=np.array([options.decays for options in plan.options], np.int32),
         writes_params=any(options.to_params for options in plan.options),
+        **cpu.weights_attributes([options.weights for options in plan.options]),
     )
 
 
@@ -158,7 +202,8 @@ _divided = partitioned(_call)
 
 
 def _abstract(*operands: Any, plan: Plan) -> list[Any]:
-    return [x.strip_weak_type() for x in plan.like(operands[2 + plan.arrays :])]
+    like = plan.like(operands[2 + plan.arrays :])
+    return [x.strip_weak_type().update(dtype=dtype) for x, dtype in like]
 
 
 def _batched(operands: Any, axes: Any, *, plan: Plan) -> Any:
@@ -166,9 +211,10 @@ def _batched(operands: Any, axes: Any, *, plan: Plan) -> Any:
     return results, (0,) * len(results)
 
 
-def _form_on_cpu(place: Place) -> Callable[..., Any]:
+def _form_on_cpu(place: Place, devices: int) -> Callable[..., Any]:
     """The kernel, in shards where arrays are divided; XLA's form where devices are unknown."""
-    forms = {Place.ONE_DEVICE: _in_kernel, Place.DIVIDED: _in_shards, Place.UNKNOWN: _in_xla}
+    in_shards = functools.partial(_in_shards, devices=devices)
+    forms = {Place.ONE_DEVICE: _in_kernel, Place.DIVIDED: in_shards, Place.UNKNOWN: _in_xla}
     return forms[place]
 
 

@@ -1,7 +1,7 @@
 """What a storage is, which one a new parameter gets, and which one stored arrays are in."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jadam._storage.floats import Floats, float_dtype, why_not
 from jadam._types import Count, DType, Number, Shape
 
 
+@runtime_checkable
 class Storage(Protocol):
     """What a storage can do with the moments of a parameter, in the order of its member."""
 

@@ -1,5 +1,5 @@
 // The native kernel by itself: every template of it, in every instruction set that this machine
-// has, against the equations of _math.py, _rounding.py and _codec.py in double precision; and a
+// has, against the equations of _math.py, _rounding.py and codes.py in double precision; and a
 // Work's jobs on several threads. Built with sanitizers it also shows that nothing is read or
 // written out of bounds, undefined or raced for.
 //
@@ -28,28 +28,14 @@ namespace {
 
 using jadam::Float;
 using jadam::Leaf;
-using jadam::Step;
+using jadam::Numbers;
 using jadam::Tables;
 
 const Tables kTables = {
 #include "tables.inc"
 };
 
-struct Isa {
-  const char* name;
-  jadam::Kernel run;
-};
-
-std::vector<Isa> instruction_sets() {
-  std::vector<Isa> found;
-#if defined(JADAM_X86)
-  const jadam::Kernel best = jadam::choose_kernel();
-  if (best == jadam::avx512::run) found.push_back({"avx512", jadam::avx512::run});
-  if (best != jadam::baseline::run) found.push_back({"avx2", jadam::avx2::run});
-#endif
-  found.push_back({"baseline", jadam::baseline::run});
-  return found;
-}
+using Isa = jadam::InstructionSet;
 
 // ---- intervals
 
@@ -130,7 +116,7 @@ double limit_range(double g) {
   return std::isfinite(g) ? std::min(std::max(g, -0x1p63), 0x1p63) : g;
 }
 
-// Adam's numbers at step t, as _math.adam, nadam and moment_ratio make them.
+// Adam's numbers at step t, as _math.adam, _math.nadam and _math.moment_ratios make them.
 struct Hyper {
   const char* name;
   double b1, b2, t, eps, eps_root;
@@ -151,11 +137,11 @@ Curve curve_of(const Hyper& h, double t) {
   return {a, 1 + a / std::min(bound, 200 * noise)};
 }
 
-Step step_of(const Hyper& h, bool nesterov) {
+Numbers step_of(const Hyper& h, bool nesterov) {
   const Curve before = curve_of(h, h.t - 1), now = curve_of(h, h.t);
   const double dither = unit(0, uint32_t(h.t), 0) - (0.5 - 0x1p-25);
   const auto correction = [&](double b, double t) { return -std::expm1(t * std::log(b)); };
-  Step s{};
+  Numbers s{};
   s.complement1 = float(1 - h.b1);
   s.complement2 = float(1 - h.b2);
   s.dither = float(1 - h.b2 <= 0.5 ? dither / (1 - h.b2) : 0);
@@ -175,13 +161,13 @@ Step step_of(const Hyper& h, bool nesterov) {
 }
 
 // v is a point where it was stored as a float, an interval where as a code.
-Interval second_moment(Interval v, double g, const Step& s) {
+Interval second_moment(Interval v, double g, const Numbers& s) {
   const auto power = [](double x) { return x > 0 ? std::ldexp(1, std::ilogb(x)) : 0; };
   const Interval dither = Interval(s.dither) * Interval(power(v.lo), power(v.hi)) * 0x1p-23;
   return v + s.complement2 * (Interval(g) * g - v + dither);
 }
 
-Interval direction(double g, Interval m, Interval v, bool nesterov, const Step& s) {
+Interval direction(double g, Interval m, Interval v, bool nesterov, const Numbers& s) {
   // 1/c2 is rounded before it multiplies v.
   const Interval v_hat = v * (Interval(1) / s.c2);
   const Interval denominator = root_of(at_least(v_hat + s.eps_root, 0x1p-103)) + s.eps;
@@ -189,7 +175,7 @@ Interval direction(double g, Interval m, Interval v, bool nesterov, const Step& 
   return m / (s.c1 * denominator);
 }
 
-// ---- _codec.py
+// ---- codes.py
 
 Interval power_of_two(int level) { return widened(std::exp2(level / 32.0), kPowerError); }
 
@@ -197,7 +183,7 @@ Interval decoded_root(int code, int top) {
   return code == 0 ? Interval(0) : power_of_two(code - kTop + top);
 }
 
-Interval decoded_m(int x, Interval root, const Step& s) {
+Interval decoded_m(int x, Interval root, const Numbers& s) {
   const Interval rest = Interval(s.before_s) * kM - std::abs(x);
   return root * (Interval(s.before_a) * x * widened(Interval(1) / rest, 0x1p-23));
 }
@@ -212,7 +198,7 @@ int code_of_v(double v, bool is_fed, double u, int top) {
 }
 
 // m's code, as far up (1) or down (-1) as it may come out.
-int code_of_m(double m, double root, double u, const Step& s, int way) {
+int code_of_m(double m, double root, double u, const Numbers& s, int way) {
   const double size = std::abs(m), outward = m < 0 ? -way : way;
   const double x = kM * s.now_s * size / (s.now_a * root + size);
   const double code = std::floor(x * (1 + outward * kShareError) + u + outward * kCodeError);
@@ -268,7 +254,7 @@ struct Case {
   Kind kind;
   bool nesterov;
   Hyper hyper;
-  Step step;
+  Numbers step;
 
   Float written() const { return leaf.writes_params ? leaf.p_dtype : leaf.g_dtype; }
   bool has_params() const { return leaf.writes_params || leaf.decays; }
@@ -398,9 +384,10 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   leaf.m_out = new_m.data();
   leaf.v_out = new_v.data();
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
+  const jadam::Dithers dithers = jadam::dithers_of(c.count());
   const jadam::FlushSubnormals flush;
-  isa.run(leaf, {0, half}, c.step, kTables, c.count());
-  isa.run(leaf, {half, blocks}, c.step, kTables, c.count());
+  isa.kernel(leaf, {0, half}, c.step, kTables, dithers);
+  isa.kernel(leaf, {half, blocks}, c.step, kTables, dithers);
   return {moved.bytes(), new_m.bytes(), new_v.bytes()};
 }
 
@@ -434,7 +421,7 @@ Interval written(const Case& c, Interval direction, double p) {
 }
 
 Expected expect(const Case& c, const Inputs& in) {
-  const Step& s = c.step;
+  const Numbers& s = c.step;
   Expected expected;
   for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
     const int top = c.leaf.is_coded ? read<int16_t>(in.v, block) : 0;
@@ -597,7 +584,7 @@ void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, To
   for (size_t i = 1; i < isas.size(); ++i) {
     if (c.leaf.is_coded) {
       count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
-    } else if (isas[i].run != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
+    } else if (isas[i].kernel != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
       // Both fuse the same products; baseline fuses none.
       fail(isas[i].name, c, std::string("other bits than ") + isas[0].name);
     }
@@ -611,13 +598,13 @@ const Hyper kHypers[] = {{"t 1", 0.9, 0.999, 1, 1e-8, 0},
 constexpr std::pair<Float, Float> kDtypes[] = {
     {Float::kF32, Float::kF32}, {Float::kBF16, Float::kF32}, {Float::kBF16, Float::kBF16}};
 
-void check_templates(const std::vector<Isa>& isas) {
+void check_templates(const std::vector<Isa>& isas, bool is_short) {
   // Rows that end within a vector of 16, within a block of 128 and on both; more than 16 blocks.
   // With the sizes up to 300 their number is prime: each shape comes with each kind of numbers.
   std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 1000}, {1, 4099}, {33, 5},  {7, 15},
                                                      {5, 17},   {20, 40},  {4, 130}, {17, 129},
                                                      {3, 256},  {3, 384},  {2, 2200}};
-  for (int64_t n = 1; n <= 300; ++n) shapes.push_back({1, n});
+  for (int64_t n = 1; n <= 300; n += is_short ? 23 : 1) shapes.push_back({1, n});
   Totals totals;
   for (int flags = 0; flags < 8; ++flags) {
     for (const auto& [g, p] : kDtypes) {
@@ -648,7 +635,8 @@ void check_templates(const std::vector<Isa>& isas) {
 // Leaves of one step with their buffers, and what one thread makes of them.
 class Group {
  public:
-  Group(int64_t small_leaves, int64_t large_rows, bool nesterov, uint64_t seed) {
+  Group(const Isa& isa, int64_t small_leaves, int64_t large_rows, bool nesterov, uint64_t seed)
+      : kernel_(isa.kernel) {
     Random random(seed);
     for (int64_t i = 0; i <= small_leaves; ++i) {
       const auto [g, p] = kDtypes[random.below(3)];
@@ -659,7 +647,7 @@ class Group {
                                nesterov, rows, n, kHypers[1]);
       cases_.push_back(c);
       inputs_.push_back(make_inputs(c, true, seed + uint64_t(i)));
-      alone_.push_back(run(c, inputs_.back(), instruction_sets()[0], Place::kApart));
+      alone_.push_back(run(c, inputs_.back(), isa, Place::kApart));
     }
   }
 
@@ -671,8 +659,8 @@ class Group {
       std::vector<Outputs> outputs = alone_;
       std::vector<Leaf> leaves;
       for (size_t i = 0; i < cases_.size(); ++i) leaves.push_back(connected(i, outputs[i]));
-      const auto work =
-          std::make_shared<jadam::Work>(leaves, cases_[0].step, kTables, cases_[0].count());
+      const auto work = std::make_shared<jadam::Work>(kernel_, leaves, cases_[0].step, kTables,
+                                                      cases_[0].count());
       for (int i = 1; i < threads; ++i) {
         const bool is_late = i == 3;
         helpers.emplace_back([work, is_late] {
@@ -707,15 +695,16 @@ class Group {
     return leaf;
   }
 
+  jadam::Kernel kernel_;
   std::vector<Case> cases_;
   std::vector<Inputs> inputs_;
   std::vector<Outputs> alone_;
 };
 
-void check_threads() {
-  const Group groups[] = {{600, 3, false, 1}, {5000, 0, true, 2}, {0, 1, false, 3}};
+void check_threads(const Isa& isa, int rounds) {
+  const Group groups[] = {{isa, 600, 3, false, 1}, {isa, 5000, 0, true, 2}, {isa, 0, 1, false, 3}};
   for (const int threads : {1, 2, 4}) {
-    for (int round = 0; round < 5; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       std::vector<std::thread> callers;
       for (const Group& group : groups) {
         callers.emplace_back([&group, threads] { group.step(threads); });
@@ -723,12 +712,32 @@ void check_threads() {
       for (std::thread& caller : callers) caller.join();
     }
   }
-  std::printf("threads: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n");
+  std::printf("%s: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n", isa.name);
+}
+
+// The sets that are named, all that the machine has where none is.
+std::vector<Isa> sets_named(const std::vector<std::string>& names) {
+  std::vector<Isa> all = jadam::instruction_sets(), found;
+  if (names.empty()) return all;
+  for (const std::string& name : names) {
+    const auto set = std::find_if(all.begin(), all.end(), [&](Isa x) { return name == x.name; });
+    if (set == all.end()) {
+      std::fprintf(stderr, "check: this processor does not have %s\n", name.c_str());
+      std::exit(2);
+    }
+    found.push_back(*set);
+  }
+  return found;
 }
 
 }  // namespace
 
-int main() {
-  check_templates(instruction_sets());
-  check_threads();
+// check [--short] [instruction set]...
+int main(int argc, char** argv) {
+  std::vector<std::string> names(argv + 1, argv + argc);
+  const bool is_short = !names.empty() && names[0] == "--short";
+  if (is_short) names.erase(names.begin());
+  const std::vector<Isa> isas = sets_named(names);
+  check_templates(isas, is_short);
+  for (const Isa& isa : isas) check_threads(isa, is_short ? 1 : 5);
 }

@@ -7,7 +7,10 @@ kernel makes one pass.
 import ctypes
 import functools
 import importlib.util
+import os
 import re
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpy.polynomial import chebyshev
 
 from jadam import _math
 from jadam._kernels.coefficients import Coefficients
 from jadam._leaf import increment
+from jadam._masters import Compensated, Weights
 from jadam._members import Rule
 from jadam._storage import codes
 from jadam._storage.curve import Curve
 from jadam._types import Count, Scalar
 
 TARGET = "jadam_step"
+_FORCED = "JADAM_INSTRUCTION_SET"
 
 
 class Library(NamedTuple):
@@ -36,22 +42,50 @@ class Library(NamedTuple):
 
 @functools.cache
 def library() -> Library:
-    """Loads the library and registers it with XLA, once."""
+    """Loads the kernel and registers it with XLA, once."""
     spec = importlib.util.find_spec("jadam._kernel")
     if spec is None or spec.origin is None:
         return Library(None, "not built: jadam was installed without a C++ compiler")
+    if not _is_whole(Path(spec.origin)):
+        return Library(None, f"not loaded: {spec.origin} is cut short; install jadam again")
     try:
         loaded = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        loaded.jadam_instruction_sets.restype = ctypes.c_char_p
+        built = loaded.jadam_ffi_api_version()
+        handler, use = loaded.jadam_step, loaded.jadam_use_instruction_set
+    except (OSError, AttributeError) as error:
         return Library(None, f"not loaded: {error}")
-    built, there = loaded.jadam_ffi_api_version(), _ffi_api_version()
+    there = _ffi_api_version()
     # XLA calls a kernel that was built for its own major version and no later minor one.
     if built // 1000 != there // 1000 or built > there:
         versions = [f"{v // 1000}.{v % 1000}" for v in (built, there)]
         return Library(None, "not usable: built for XLA's FFI {}, jaxlib has {}".format(*versions))
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jadam_step), platform="cpu")
-    loaded.jadam_instruction_set.restype = ctypes.c_char_p
-    return Library(loaded.jadam_instruction_set().decode(), "loaded")
+    sets = loaded.jadam_instruction_sets().decode().split()
+    forced = os.environ.get(_FORCED)
+    if forced and forced not in sets:
+        expected = ", ".join(sets)
+        return Library(None, f"not used: {_FORCED} is {forced!r}, this processor has {expected}")
+    chosen = forced or sets[0]
+    use(chosen.encode())
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    return Library(chosen, f"loaded, forced by {_FORCED}" if forced else "loaded")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file is as long as its header says.
+
+    The table of sections is its end. To load one that is cut short is to be killed by SIGBUS. Files
+    of another format count as whole: their loaders check them.
+    """
+    header = struct.Struct("<4sBB34xQ10xHH2x")  # of 64 bits, lower bytes first
+    with path.open("rb") as file:
+        start = file.read(header.size)
+    if not start.startswith(b"\x7fELF"):
+        return True
+    if len(start) < header.size:
+        return False
+    _, bits, order, sections, size, number = header.unpack(start)
+    return (bits, order) != (2, 1) or sections + size * number <= path.stat().st_size
 
 
 def _ffi_api_version() -> int:
@@ -65,7 +99,7 @@ def _ffi_api_version() -> int:
 
 
 class Numbers(NamedTuple):
-    """`Numbers` of step.h: the numbers of one step, for all its leaves.
+    """`Numbers` of step.h, field by field: the numbers of one step, for all its leaves.
 
     The last four are the curve of m's code (`Curve`) in the step before and in this one.
     """
@@ -109,15 +143,54 @@ def numbers_of(
     ).packed()
 
 
+def weights_attributes(weights: Sequence[Weights | None]) -> dict[str, np.ndarray]:
+    """How the parameters of some leaves lie, as the library's enum `Weights`, and their salts."""
+    names = ["None", "compensated int8", "compensated int16", "stochastic bfloat16"]
+    salts = [x.place if isinstance(x, Compensated) else 0 for x in weights]
+    return {
+        "weights": np.array([names.index(str(x)) for x in weights], np.int32),
+        "salts": np.array(salts, np.int32),
+    }
+
+
 @functools.cache
 def tables() -> np.ndarray:
-    """`Tables` of step.h: what the storage computes with polynomials, at 32 places."""
-    places = np.arange(32) / 32
-    reciprocal = (1 / (1 + places + 1 / 64)).astype(np.float32)
-    # 16·log(1 + r)/log 2, to 2e-8 for |r| <= 1/64
-    series = 16 / np.log(2) * np.array([1, -1 / 2, 1 / 3])
-    powers = np.polynomial.polynomial.polyval(2 * places - 1, codes.EXP2).astype(np.float32)
-    powers = (powers.view(np.int32) - (np.arange(32) << 18)).astype(np.int32).view(np.float32)
-    logarithms = -16 * np.log2(reciprocal.astype(np.float64)) - np.arange(32) // 2
-    in_order = (powers, reciprocal, logarithms, series, codes.EXP2, 16 * codes.LOG2)
-    return np.concatenate(in_order).astype(np.float32)
+    """`Tables` of step.h: what the storage computes with polynomials, at 32 and 8 places.
+
+    One record with the fields of the struct.
+    """
+    exp2, reciprocal, log2 = _tables_of(32)
+    exp2_eighths, reciprocal_eighths, log2_eighths = _tables_of(8)
+    records = {
+        "exp2": exp2,
+        "reciprocal": reciprocal,
+        "log2": log2,
+        # Of 16·log₂(1 + r)/r, so that the logarithm is within 5e-7: Taylor's for |r| <= 1/65,
+        # interpolated for |r| <= 1/17.
+        "series": 16 / np.log(2) * np.array([1, -1 / 2, 1 / 3]),
+        "exp2_eighths": exp2_eighths,
+        "exp2_rest": np.exp2(np.arange(4) / 32),
+        "reciprocal_eighths": reciprocal_eighths,
+        "log2_eighths": log2_eighths,
+        "series_eighths": chebyshev.Chebyshev.interpolate(
+            lambda r: 16 / np.log(2) * np.log1p(r) / r, 3, [-1 / 17, 1 / 17]
+        )
+        .convert(kind=np.polynomial.Polynomial)
+        .coef,
+        "exp2_polynomial": codes.EXP2,
+        "log2_polynomial": 16 * codes.LOG2,
+    }
+    fields = [(name, np.float32, table.shape) for name, table in records.items()]
+    return np.array([tuple(records.values())], fields)
+
+
+def _tables_of(n: int) -> tuple[np.ndarray, ...]:
+    """At x = 1 + i/n, i < n: 2^(x-1); 1/x in the middle of a place; 16·log₂ of that 1/x, negated.
+
+    As `Tables` has them: without what an exponent's lower bits hold of i.
+    """
+    i = np.arange(n)
+    powers = np.polynomial.polynomial.polyval(2 * i / n - 1, codes.EXP2).astype(np.float32)
+    powers = (powers.view(np.int32) - i * (2**23 // n)).astype(np.int32).view(np.float32)
+    reciprocal = (1 / (1 + (i + 1 / 2) / n)).astype(np.float32)
+    return powers, reciprocal, -16 * np.log2(reciprocal.astype(np.float64)) - i * 16 // n

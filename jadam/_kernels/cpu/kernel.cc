@@ -1,6 +1,7 @@
 // One step over a range of a leaf's blocks, in one pass over memory. Compiled once for each
-// instruction set. The equations are those of _math.py, _rounding.py and _codec.py, line by line;
-// tests/test_native.py holds the two together.
+// instruction set. The equations are those of _math.py, _rounding.py and codes.py with the same
+// roundings where results are floats, and with other approximations of powers, logarithms and
+// reciprocals where they are codes; tests/test_native.py holds the two together.
 
 #include <type_traits>
 
@@ -13,38 +14,33 @@ namespace {
 
 // ---- _rounding.py
 
-constexpr uint32_t kStep = 0x9E3779B9u;
-constexpr uint32_t kLane = 0xC13FA9A9u;
-constexpr uint32_t kSalt = 0x85EBCA6Bu;
-
-// The dithers of a block's lanes: the upper bits of 32.
-struct Weyl {
-  alignas(64) uint32_t lanes[kBlock];
-
-  Weyl(uint32_t count, uint32_t salt, int bits) {
-    for (uint32_t i = 0; i < kBlock; ++i) {
-      lanes[i] = (i * kLane + count * kStep + salt * kSalt) >> (32 - bits);
-    }
-  }
-};
-
 // The power of two at or below x >= 0, as often in x as ulps are in 1.
 JADAM_INLINE F32 power(F32 x) { return bits<F32>(bits<U32>(x) & 0x7F800000u); }
 
-// x's upper 16 bits, rounded with 16 bits of dither. The spacing ends at 2^-126: below 2^-119 it is
-// not that of the number's own power of two.
-JADAM_INLINE U32 round_to_bf16(F32 x, U32 dither) {
-  constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;
-  U32 magnitude = bits<U32>(abs(x));
-  U32 rounded = bits<U32>(x) + dither;
-  if (__builtin_expect(any_above(magnitude - kSmall, kMax - kSmall), false)) {
-    F32 small = floor(abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f) * 0x1p-126f;
-    U32 size = at_most(magnitude + dither, kMax + 0xFFFFu);
-    size = bits<U32>(select(bits<I32>(magnitude < kSmall), bits<I32>(small), bits<I32>(size)));
-    size = bits<U32>(select(bits<I32>(magnitude > kMax), bits<I32>(magnitude), bits<I32>(size)));
-    rounded = size | (bits<U32>(x) & 0x80000000u);
-  }
-  return rounded >> 16;
+constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;  // 2^-119, bfloat16's largest
+
+// Whether a lane of either is where carried_to_bf16 does not hold: small or not finite.
+JADAM_INLINE bool any_careful(F32 x, F32 y) {
+  const U32 of_x = bits<U32>(abs(x)) - kSmall, of_y = bits<U32>(abs(y)) - kSmall;
+  return __builtin_expect(any_above(of_x, of_y, kMax - kSmall), false);
+}
+
+// x's upper 16 bits, rounded with 16 bits of dither: a carry is a step to the next number.
+JADAM_INLINE I32 carried_to_bf16(F32 x, U32 dither) {
+  return bits<I32>((bits<U32>(x) + dither) >> 16);
+}
+
+// The same for any x. The spacing ends at 2^-126: below 2^-119 it is not that of the number's own
+// power of two.
+JADAM_INLINE I32 round_to_bf16(F32 x, U32 dither) {
+  const U32 magnitude = bits<U32>(abs(x));
+  // Of small numbers, which are under 2^7 here, truncation is the floor.
+  const F32 steps = abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f;
+  const F32 small = to_float(truncate(steps)) * 0x1p-126f;
+  U32 size = bits<U32>(min(bits<I32>(magnitude + dither), I32{} + int32_t(kMax + 0xFFFFu)));
+  size = select(magnitude < kSmall, bits<U32>(small), size);
+  size = select(magnitude > kMax, magnitude, size);
+  return bits<I32>((size | (bits<U32>(x) & 0x80000000u)) >> 16);
 }
 
 // ---- memory
@@ -61,24 +57,23 @@ JADAM_INLINE F32 load(const float* p) {
 }
 template <>
 JADAM_INLINE F32 load(const BF16* p) {
-  return bits<F32>(bits<U32>(widen(load_vector<U16>(p))) << 16);
+  return bits<F32>(load_u16(&p->bits) << 16);
+}
+
+// To the nearest number of bfloat16, ties to even; NaN stays one.
+JADAM_INLINE U32 nearest_bf16(F32 x) {
+  const U32 b = bits<U32>(x);
+  const U32 nearest = b + (((b >> 16) & 1u) + 0x7FFFu);
+  return select(x == x, nearest, b | 0x400000u) & 0xFFFF0000u;
 }
 
 JADAM_INLINE void store(float* p, F32 x) { store_vector(p, x); }
-JADAM_INLINE void store(BF16* p, F32 x) {  // to the nearest, ties to even; NaN stays one
-  U32 b = bits<U32>(x);
-  U32 nearest = b + (((b >> 16) & 1u) + 0x7FFFu);
-  U32 kept = bits<U32>(select(x == x, bits<I32>(nearest), bits<I32>(b | 0x400000u)));
-  store_vector(p, narrow(bits<I32>(kept >> 16)));
-}
+JADAM_INLINE void store(BF16* p, F32 x) { store_u16(&p->bits, bits<I32>(nearest_bf16(x) >> 16)); }
+
+// x as `store` would leave it in memory.
 template <class T>
 JADAM_INLINE F32 rounded(F32 x) {
-  T memory[kLanes];
-  store(memory, x);
-  return load(memory);
-}
-template <>
-JADAM_INLINE F32 rounded<float>(F32 x) {
+  if constexpr (std::is_same_v<T, BF16>) return bits<F32>(nearest_bf16(x));
   return x;
 }
 
@@ -89,14 +84,14 @@ JADAM_INLINE F32 limit_range(F32 g) {
   return select(abs(g) == __builtin_inff(), g, limited);
 }
 
-JADAM_INLINE F32 second_moment(F32 v, F32 g, const Step& s) {
+JADAM_INLINE F32 second_moment(F32 v, F32 g, const Numbers& s) {
   F32 toward = g * g - v + (s.dither * 0x1p-23f) * power(v);
   return v + s.complement2 * toward;
 }
 
 template <bool kNesterov>
 struct Adam {
-  const Step s;
+  const Numbers s;
   const float inverse_c2 = 1.0f / s.c2;
 
   JADAM_INLINE F32 operator()(F32 g, F32& m, F32& v) const {
@@ -111,11 +106,11 @@ struct Adam {
   }
 };
 
-// ---- _update.py
+// ---- _leaf.py
 
 template <class G, class P, bool kWritesParams>
 struct Move {
-  const Step s;
+  const Numbers s;
   const bool decays;
   const P* p;
   std::conditional_t<kWritesParams, P, G>* out;
@@ -131,47 +126,73 @@ struct Move {
   }
 };
 
-// ---- _codec.py
+// ---- codes.py
 
 constexpr int kTop = 510, kNaN = 511, kM = 63;
 constexpr int kBias = 127 * 16;  // of a float's exponent, in levels
 
-// x in [1, 2)
+// A polynomial's coefficients, each in all lanes.
 template <int n>
-JADAM_INLINE F32 polynomial(const float (&coefficients)[n], F32 x) {
-  F32 y = all(coefficients[n - 1]);
-  x = x * 2.0f - 3.0f;
-  for (int i = n - 2; i >= 0; --i) y = y * x + coefficients[i];
-  return y;
-}
+struct Polynomial {
+  F32 coefficients[n];
+
+  explicit Polynomial(const float (&from)[n]) {
+    for (int i = 0; i < n; ++i) coefficients[i] = all(from[i]);
+  }
+
+  JADAM_INLINE F32 operator()(F32 x) const {
+    F32 y = coefficients[n - 1];
+    for (int i = n - 2; i >= 0; --i) y = y * x + coefficients[i];
+    return y;
+  }
+};
 
 // Codes to moments and back, with tables where they cost one instruction.
 class Codec {
  public:
-  Codec(const Step& s, const Tables& tables) : s_(s), tables_(tables) {}
+  Codec(const Numbers& s, const Tables& tables)
+      : s_(s),
+#if defined(__AVX512F__)
+        exp2_(tables.exp2),
+        reciprocal_(tables.reciprocal),
+        log2_(tables.log2),
+        series_(tables.series) {
+  }
+#elif defined(JADAM_HAS_TABLES)
+        exp2_(tables.exp2_eighths),
+        reciprocal_(tables.reciprocal_eighths),
+        log2_(tables.log2_eighths),
+        exp2_rest_(tables.exp2_rest),
+        series_(tables.series_eighths) {
+  }
+#else
+        exp2_(tables.exp2_polynomial),
+        log2_(tables.log2_polynomial) {
+  }
+#endif
 
   // m and v from the codes of the step before; offset + code is v's level.
   JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
     I32 code = both & kNaN;
     F32 root = bits<F32>(bits<I32>(power_of_two(code + offset)) & (code != 0));
     F32 x = to_float((both >> 9) - 64);
-    m = root * (s_.before_a * x * reciprocal(s_.before_s * kM - abs(x)));
+    m = root * quotient(s_.before_a * x, s_.before_s * kM - abs(x));
     v = root * root;
   }
 
-  // The code of v after a step with gradient g; the dither is in [0, 1).
-  JADAM_INLINE I32 encode_v(F32 v, F32 g, I32 offset, F32 dither) const {
-    I32 raised = biased_level(v, dither) - (offset + kBias);
-    I32 fed = (g != 0.0f) & 1;
-    return max(at_most(raised, I32{} + kTop), fed) & (v > 0.0f);
+  // The code of v after a step: base + code is its biased level. `fed` is 1 where the gradient is
+  // not 0, the dither is in [0, 1).
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, F32 dither) const {
+    I32 raised = biased_level(v, dither) - base;
+    return max(min(raised, I32{} + kTop), fed) & (v > 0.0f);
   }
 
   // Both codes, with that of v.
   JADAM_INLINE I32 encode_m(F32 m, I32 code, I32 offset, F32 dither) const {
     F32 size = abs(m);
-    F32 share = size * reciprocal(s_.now_a * power_of_two(code + offset) + size);
+    F32 share = quotient(size, s_.now_a * power_of_two(code + offset) + size);
     // Of NaN, which has a code of its own, this is any number: it may wrap.
-    I32 level = copysign(at_most(truncate(scale_ * share + dither), I32{} + kM), m);
+    I32 level = copysign(min(truncate(scale_ * share + dither), I32{} + kM), m);
     return bits<I32>((bits<U32>(level) + 64u) << 9) | code;
   }
 
@@ -179,13 +200,12 @@ class Codec {
   JADAM_INLINE I32 biased_level(F32 x, F32 u) const {
     I32 b = bits<I32>(x);
     F32 mantissa = bits<F32>((b & 0x7FFFFF) | 0x3F800000);
-#if defined(__AVX512F__)
-    I32 place = b >> 18;
+#if defined(JADAM_HAS_TABLES)
+    I32 place = b >> kPlaceShift;
     F32 r = mantissa * reciprocal_[place] - 1.0f;
-    F32 rest = r * (series_[0] + r * (series_[1] + r * series_[2]));
-    return (b >> 19) + truncate(log2_[place] + u + rest);
+    return level_of(place) + truncate(log2_[place] + u + r * series_(r));
 #else
-    return ((b >> 19) & ~15) + truncate(polynomial(tables_.log2_polynomial, mantissa) + u);
+    return ((b >> 19) & ~15) + truncate(log2_(mantissa * 2.0f - 3.0f) + u);
 #endif
   }
 
@@ -193,22 +213,32 @@ class Codec {
   JADAM_INLINE F32 power_of_two(I32 level) const {
 #if defined(__AVX512F__)
     return bits<F32>(bits<I32>(exp2_[level]) + (level << 18));
+#elif defined(JADAM_HAS_TABLES)
+    I32 eighths = level >> 2;
+    return bits<F32>(bits<I32>(exp2_[eighths]) + (eighths << 20)) * exp2_rest_[level];
 #else
-    F32 fraction =
-        polynomial(tables_.exp2_polynomial, bits<F32>(((level & 31) << 18) | 0x3F800000));
-    return bits<F32>(bits<I32>(fraction) + ((level >> 5) << 23));
+    F32 fraction = bits<F32>(((level & 31) << 18) | 0x3F800000);
+    return bits<F32>(bits<I32>(exp2_(fraction * 2.0f - 3.0f)) + ((level >> 5) << 23));
 #endif
   }
 
  private:
-  const Step s_;
-  const Tables& tables_;
+  const Numbers s_;
   const float scale_ = kM * s_.now_s;
 #if defined(__AVX512F__)
-  const float series_[3] = {tables_.series[0], tables_.series[1], tables_.series[2]};
-  const Table exp2_{tables_.exp2};
-  const Table reciprocal_{tables_.reciprocal};
-  const Table log2_{tables_.log2};
+  static constexpr int kPlaceShift = 18;  // 32 places in an octave of 16 levels
+  static JADAM_INLINE I32 level_of(I32 place) { return place >> 1; }
+  const Table32 exp2_, reciprocal_, log2_;
+  const Polynomial<3> series_;
+#elif defined(JADAM_HAS_TABLES)
+  static constexpr int kPlaceShift = 20;  // 8 places
+  static JADAM_INLINE I32 level_of(I32 place) { return place << 1; }
+  const Table8 exp2_, reciprocal_, log2_;
+  const Table4 exp2_rest_;
+  const Polynomial<4> series_;
+#else
+  const Polynomial<7> exp2_;
+  const Polynomial<10> log2_;
 #endif
 };
 
@@ -222,18 +252,17 @@ struct Largest {
 
 template <class G>
 JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
-  U16 codes{};
-  I32 g_bits{};
+  I32 code{}, g_bits{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    codes = max(codes, load_vector<U16>(both + i) & uint16_t(kNaN));
+    code = max(code, load_u16(both + i) & kNaN);
     g_bits = max(g_bits, bits<I32>(abs(load(g + i))));
   }
-  Largest found{largest(widen(codes)), largest(g_bits)};
+  Largest found{largest(code), largest(g_bits)};
   found.is_special = found.code == kNaN || found.g_bits > bits<int32_t>(0x1p63f);
   if (!found.is_special) return found;
-  I32 code = g_bits = I32{};
+  code = g_bits = I32{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    I32 c = widen(load_vector<U16>(both + i)) & kNaN;
+    I32 c = load_u16(both + i) & kNaN;
     I32 b = bits<I32>(abs(load(g + i)));
     code = max(code, c & (c != kNaN));
     g_bits = max(g_bits, b & (b < 0x7F800000));
@@ -241,71 +270,82 @@ JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
   return {largest(code), largest(g_bits), true};
 }
 
-// The dithers of a block's lanes in [0, 1), from 23 bits.
-struct Units {
-  alignas(64) float lanes[kBlock];
-
-  Units(uint32_t count, uint32_t salt) {
-    const Weyl weyl(count, salt, 23);
-    for (int i = 0; i < kBlock; ++i) lanes[i] = float(weyl.lanes[i]) * 0x1p-23f;
-  }
-};
-
-// A block through one step. In three short loops, since a processor overlaps the vectors of a short
-// one.
+// A block through one step. In four short loops: each is a long chain of operations that wait for
+// one another, and the shorter a loop is, the more vectors of it a processor has under way. One
+// loop of all takes a quarter more time.
 template <bool kIsSpecial, class G, class Member, class Out>
 __attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g,
                                           int64_t n, int32_t top, int32_t new_top,
-                                          const Units& dither_v, const Units& dither_m,
-                                          const Codec& known_codec, const Member& known_member,
-                                          const Out& known_move) {
+                                          const Dithers& dithers, const Codec& codec,
+                                          const Member& known_member, const Out& known_move) {
   // Copies: the compiler sees that no store changes them.
-  const Codec codec = known_codec;
   const Member member = known_member;
   const Out move = known_move;
   const I32 offset = I32{} + (top - kTop), new_offset = I32{} + (new_top - kTop);
+  const I32 new_base = I32{} + (new_top - kTop + kBias);
   const auto gradient = [&](int64_t i) {
     return kIsSpecial ? limit_range(load(g + i)) : load(g + i);
   };
-  F32 m[kBlock / kLanes], v[kBlock / kLanes];
-  I32 codes[kBlock / kLanes];
+  alignas(64) float m[kBlock], v[kBlock];
+  alignas(64) int32_t codes[kBlock];
   for (int64_t i = 0; i < n; i += kLanes) {
-    I32 old = widen(load_vector<U16>(both + i));
+    I32 old = load_u16(both + i);
     F32 m_, v_;
     codec.decode(old, offset, m_, v_);
     if constexpr (kIsSpecial) v_ = select((old & kNaN) == kNaN, all(__builtin_nanf("")), v_);
-    m[i / kLanes] = m_;
-    v[i / kLanes] = v_;
+    store_vector(m + i, m_);
+    store_vector(v + i, v_);
   }
   for (int64_t i = 0; i < n; i += kLanes) {
     const F32 g_ = gradient(i);
-    move(member(g_, m[i / kLanes], v[i / kLanes]), i);
-    codes[i / kLanes] =
-        codec.encode_v(v[i / kLanes], g_, new_offset, load_vector<F32>(dither_v.lanes + i));
+    F32 m_ = load_vector<F32>(m + i), v_ = load_vector<F32>(v + i);
+    move(member(g_, m_, v_), i);
+    store_vector(m + i, m_);
+    store_vector(v + i, v_);
+    store_vector(codes + i, (g_ != 0.0f) & 1);  // an update may lie where the gradient lay
   }
   for (int64_t i = 0; i < n; i += kLanes) {
-    I32 new_ = codec.encode_m(m[i / kLanes], codes[i / kLanes], new_offset,
-                              load_vector<F32>(dither_m.lanes + i));
+    I32 code = codec.encode_v(load_vector<F32>(v + i), load_vector<I32>(codes + i), new_base,
+                              load_vector<F32>(dithers.unit[0] + i));
+    store_vector(codes + i, code);
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    I32 new_ = codec.encode_m(load_vector<F32>(m + i), load_vector<I32>(codes + i), new_offset,
+                              load_vector<F32>(dithers.unit[1] + i));
     if constexpr (kIsSpecial) {
-      new_ = select(abs(v[i / kLanes]) < __builtin_inff(), new_, I32{} + ((64 << 9) | kNaN));
+      new_ =
+          select(abs(load_vector<F32>(v + i)) < __builtin_inff(), new_, I32{} + ((64 << 9) | kNaN));
     }
-    store_vector(both_out + i, narrow(new_));
+    store_u16(both_out + i, new_);
   }
 }
 
-// The tops of 16 blocks after a step: the equations of the largest v and |g| bound v.
-JADAM_INLINE I32 tops_after(const Largest* largest, const int32_t* tops, const Codec& codec,
-                            const Step& s) {
-  I32 code, top;
-  F32 g;
-  for (int i = 0; i < kLanes; ++i) {
-    code[i] = largest[i].code;
-    g[i] = bits<float>(largest[i].g_bits);
-    top[i] = tops[i];
+// So many blocks' tops are computed together.
+constexpr int kGroup = 16;
+static_assert(kGroup % kLanes == 0);
+
+// The tops of blocks after a step: the equations of the largest v and |g| bound v.
+JADAM_INLINE void tops_after(const Largest* largest, const int32_t* tops, int32_t* new_tops,
+                             const Codec& codec, const Numbers& s) {
+  for (int first = 0; first < kGroup; first += kLanes) {
+    I32 code, top;
+    F32 g;
+    for (int i = 0; i < kLanes; ++i) {
+      code[i] = largest[first + i].code;
+      g[i] = bits<float>(largest[first + i].g_bits);
+      top[i] = tops[first + i];
+    }
+    F32 root = bits<F32>(bits<I32>(codec.power_of_two(code - kTop + top)) & (code > 0));
+    F32 bound = second_moment(root * root, at_most(g, all(0x1p63f)), s);
+    I32 above = (codec.biased_level(bound, F32{}) - (kBias - 1)) & (bound > 0.0f);
+    store_vector(new_tops + first, above);
   }
-  F32 root = bits<F32>(bits<I32>(codec.power_of_two(code - kTop + top)) & (code > 0));
-  F32 bound = second_moment(root * root, at_most(g, all(0x1p63f)), s);
-  return (codec.biased_level(bound, F32{}) - (kBias - 1)) & (bound > 0.0f);
+}
+
+// What a loop will need, into the cache: n numbers from p on, a line of 64 bytes each.
+template <class T>
+JADAM_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
 }
 
 // ---- a leaf
@@ -331,11 +371,11 @@ void copy_back(void* to, const Padded<T>& from, int64_t n) {
 }
 
 template <class Member, class G, class P, bool kWritesParams>
-void run_codes(const Leaf& leaf, Range range, const Step& s, const Tables& tables, uint32_t count) {
+void run_codes(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+               const Dithers& dithers) {
   using Written = std::conditional_t<kWritesParams, P, G>;
   const Member member{s};
   const Codec codec(s, tables);
-  const Units dither_v(count, 0), dither_m(count, 1);
   const int64_t in_row = leaf.blocks_in_row();
   const auto* g = static_cast<const G*>(leaf.g);
   const auto* p = static_cast<const P*>(leaf.p);
@@ -345,11 +385,11 @@ void run_codes(const Leaf& leaf, Range range, const Step& s, const Tables& table
   auto* tops_out = static_cast<int16_t*>(leaf.v_out);
   auto* out = static_cast<Written*>(leaf.out);
 
-  for (int64_t first = range.begin; first < range.end; first += kLanes) {
-    const int blocks = int(range.end - first < kLanes ? range.end - first : kLanes);
-    Largest largest[kLanes];
-    int32_t old_tops[kLanes] = {};
-    int64_t at[kLanes], length[kLanes];
+  for (int64_t first = range.begin; first < range.end; first += kGroup) {
+    const int blocks = int(range.end - first < kGroup ? range.end - first : kGroup);
+    Largest largest[kGroup];
+    int32_t old_tops[kGroup] = {}, new_tops[kGroup];
+    int64_t at[kGroup], length[kGroup];
     for (int b = 0; b < blocks; ++b) {
       const int64_t row = (first + b) / in_row, in = ((first + b) % in_row) * kBlock;
       at[b] = row * leaf.n + in;
@@ -364,24 +404,22 @@ void run_codes(const Leaf& leaf, Range range, const Step& s, const Tables& table
                                 gradient.copy(g + at[b], length[b]), length[b]);
       }
     }
-    const I32 new_tops = tops_after(largest, old_tops, codec, s);
+    tops_after(largest, old_tops, new_tops, codec, s);
     for (int b = 0; b < blocks; ++b) {
       const int64_t i = at[b], n = length[b];
       // The next blocks come from memory while these are computed.
-      for (int64_t ahead = i + kLanes * kBlock; ahead < i + (kLanes + 1) * kBlock;
-           ahead += kLanes) {
-        __builtin_prefetch(g + ahead);
-        __builtin_prefetch(both + ahead, 1);
-        if (p != nullptr) __builtin_prefetch(p + ahead, 1);
-      }
+      constexpr int64_t kAhead = kGroup * kBlock;
+      prefetch(g + i + kAhead, kBlock);
+      prefetch(both + i + kAhead, kBlock);
+      if (p != nullptr) prefetch(p + i + kAhead, kBlock);
       const auto step = [&](const uint16_t* codes, uint16_t* codes_out, const G* gradient,
                             const Move<G, P, kWritesParams>& move) {
         if (largest[b].is_special) {
-          step_block<true>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dither_v,
-                           dither_m, codec, member, move);
+          step_block<true>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dithers, codec,
+                           member, move);
         } else {
-          step_block<false>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dither_v,
-                            dither_m, codec, member, move);
+          step_block<false>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dithers, codec,
+                            member, move);
         }
       };
       if (n % kLanes == 0) {
@@ -402,22 +440,29 @@ void run_codes(const Leaf& leaf, Range range, const Step& s, const Tables& table
   }
 }
 
-template <class T>
-JADAM_INLINE void store_moment(T* p, F32 x, U32 dither);
-template <>
-JADAM_INLINE void store_moment(float* p, F32 x, U32) {
-  store(p, x);
-}
-template <>
-JADAM_INLINE void store_moment(BF16* p, F32 x, U32 dither) {
-  store_vector(p, narrow(bits<I32>(round_to_bf16(x, dither))));
+// Both moments, rounded where their memory is narrower. One branch for both.
+template <class M, class V>
+JADAM_INLINE void store_moments(M* m_out, V* v_out, F32 m, F32 v, const Dithers& dithers,
+                                int64_t lane) {
+  const U32 dither_m = load_vector<U32>(dithers.upper[0] + lane);
+  const U32 dither_v = load_vector<U32>(dithers.upper[1] + lane);
+  constexpr bool kRoundsM = std::is_same_v<M, BF16>, kRoundsV = std::is_same_v<V, BF16>;
+  const bool is_careful = (kRoundsM || kRoundsV) && any_careful(kRoundsM ? m : v, kRoundsV ? v : m);
+  const auto store_one = [&](auto* out, F32 x, U32 dither) {
+    if constexpr (std::is_same_v<decltype(out), BF16*>) {
+      store_u16(&out->bits, is_careful ? round_to_bf16(x, dither) : carried_to_bf16(x, dither));
+    } else {
+      store(out, x);
+    }
+  };
+  store_one(m_out, m, dither_m);
+  store_one(v_out, v, dither_v);
 }
 
 template <class Member, class G, class P, bool kWritesParams, class M, class V>
-void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
+void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& dithers) {
   using Written = std::conditional_t<kWritesParams, P, G>;
   const Member known_member{s};
-  const Weyl dither_m(count, 0, 16), dither_v(count, 1, 16);
   const int64_t in_row = leaf.blocks_in_row();
 
   const auto step = [&](const G* g, const M* m, const V* v, M* m_out, V* v_out,
@@ -429,8 +474,7 @@ void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
                           for (int64_t i = 0; i < n; i += kLanes) {
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
-                            store_moment(m_out + i, m_, load_vector<U32>(dither_m.lanes + i));
-                            store_moment(v_out + i, v_, load_vector<U32>(dither_v.lanes + i));
+                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i);
                           }
                         };
 
@@ -464,39 +508,209 @@ void run_floats(const Leaf& leaf, Range range, const Step& s, uint32_t count) {
 // ---- dtypes to templates
 
 template <class Member, class G, class P, bool kWritesParams>
-void run_moments(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
-                 uint32_t count) {
+void run_moments(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+                 const Dithers& dithers) {
   if (leaf.is_coded) {
-    run_codes<Member, G, P, kWritesParams>(leaf, range, s, tables, count);
+    run_codes<Member, G, P, kWritesParams>(leaf, range, s, tables, dithers);
   } else if (leaf.v_dtype == Float::kBF16) {
-    run_floats<Member, G, P, kWritesParams, BF16, BF16>(leaf, range, s, count);
+    run_floats<Member, G, P, kWritesParams, BF16, BF16>(leaf, range, s, dithers);
   } else if (leaf.m_dtype == Float::kBF16) {
-    run_floats<Member, G, P, kWritesParams, BF16, float>(leaf, range, s, count);
+    run_floats<Member, G, P, kWritesParams, BF16, float>(leaf, range, s, dithers);
   } else {
-    run_floats<Member, G, P, kWritesParams, float, float>(leaf, range, s, count);
+    run_floats<Member, G, P, kWritesParams, float, float>(leaf, range, s, dithers);
   }
 }
 
 template <class Member, class G, class P>
-void run_params(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
-                uint32_t count) {
+void run_params(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+                const Dithers& dithers) {
   (leaf.writes_params ? run_moments<Member, G, P, true>
-                      : run_moments<Member, G, P, false>)(leaf, range, s, tables, count);
+                      : run_moments<Member, G, P, false>)(leaf, range, s, tables, dithers);
 }
 
 template <class Member>
-void run_member(const Leaf& leaf, Range range, const Step& s, const Tables& tables,
-                uint32_t count) {
+void run_member(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+                const Dithers& dithers) {
   (leaf.g_dtype == Float::kF32   ? run_params<Member, float, float>
    : leaf.p_dtype == Float::kF32 ? run_params<Member, BF16, float>
-                                 : run_params<Member, BF16, BF16>)(leaf, range, s, tables, count);
+                                 : run_params<Member, BF16, BF16>)(leaf, range, s, tables, dithers);
+}
+
+void run_plain(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+               const Dithers& dithers) {
+  (s.g_weight != 0 ? run_member<Adam<true>> : run_member<Adam<false>>)(leaf, range, s, tables,
+                                                                       dithers);
+}
+
+// ---- _masters.py, number by number: the compiler makes vectors of these loops
+
+constexpr int32_t kSign = INT32_MIN, kLargest = 0x7F7F;
+
+inline float float_of(int32_t b) { return bits<float>(b); }
+inline int32_t bits_of(float x) { return bits<int32_t>(x); }
+inline bool is_finite(int32_t b) { return (b & 0x7F800000) != 0x7F800000; }
+inline int32_t size_of(int32_t order) { return order < 0 ? -order : order; }
+
+// float32's numbers in their order.
+inline int32_t ordered(int32_t b) {
+  const int32_t sign = b >> 31;
+  return ((b & ~kSign) ^ sign) - sign;
+}
+
+// The bits of the bfloat16 nearest to x, in the upper half.
+inline int32_t nearest(float x) {
+  const uint32_t b = bits<uint32_t>(x);
+  const uint32_t near = b + (((b >> 16) & 1u) + 0x7FFFu);
+  return int32_t((x == x ? near : b | 0x400000u) & 0xFFFF0000u);
+}
+
+// u with x + u = target; -0 where nothing moves.
+inline float difference(float target, float x) {
+  const float max = 0x1.fffffep127f;
+  float moved = target - x;
+  moved = moved < -max ? -max : moved > max ? max : moved;
+  moved = is_finite(bits_of(target)) ? moved : target;
+  return bits_of(target) == bits_of(x) ? -0.0f : moved;
+}
+
+template <class R>
+void expand(const BF16* p, const R* residual, int64_t n, float* master) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t b = int32_t(uint32_t(p[i].bits) << 16);
+    const int32_t order = ordered(b) + int32_t(residual[i]) * (1 << kShift);
+    const int32_t joined = size_of(order) | ((order == 0 ? b : order) & kSign);
+    master[i] = float_of(is_finite(b) ? joined : b);
+  }
+}
+
+// The update that takes p to the bfloat16 nearest to the master, and the residual there.
+template <class R>
+void split(const float* master, const BF16* p, R* residual, int64_t n, uint32_t phase,
+           uint32_t first_lane, float* update) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t b = bits_of(master[i]);
+    const float x = float_of(int32_t(uint32_t(p[i].bits) << 16));
+    const bool finite = is_finite(b);
+    int32_t order = ordered(b);
+    if (kShift > 0) {
+      const uint32_t lane = (first_lane + uint32_t(i)) % kBlock;
+      order += int32_t((lane * kLane + phase) >> (kShift > 0 ? 32 - kShift : 0));
+    }
+    int32_t upper = (order + 0x8000) >> 16;
+    upper = upper < -kLargest ? -kLargest : upper > kLargest ? kLargest : upper;
+    const int32_t target = int32_t(uint32_t(size_of(upper)) << 16) | (b & kSign);
+    update[i] = difference(float_of(finite ? target : b), x);
+    const int32_t landed = ordered(nearest(x + update[i]));
+    const int32_t low = landed - 0x8000, high = landed + 0x7FFF;
+    order = order < low ? low : order > high ? high : order;
+    residual[i] = R(finite ? (order - landed) >> kShift : 0);
+  }
+}
+
+// The update to one of the two neighbours of the master; `first` is the place of the first number.
+inline void round_randomly(const float* master, const BF16* p, int64_t n, uint32_t first,
+                           const uint32_t (&words)[2], float* update) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t random = first + uint32_t(i);
+    for (const uint32_t word : words) {
+      random ^= word;
+      random = (random ^ (random >> 16)) * 0x7FEB352Du;
+      random = (random ^ (random >> 15)) * 0x846CA68Bu;
+      random ^= random >> 16;
+    }
+    const int32_t b = bits_of(master[i]);
+    const float size = float_of(b & ~kSign);
+    const float step = float_of(b & 0x7F800000) * 0x1p-7f;
+    const float s = step > 0x1p-126f ? step : 0x1p-126f;
+    const float steps = size / s, below = __builtin_floorf(steps);
+    const float up = float(int32_t(random >> 8)) * 0x1p-24f < steps - below ? 1.0f : 0.0f;
+    const int32_t rounded = (bits_of((below + up) * s) & ~kSign) | (b & kSign);
+    const bool in_range = (b & ~kSign) <= (kLargest << 16);
+    const float target = float_of(in_range ? rounded : nearest(master[i]));
+    update[i] = difference(target, float_of(int32_t(uint32_t(p[i].bits) << 16)));
+  }
+}
+
+// n numbers of a dtype from place i on.
+inline const void* at(const void* x, Float dtype, int64_t i) {
+  return static_cast<const char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
+}
+inline void* at(void* x, Float dtype, int64_t i) {
+  return static_cast<char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
+}
+
+// A leaf of weights that stand for more than their 16 bits: some blocks at a time, the weights go
+// through memory that stays in the cache, and are stepped there in float32.
+void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+                 const Dithers& dithers) {
+  const int64_t in_row = leaf.blocks_in_row();
+  const auto* p = static_cast<const BF16*>(leaf.p);
+  alignas(64) float master[kGroup * kBlock], gradient[kGroup * kBlock], update[kGroup * kBlock];
+  for (int64_t block = range.begin, count; block < range.end; block += count) {
+    const int64_t row = block / in_row, in = block % in_row;
+    count = range.end - block < kGroup ? range.end - block : kGroup;
+    count = in_row - in < count ? in_row - in : count;
+    const int64_t i = row * leaf.n + in * kBlock;
+    const int64_t rest = leaf.n - in * kBlock, n = count * kBlock < rest ? count * kBlock : rest;
+    if (leaf.weights == Weights::kCompensated8) {
+      expand(p + i, static_cast<const int8_t*>(leaf.residual) + i, n, master);
+    } else if (leaf.weights == Weights::kCompensated16) {
+      expand(p + i, static_cast<const int16_t*>(leaf.residual) + i, n, master);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        master[j] = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
+      }
+    }
+    Leaf part = leaf;
+    part.rows = 1;
+    part.n = n;
+    part.g = at(leaf.g, leaf.g_dtype, i);
+    if (leaf.g_dtype == Float::kBF16) {
+      const auto* g = static_cast<const BF16*>(part.g);
+      for (int64_t j = 0; j < n; ++j) {
+        gradient[j] = float_of(int32_t(uint32_t(g[j].bits) << 16));
+      }
+      part.g = gradient;
+      part.g_dtype = Float::kF32;
+    }
+    const Float m_dtype = leaf.is_coded ? Float::kBF16 : leaf.m_dtype;  // codes have 16 bits too
+    const Float v_dtype = leaf.is_coded ? Float::kBF16 : leaf.v_dtype;
+    const int64_t of_v = leaf.is_coded ? block : i;
+    part.m = at(leaf.m, m_dtype, i);
+    part.m_out = at(leaf.m_out, m_dtype, i);
+    part.v = at(leaf.v, v_dtype, of_v);
+    part.v_out = at(leaf.v_out, v_dtype, of_v);
+    part.p = part.out = master;
+    part.p_dtype = Float::kF32;
+    part.writes_params = true;
+    run_plain(part, {0, count}, s, tables, dithers);
+    if (leaf.weights == Weights::kCompensated8) {
+      split(master, p + i, static_cast<int8_t*>(leaf.residual_out) + i, n, leaf.phase,
+            leaf.first_lane, update);
+    } else if (leaf.weights == Weights::kCompensated16) {
+      split(master, p + i, static_cast<int16_t*>(leaf.residual_out) + i, n, 0, 0, update);
+    } else {
+      round_randomly(master, p + i, n, uint32_t(i), leaf.words, update);
+    }
+    if (leaf.writes_params) {
+      auto* out = static_cast<BF16*>(leaf.out) + i;
+      for (int64_t j = 0; j < n; ++j) {
+        const float x = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
+        out[j].bits = uint16_t(uint32_t(nearest(x + update[j])) >> 16);
+      }
+    } else {
+      std::memcpy(static_cast<float*>(leaf.out) + i, update, n * sizeof(float));
+    }
+  }
 }
 
 }  // namespace
 
-void run(const Leaf& leaf, Range range, const Step& s, const Tables& tables, uint32_t count) {
-  (s.g_weight != 0 ? run_member<Adam<true>> : run_member<Adam<false>>)(leaf, range, s, tables,
-                                                                       count);
+void run(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
+         const Dithers& dithers) {
+  (leaf.weights == Weights::kPlain ? run_plain : run_weights)(leaf, range, s, tables, dithers);
 }
 
 }  // namespace JADAM_ISA

@@ -1,7 +1,11 @@
-// Vectors of 16 float32 lanes: one AVX-512 register, two of AVX2, four of SSE or NEON.
+// Vectors of float32 lanes, one register each: 16 lanes with AVX-512, 8 with AVX2, 4 with SSE2 and
+// NEON, 4 as the compiler sees fit elsewhere.
 //
-// The compilers' own vector types carry the arithmetic; what they have no operator for stands here,
-// once for each instruction set that has an instruction for it.
+// The compilers' vector types carry the arithmetic; what they have no operator for stands here,
+// each as the instruction that does it. Google Highway and xsimd have all of it and more, but on no
+// package index that pip reads, so that an installation would fetch or carry 100 times this file
+// for 20 functions; std::experimental::simd comes with GCC alone, and has neither permutations nor
+// conversions that saturate, so that the codes' tables would need these intrinsics all the same.
 #pragma once
 
 #include <cmath>
@@ -10,20 +14,44 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // A step is one long expression: calls in it would cost more than they do.
 #define JADAM_INLINE inline __attribute__((always_inline))
 
+// The three sets of x86-64 name what they share alike.
+#if defined(__AVX512F__)
+#define JADAM_X86_OF(name) _mm512_##name
+#elif defined(__AVX2__)
+#define JADAM_X86_OF(name) _mm256_##name
+#elif defined(__x86_64__)
+#define JADAM_X86_OF(name) _mm_##name
+#endif
+
 namespace jadam {
 namespace JADAM_ISA {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+using Floats = __m512;
+using Ints = __m512i;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+using Floats = __m256;
+using Ints = __m256i;
+#elif defined(__x86_64__)
+constexpr int kLanes = 4;
+using Floats = __m128;
+using Ints = __m128i;
+#else
+constexpr int kLanes = 4;
+#endif
 
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
 template <class To, class From>
 JADAM_INLINE To bits(From x) {
@@ -42,91 +70,111 @@ JADAM_INLINE V load_vector(const T* p) {
 
 template <class V, class T>
 JADAM_INLINE void store_vector(T* p, V v) {
+  static_assert(sizeof(T) * kLanes == sizeof v);
   std::memcpy(p, &v, sizeof v);
 }
 
-JADAM_INLINE F32 all(float x) { return F32{} + x; }
+JADAM_INLINE F32 all(float x) { return x - F32{}; }
 JADAM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 JADAM_INLINE I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
 JADAM_INLINE F32 abs(F32 x) { return bits<F32>(bits<U32>(x) & 0x7FFFFFFFu); }
-JADAM_INLINE F32 copysign(F32 size, F32 sign) {
-  return bits<F32>((bits<U32>(size) & 0x7FFFFFFFu) | (bits<U32>(sign) & 0x80000000u));
-}
-JADAM_INLINE F32 select(I32 mask, F32 x, F32 y) {
-  return bits<F32>((bits<I32>(x) & mask) | (bits<I32>(y) & ~mask));
-}
-JADAM_INLINE I32 select(I32 mask, I32 x, I32 y) { return (x & mask) | (y & ~mask); }
+JADAM_INLINE F32 select(I32 mask, F32 x, F32 y) { return mask ? x : y; }
+JADAM_INLINE I32 select(I32 mask, I32 x, I32 y) { return mask ? x : y; }
+JADAM_INLINE U32 select(I32 mask, U32 x, U32 y) { return mask ? x : y; }
 
-// For size >= 0.
+// `size` with the sign of `sign`, for size >= 0, and 0 where sign is +0.
 JADAM_INLINE I32 copysign(I32 size, F32 sign) {
 #if defined(__AVX512F__)
   const __m512i x = __m512i(size);
   return I32(
       _mm512_mask_sub_epi32(x, _mm512_movepi32_mask(__m512i(sign)), _mm512_setzero_si512(), x));
+#elif defined(__AVX2__)
+  return I32(_mm256_sign_epi32(__m256i(size), __m256i(sign)));
 #else
-  U32 negative = bits<U32>(bits<I32>(sign) >> 31);
+  const U32 negative = bits<U32>(bits<I32>(sign) >> 31);
   return bits<I32>((bits<U32>(size) ^ negative) - negative);
 #endif
 }
 
 // NaN in x stays; `low` and `high` are numbers.
 JADAM_INLINE F32 at_least(F32 x, F32 low) {
-#if defined(__AVX512F__)
-  return F32(_mm512_max_ps(__m512(low), __m512(x)));
+#if defined(__x86_64__)
+  return F32(JADAM_X86_OF(max_ps)(Floats(low), Floats(x)));
+#elif defined(__aarch64__)
+  return F32(vmaxq_f32(float32x4_t(low), float32x4_t(x)));
 #else
   return select(x < low, low, x);
 #endif
 }
 JADAM_INLINE F32 at_most(F32 x, F32 high) {
-#if defined(__AVX512F__)
-  return F32(_mm512_min_ps(__m512(high), __m512(x)));
+#if defined(__x86_64__)
+  return F32(JADAM_X86_OF(min_ps)(Floats(high), Floats(x)));
+#elif defined(__aarch64__)
+  return F32(vminq_f32(float32x4_t(high), float32x4_t(x)));
 #else
   return select(x > high, high, x);
 #endif
 }
-JADAM_INLINE I32 at_most(I32 x, I32 high) {
-#if defined(__AVX512F__)
-  return I32(_mm512_min_epi32(__m512i(x), __m512i(high)));
-#else
-  return select(x > high, high, x);
-#endif
-}
-JADAM_INLINE U32 at_most(U32 x, uint32_t high) {
-#if defined(__AVX512F__)
-  return U32(_mm512_min_epu32(__m512i(x), _mm512_set1_epi32(int(high))));
-#else
-  return bits<U32>(select(bits<I32>(x > high), bits<I32>(U32{} + high), bits<I32>(x)));
-#endif
-}
-JADAM_INLINE bool any_above(U32 x, uint32_t high) {
-#if defined(__AVX512F__)
-  return _mm512_cmpgt_epu32_mask(__m512i(x), _mm512_set1_epi32(int(high))) != 0;
-#else
-  I32 above = bits<I32>(x > high);
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= above[i];
-  return found != 0;
-#endif
-}
+
 JADAM_INLINE I32 max(I32 x, I32 y) {
-#if defined(__AVX512F__)
-  return I32(_mm512_max_epi32(__m512i(x), __m512i(y)));
+#if defined(__AVX2__)
+  return I32(JADAM_X86_OF(max_epi32)(Ints(x), Ints(y)));
+#elif defined(__aarch64__)
+  return I32(vmaxq_s32(int32x4_t(x), int32x4_t(y)));
 #else
   return select(x > y, x, y);
 #endif
 }
-
-JADAM_INLINE U16 max(U16 x, U16 y) {
-#if defined(__AVX512F__)
-  return U16(_mm256_max_epu16(__m256i(x), __m256i(y)));
+JADAM_INLINE I32 min(I32 x, I32 y) {
+#if defined(__AVX2__)
+  return I32(JADAM_X86_OF(min_epi32)(Ints(x), Ints(y)));
+#elif defined(__aarch64__)
+  return I32(vminq_s32(int32x4_t(x), int32x4_t(y)));
 #else
-  return x > y ? x : y;
+  return select(x < y, x, y);
+#endif
+}
+
+JADAM_INLINE int32_t largest(I32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(__m512i(x));
+#elif defined(__aarch64__)
+  return vmaxvq_s32(int32x4_t(x));
+#else
+  // Halves onto each other: a register's lanes are a power of two.
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    I32 turned;
+    for (int i = 0; i < kLanes; ++i) turned[i] = x[i ^ step];
+    x = max(x, turned);
+  }
+  return x[0];
+#endif
+}
+
+// Whether a lane of x or y is above.
+JADAM_INLINE bool any_above(U32 x, U32 y, uint32_t high) {
+#if defined(__AVX512F__)
+  const __m512i most = _mm512_set1_epi32(int(high));
+  return (_mm512_cmpgt_epu32_mask(__m512i(x), most) | _mm512_cmpgt_epu32_mask(__m512i(y), most)) !=
+         0;
+#elif defined(__x86_64__)
+  // There is a comparison of signed numbers only.
+  const auto above = [=](U32 z) { return bits<I32>(z - (1u << 31)) > int32_t(high - (1u << 31)); };
+  return JADAM_X86_OF(movemask_ps)(Floats(above(x) | above(y))) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32(vmaxq_u32(uint32x4_t(x), uint32x4_t(y))) > high;
+#else
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= x[i] > high || y[i] > high;
+  return found;
 #endif
 }
 
 JADAM_INLINE F32 sqrt(F32 x) {
-#if defined(__AVX512F__)
-  return F32(_mm512_sqrt_ps(__m512(x)));
+#if defined(__x86_64__)
+  return F32(JADAM_X86_OF(sqrt_ps)(Floats(x)));
+#elif defined(__aarch64__)
+  return F32(vsqrtq_f32(float32x4_t(x)));
 #else
   F32 y;
   for (int i = 0; i < kLanes; ++i) y[i] = __builtin_sqrtf(x[i]);
@@ -134,32 +182,26 @@ JADAM_INLINE F32 sqrt(F32 x) {
 #endif
 }
 
-// 1/x to about one ulp, for x that is neither tiny nor huge.
-JADAM_INLINE F32 reciprocal(F32 x) {
+// x/y to about one ulp, for y that is neither tiny nor huge. An exact division is as fast with
+// AVX2, whose approximate one would give other bits on a processor of another maker.
+JADAM_INLINE F32 quotient(F32 x, F32 y) {
 #if defined(__AVX512F__)
-  F32 y = F32(_mm512_rcp14_ps(__m512(x)));
-  return y * (2.0f - x * y);
+  const F32 inverse = F32(_mm512_rcp14_ps(__m512(y)));
+  return x * (inverse * (2.0f - y * inverse));
 #else
-  return 1.0f / x;
+  return x / y;
 #endif
 }
 
-JADAM_INLINE F32 floor(F32 x) {
+// Tables of which each lane reads its own number.
 #if defined(__AVX512F__)
-  return F32(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-#else
-  F32 y;
-  for (int i = 0; i < kLanes; ++i) y[i] = __builtin_floorf(x[i]);
-  return y;
-#endif
-}
+#define JADAM_HAS_TABLES
 
-#if defined(__AVX512F__)
 // 32 numbers in two registers.
-struct Table {
+struct Table32 {
   __m512 low, high;
 
-  explicit JADAM_INLINE Table(const float* x)
+  explicit JADAM_INLINE Table32(const float* x)
       : low(_mm512_loadu_ps(x)), high(_mm512_loadu_ps(x + 16)) {}
 
   // The number at i mod 32.
@@ -167,30 +209,68 @@ struct Table {
     return F32(_mm512_permutex2var_ps(low, __m512i(i), high));
   }
 };
+#elif defined(__AVX2__)
+#define JADAM_HAS_TABLES
+
+struct Table8 {
+  __m256 numbers;
+
+  explicit JADAM_INLINE Table8(const float* x) : numbers(_mm256_loadu_ps(x)) {}
+
+  // The number at i mod 8.
+  JADAM_INLINE F32 operator[](I32 i) const {
+    return F32(_mm256_permutevar8x32_ps(numbers, __m256i(i)));
+  }
+};
+
+// 4 numbers in each half of a register: within a half a permutation takes one cycle.
+struct Table4 {
+  __m256 numbers;
+
+  explicit JADAM_INLINE Table4(const float* x)
+      : numbers(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(x))) {}
+
+  // The number at i mod 4.
+  JADAM_INLINE F32 operator[](I32 i) const {
+    return F32(_mm256_permutevar_ps(numbers, __m256i(i)));
+  }
+};
 #endif
 
-JADAM_INLINE int32_t largest(I32 x) {
+// Numbers of 16 bits.
+JADAM_INLINE I32 load_u16(const uint16_t* p) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32(__m512i(x));
+  return I32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return I32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__x86_64__)
+  return I32(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),
+                                _mm_setzero_si128()));
+#elif defined(__aarch64__)
+  return I32(vmovl_u16(vld1_u16(p)));
 #else
-  int32_t y = x[0];
-  for (int i = 1; i < kLanes; ++i) y = x[i] > y ? x[i] : y;
-  return y;
+  I32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return x;
 #endif
 }
 
-JADAM_INLINE I32 widen(U16 x) {
+// For 0 <= x < 2^16.
+JADAM_INLINE void store_u16(uint16_t* p, I32 x) {
 #if defined(__AVX512F__)
-  return I32(_mm512_cvtepu16_epi32(__m256i(x)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(__m512i(x)));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128(__m256i(x));
+  const __m128i high = _mm256_extracti128_si256(__m256i(x), 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+#elif defined(__x86_64__)
+  // SSE2 saturates to signed numbers only: what is kept are the bits.
+  const __m128i kept = __m128i((x << 16) >> 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(kept, kept));
+#elif defined(__aarch64__)
+  vst1_u16(p, vmovn_u32(uint32x4_t(x)));
 #else
-  return __builtin_convertvector(x, I32);
-#endif
-}
-JADAM_INLINE U16 narrow(I32 x) {
-#if defined(__AVX512F__)
-  return U16(_mm512_cvtepi32_epi16(__m512i(x)));
-#else
-  return __builtin_convertvector(x, U16);
+  for (int i = 0; i < kLanes; ++i) p[i] = uint16_t(x[i]);
 #endif
 }
 

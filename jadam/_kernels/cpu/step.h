@@ -5,10 +5,13 @@
 
 namespace jadam {
 
-constexpr int64_t kBlock = 128;  // as _codec.BLOCK
+constexpr int64_t kBlock = 128;  // as codes.BLOCK
 
-// One step's numbers, in the order of _native.Step.
-struct Step {
+// Of the dithers, as _rounding.STEP and beside it.
+constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
+
+// One step's numbers, by the names in cpu.Numbers.
+struct Numbers {
   float complement1;  // 1 - b1
   float complement2;  // 1 - b2
   float dither;       // of v, over 1 - b2
@@ -26,20 +29,38 @@ struct Step {
   float now_s;
 };
 
-// Powers of two and 16 times logarithms, in the order of _native._tables: at 1 + i/32, with the
-// series of log(1 + r), and as polynomials in 2x - 3 on [1, 2). What a level or a number's upper
-// bits hold of i is taken off the first and the third, so that either can be added as it is:
-// i << 18 off the power's bits, i >> 1 off the logarithm.
+// Powers of two and 16 times logarithms on [1, 2), made by cpu.tables. AVX-512 has them at the
+// 32 places 1 + i/32 with the series of log(1 + r), AVX2 at the 8 places 1 + i/8 with a longer one
+// and, of powers, a table of 2^(i/32) for i < 4 as a factor; the others have polynomials in 2x - 3.
+// What a level or a number's upper bits hold of i is taken off powers and logarithms, so that
+// either can be added as it is: i << 18 (of 8 places i << 20) off the power's bits, i >> 1 (2i) off
+// the logarithm.
 struct Tables {
   float exp2[32];
   float reciprocal[32];
   float log2[32];
   float series[3];
+  float exp2_eighths[8];
+  float exp2_rest[4];
+  float reciprocal_eighths[8];
+  float log2_eighths[8];
+  float series_eighths[4];
   float exp2_polynomial[7];
   float log2_polynomial[10];
 };
 
+// The dithers of a block's lanes, of both salts: the upper 16 bits, and 23 bits as numbers in
+// [0, 1).
+struct Dithers {
+  alignas(64) uint32_t upper[2][kBlock];
+  alignas(64) float unit[2][kBlock];
+};
+
 enum class Float { kF32, kBF16 };
+
+// How a parameter lies between two steps: as it is, or in bfloat16 with a residual of 8 or 16 bits,
+// or in bfloat16 rounded randomly. The numbers of cpu.weights_attributes.
+enum class Weights : int32_t { kPlain, kCompensated8, kCompensated16, kStochastic };
 
 // One leaf: rows of n numbers, each row in blocks of 128. Where an output aliases its input the
 // two pointers are equal.
@@ -51,6 +72,12 @@ struct Leaf {
   bool writes_params;  // p + update, else the update alone
   const void *g, *p, *m, *v;
   void *out, *m_out, *v_out;
+  Weights weights;
+  const void* residual;
+  void* residual_out;
+  uint32_t phase;     // of the dither of an 8-bit residual
+  uint32_t first_lane;  // at which each row begins, where a leaf is divided along its rows
+  uint32_t words[2];  // of random bits
 
   int64_t blocks_in_row() const { return (n + kBlock - 1) / kBlock; }
   int64_t blocks() const { return rows * blocks_in_row(); }
@@ -60,11 +87,11 @@ struct Range {
   int64_t begin, end;  // blocks
 };
 
-using Kernel = void (*)(const Leaf&, Range, const Step&, const Tables&, uint32_t count);
+using Kernel = void (*)(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&);
 
 #define JADAM_DECLARE(isa)                                                  \
   namespace isa {                                                           \
-  void run(const Leaf&, Range, const Step&, const Tables&, uint32_t count); \
+  void run(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&); \
   }
 JADAM_DECLARE(avx512)
 JADAM_DECLARE(avx2)

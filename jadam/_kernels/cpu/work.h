@@ -16,15 +16,43 @@
 
 namespace jadam {
 
-inline Kernel choose_kernel() {
-#if defined(JADAM_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::run;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::run;
+struct InstructionSet {
+  const char* name;
+  Kernel kernel;
+};
+
+// Those that were built and that this processor has, the best first.
+inline std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> found;
+#if defined(__x86_64__)
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return baseline::run;
+#if defined(JADAM_HAS_avx512)
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back({"avx512", avx512::run});
+  }
+#endif
+#if defined(JADAM_HAS_avx2)
+  if (has_avx2) found.push_back({"avx2", avx2::run});
+#endif
+  found.push_back({"baseline", baseline::run});
+  return found;
+}
+
+// _rounding.weyl of a block's lanes at step `count`.
+inline Dithers dithers_of(uint32_t count, uint32_t first_lane) {
+  Dithers dithers;
+  for (uint32_t salt = 0; salt < 2; ++salt) {
+    for (uint32_t i = 0; i < kBlock; ++i) {
+      const uint32_t lane = (first_lane + i) % kBlock;
+      const uint32_t weyl = lane * kLane + count * kStep + salt * kSalt;
+      dithers.upper[salt][i] = weyl >> 16;
+      dithers.unit[salt][i] = float(weyl >> 9) * 0x1p-23f;
+    }
+  }
+  return dithers;
 }
 
 // Numbers under 2^-126 count as 0, as in XLA's own loops.
@@ -65,8 +93,13 @@ struct Part {
 // that comes late finds none left; so nobody waits for a thread that has not begun.
 class Work {
  public:
-  Work(std::vector<Leaf> leaves, const Step& step, const Tables& tables, uint32_t count)
-      : leaves_(std::move(leaves)), step_(step), tables_(tables), count_(count) {
+  Work(Kernel kernel, std::vector<Leaf> leaves, const Numbers& step, const Tables& tables,
+       uint32_t count, uint32_t first_lane = 0)
+      : kernel_(kernel),
+        leaves_(std::move(leaves)),
+        step_(step),
+        tables_(tables),
+        dithers_(dithers_of(count, first_lane)) {
     int64_t in_job = kBlocksInJob;
     for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
       const int64_t blocks = leaves_[i].blocks();
@@ -85,13 +118,12 @@ class Work {
   int64_t jobs() const { return int64_t(starts_.size()); }
 
   void take_jobs() {
-    static const Kernel kernel = choose_kernel();
     const FlushSubnormals flush;
     int64_t finished = 0;
     for (int64_t job; (job = next_.fetch_add(1)) < jobs(); ++finished) {
       const int64_t end = job + 1 < jobs() ? starts_[job + 1] : int64_t(parts_.size());
       for (int64_t i = starts_[job]; i < end; ++i) {
-        kernel(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, count_);
+        kernel_(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, dithers_);
       }
     }
     if (finished == 0) return;
@@ -108,10 +140,11 @@ class Work {
  private:
   static constexpr int64_t kBlocksInJob = 256;  // 32,768 numbers: longer than waking a thread
 
+  const Kernel kernel_;
   const std::vector<Leaf> leaves_;
-  const Step step_;
+  const Numbers step_;
   const Tables tables_;
-  const uint32_t count_;
+  const Dithers dithers_;
   std::vector<Part> parts_;
   std::vector<int64_t> starts_;  // of each job in parts_
   std::atomic<int64_t> next_{0};

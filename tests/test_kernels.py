@@ -1,0 +1,265 @@
+"""Which leaf goes to a kernel: by what the kernel declares, and by what JAX still has."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+from jadam import _leaf
+from jadam._kernels import choice
+
+needs_kernel = pytest.mark.skipif(
+    choice.why_not() is not None, reason=f"no kernel: {choice.why_not()}"
+)
+EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+
+
+def has_kernel(function, *args):
+    return "jadam_step" in jax.jit(function).lower(*args).as_text()
+
+
+# A program that needs the feature, by name.
+PROGRAMS = {
+    "member adam": lambda: (jadam.adam(1e-2, kernel="native"), "float32", "float32", "update"),
+    "member nadam": lambda: (jadam.nadam(1e-2, kernel="native"), "float32", "float32", "update"),
+    "gradients float32, parameters float32": lambda: (
+        *(jadam.adam(1e-2, kernel="native"), "float32", "float32", "step"),
+    ),
+    "gradients bfloat16, parameters float32": lambda: (
+        *(jadam.adam(1e-2, kernel="native"), "bfloat16", "float32", "step"),
+    ),
+    "gradients bfloat16, parameters bfloat16": lambda: (
+        *(jadam.adam(1e-2, kernel="native"), "bfloat16", "bfloat16", "step"),
+    ),
+    "moments float32 float32": lambda: (
+        *(jadam.adam(1e-2, kernel="native"), "float32", "float32", "update"),
+    ),
+    "moments bfloat16 float32": lambda: (
+        *(jadam.adam(1e-2, mu_dtype="bfloat16", kernel="native"), "float32", "float32", "update"),
+    ),
+    "moments bfloat16 bfloat16": lambda: (
+        jadam.adam(1e-2, mu_dtype="bfloat16", nu_dtype="bfloat16", kernel="native"),
+        *("float32", "float32", "update"),
+    ),
+    "moments 8-bit codes": lambda: (
+        *(jadam.adam(1e-2, **EIGHT_BITS, kernel="native"), "float32", "float32", "update"),
+    ),
+    "weights compensated int8": lambda: (
+        *(jadam.compensated_weights(jadam.adam(1e-2, kernel="native")), "float32", "bfloat16"),
+        "update",
+    ),
+    "weights compensated int16": lambda: (
+        jadam.compensated_weights(jadam.adam(1e-2, kernel="native"), residual_dtype="int16"),
+        *("float32", "bfloat16", "update"),
+    ),
+    "weights stochastic bfloat16": lambda: (
+        *(jadam.stochastic_rounding(jadam.adam(1e-2, kernel="native")), "bfloat16", "bfloat16"),
+        "update",
+    ),
+    "decays": lambda: (jadam.adamw(1e-2, kernel="native"), "float32", "float32", "update"),
+    "to_params": lambda: (jadam.adam(1e-2, kernel="native"), "float32", "float32", "step"),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("feature", sorted(choice.CPU.features))
+def test_a_kernel_without_a_feature_steps_aside(feature, monkeypatch):
+    """Each feature that the table names is one that a leaf can need, and is asked for."""
+    tx, g_dtype, p_dtype, way = PROGRAMS[feature]()
+    params, grads = jnp.ones((4, 256), p_dtype), jnp.ones((4, 256), g_dtype)
+    state = tx.init(params)
+    function = getattr(tx, way)
+    assert has_kernel(function, grads, state, params)
+    less = dataclasses.replace(choice.CPU, features=choice.CPU.features - {feature})
+    monkeypatch.setattr(choice, "CPU", less)
+    jax.clear_caches()
+    assert not has_kernel(function, grads, state, params)
+
+
+@needs_kernel
+def test_an_option_that_the_kernel_does_not_know_keeps_it_away(monkeypatch):
+    """Who adds an option to a leaf's step, such as a mask, need not think of the kernels."""
+
+    class Options(NamedTuple):
+        decays: bool
+        to_params: bool
+        weights: None = None
+        masked: bool = True
+
+        needs_params = _leaf.Options.needs_params
+
+    g = jnp.ones((4, 256))
+    tx = jadam.adam(1e-2, kernel="native")
+    state = tx.init(g)
+    assert has_kernel(tx.step, g, state, g)
+    monkeypatch.setattr(jadam._update, "Options", Options)
+    jax.clear_caches()
+    assert not has_kernel(tx.step, g, state, g)
+
+
+def test_the_table_is_what_kernels_prints():
+    """Each feature, so that nobody has to guess which leaves are XLA's."""
+    if choice.why_not() is None:
+        assert all(feature in jadam.kernels()["cpu"] for feature in choice.CPU.features)
+
+
+NAMES = [
+    ("jax._src.dispatch", "prim_requires_devices_during_lowering"),
+    ("jax.experimental.custom_partitioning", "custom_partitioning"),
+    ("jax.interpreters.mlir", "register_lowering"),
+    ("jax.interpreters.mlir", "lower_fun"),
+    ("jax.interpreters.batching", "primitive_batchers"),
+    ("jax.extend.core", "Primitive"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_without_a_name_of_jax_the_steps_are_xlas(module, name):
+    """jax moves what it does not promise: then jadam runs as before, and says what is missing."""
+    # jadam sees a copy of the module without the name; JAX itself goes on with its own.
+    code = f"""
+import importlib, sys, types
+import jax.numpy as jnp
+module = importlib.import_module({module!r})
+without = types.ModuleType({module!r})
+vars(without).update((k, v) for k, v in vars(module).items() if k != {name!r})
+parent, _, last = {module!r}.rpartition(".")
+sys.modules[{module!r}] = without
+setattr(sys.modules[parent], last, without)
+import jadam
+text = jadam.kernels()["cpu"]
+assert text.startswith("xla: not usable") and {name!r} in text, text
+params = jnp.ones(3)
+updates, _ = jadam.update(params, jadam.init(params))
+assert updates.shape == (3,)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# The primitive under JAX's transformations
+
+
+def eight(axis_type=AxisType.Auto):
+    return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+
+
+@needs_kernel
+@pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
+def test_under_shard_map_a_result_varies_where_any_operand_does(storage):
+    """Gradients that differ from device to device make parameters that do: 0.9·x² in the loss."""
+    params, x = jnp.ones((4, 256)), jnp.linspace(0.1, 1.0, 8)
+
+    def loss(p, x):
+        return jnp.sum((p * x) ** 2) / 2
+
+    def both(kernel, out_specs):
+        tx = jadam.adam(0.1, kernel=kernel, **storage)
+
+        def body(p, x):
+            g = jax.grad(loss)(jax.lax.pcast(p, "d", to="varying"), x[0])
+            p, _ = tx.step(g, tx.init(p), p)
+            return (jax.grad(loss)(p, x[0])[None], p) if out_specs else p
+
+        specs = (P("d"), P("d")) if out_specs else P()
+        return jax.jit(jax.shard_map(body, mesh=eight(), in_specs=(P(), P("d")), out_specs=specs))
+
+    found = both("native", True)(params, x)[0][:, 0, 0]
+    # The step is 0.1 in each coordinate, but for roundings.
+    np.testing.assert_allclose(found, 0.9 * np.asarray(x) ** 2, rtol=1e-5)
+    for kernel in ("xla", "native"):
+        with pytest.raises(ValueError, match="out_specs"):
+            both(kernel, False)(params, x)
+
+
+@needs_kernel
+def test_leaves_on_several_meshes_take_a_step():
+    """As with optax: their steps are XLA's, since JAX knows one mesh for such a primitive."""
+    devices = np.array(jax.devices())
+    meshes = {
+        "x": NamedSharding(Mesh(devices, "a"), P("a")),
+        "y": NamedSharding(Mesh(devices.reshape(4, 2), ("b", "c")), P("b", "c")),
+    }
+    params = {name: jax.device_put(jnp.ones((16, 256)), where) for name, where in meshes.items()}
+    tx = jadam.adam(0.1, kernel="native")
+    moved, _ = jax.jit(tx.step)(params, tx.init(params), params)
+    for name, where in meshes.items():
+        assert moved[name].sharding.is_equivalent_to(where, 2)
+        # lr·1 at the first step, but for a rounding.
+        np.testing.assert_allclose(moved[name], 0.9, rtol=1e-6)
+
+
+@needs_kernel
+def test_without_jit_the_kernel_still_makes_the_step():
+    """`jax.disable_jit`, with which people debug, must not call the primitive for ever."""
+    p = jnp.ones((4, 256))
+    tx = jadam.adam(0.1, kernel="native")
+    expected = tx.step(p, tx.init(p), p)
+    with jax.disable_jit():
+        found = tx.step(p, tx.init(p), p)
+    # 1e-6: outside of jit the step's numbers may be rounded in another way.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_program_is_planned_on_devices_that_do_not_exist(platform):
+    """Lowering for an `AbstractMesh`: a TPU program on a host without one."""
+    mesh = AbstractMesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def abstract(x):
+        where = NamedSharding(mesh, P("d") if x.ndim else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    tx = jadam.adamw(0.1)
+    params = abstract(jax.ShapeDtypeStruct((16, 256), jnp.float32))
+    state = jax.tree.map(abstract, jax.eval_shape(tx.init, params))
+    traced = jax.jit(tx.step).trace(params, state, params)
+    assert "sdy.mesh" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@needs_kernel
+def test_gradients_that_are_not_summed_yet_are_refused_as_by_xla():
+    """On explicit axes a gradient may still be one term a device: never taken as whole."""
+    mesh = eight(AxisType.Explicit)
+
+    def step(tx, a, p, state):
+        where = P(None, None, unreduced={"d"})
+        g = jax.lax.dot_general(a.T, a, (((1,), (0,)), ((), ())), out_sharding=where)
+        return tx.step(g, state, p)
+
+    with jax.set_mesh(mesh):
+        a, p = jax.device_put(jnp.ones((16, 256)), P("d")), jnp.ones((256, 256))
+        for kernel in ("xla", "native"):
+            tx = jadam.adam(0.1, kernel=kernel)
+            with pytest.raises(NotImplementedError, match="unreduced"):
+                jax.jit(functools.partial(step, tx))(a, p, tx.init(p))
+
+
+@needs_kernel
+def test_the_step_composes_with_scan_and_schedules_under_shard_map():
+    """What varies is carried through a scan with the types that it had."""
+    tx = jadam.adamw(optax.linear_schedule(0.1, 0.01, 4), kernel="native")
+    x = jnp.linspace(0.1, 1.0, 8)
+
+    def body(p, x):
+        p = jax.lax.pcast(p, "d", to="varying")
+
+        def one(carry, _):
+            p, state = carry
+            return tx.step(p * x[0], state, p), None
+
+        return jax.lax.scan(one, (p, tx.init(p)), None, length=3)[0][0][None]
+
+    shard_map = functools.partial(
+        jax.shard_map, mesh=eight(), in_specs=(P(), P("d")), out_specs=P("d")
+    )
+    assert np.all(np.isfinite(jax.jit(shard_map(body))(jnp.ones((4, 128)), x)))
