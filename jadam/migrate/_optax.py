@@ -1,4 +1,4 @@
-"""optax's states of Adam and AMSGrad, which are jadam's: checked, and ν of complex parameters."""
+"""optax's states of Adam and AMSGrad, which are jadam's too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +19,10 @@ _keystr = jax.tree_util.keystr
 def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
     """A state of optax as jadam's own namesake would have it, checked, every bit as it was.
 
-    It goes on without, too: the classes are the same. This makes ν real for complex parameters, and
-    refuses what no Adam has made. Go on with jadam's namesake of what made it. Moments keep their dtypes: bfloat16 for bfloat16
-    parameters, where jadam's own have float32 (`cast_like` changes that).
+    It goes on without this too, since the classes are the same. This makes `nu` of complex
+    parameters real, and refuses what no Adam has made. Go on with jadam's namesake of what made it.
+    Moments keep their dtypes: bfloat16 for bfloat16 parameters, where jadam's own have float32
+    (`cast_like` changes that).
 
     Args:
         state: the state of any chain, mask, partition or wrapper, also an abstract one.
