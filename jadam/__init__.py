@@ -3,7 +3,7 @@
 Transformations   adam adamw nadam nadamw amsgrad adamax adamaxw radam ademamix, and
                   scale_by_adam alone; each is a FusedTransformation: `init` and `update` as in
                   optax, and `step`.
-Pure functions    init, update and step on trees; AdamState is their state.
+Pure functions    init, update and step on trees; AdamState, optax's class, is their state.
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
 Looking inside    diagnostics: what a step did; kernels: what computes it on each platform.
 Modules           jadam.sharding: where the state lies; jadam.migrate: states from elsewhere.

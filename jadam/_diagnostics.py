@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jadam import _math, _validate
 from jadam._members import Member
-from jadam._search import Found, Parameter, states_in
+from jadam._search import Found, Parameter, check_class, maximum_of, states_in
 from jadam._state import Role
 from jadam._types import PyTree, Real, Scalar
 
@@ -35,7 +35,7 @@ def diagnostics(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     adamax: bool = False,
-    maximum: Literal["raw", "corrected"] = "raw",
+    maximum: Literal["raw", "corrected"] | None = None,
     **rates: Scalar,
 ) -> dict[str, Any]:
     """What a step did, for each leaf and for all: sizes, signal and noise, where eps rules.
@@ -51,7 +51,7 @@ def diagnostics(
         grads: the gradients, for `grad_rms`.
         b1: the optimizer's, as are `b2`, `eps` and `eps_root`.
         adamax: whether the state is `adamax`'s, with u in `nu`.
-        maximum: the optimizer's, for `amsgrad`.
+        maximum: the optimizer's, for `amsgrad`. Default: what the class of the state says.
         **rates: its other decay rates, where the member has more than two.
 
     Returns:
@@ -88,16 +88,19 @@ def diagnostics(
     """
     b1, b2 = _validate.decay_rate("b1", b1), _validate.decay_rate("b2", b2)
     eps, eps_root = _validate.non_negative("eps", eps), _validate.non_negative("eps_root", eps_root)
-    _validate.choice("maximum", maximum, ("raw", "corrected"))
+    if maximum is not None:
+        _validate.choice("maximum", maximum, ("raw", "corrected"))
     rates |= {"b1": b1, "b2": b2}
-    states = _by_parameter(states_in("state", state, adamax=adamax))
+    found = states_in("state", state, adamax=adamax)
+    check_class((each.state for each in found), maximum)
+    states = _by_parameter(found)
     named = {"update": updates, "param": params}
     if grads is not None:
         named["grad"] = grads
     arrays = {name: _matching(f"{name}s", tree, states) for name, tree in named.items()}
 
     def sums(state: Found, parameter: Parameter, path: str) -> Report:
-        moments = _moments(state, parameter, rates, maximum)
+        moments = _moments(state, parameter, rates)
         root = jnp.sqrt(moments.v_hat + jnp.asarray(eps_root, moments.v_hat.dtype))
         flags = {
             "eps": jnp.asarray(eps * (2 if adamax else 1), root.dtype) > root,
@@ -174,9 +177,7 @@ def _square(x: Array) -> Real:
     return _math.square(x.astype(_math.widen(x.dtype)))
 
 
-def _moments(
-    state: Found, parameter: Parameter, rates: dict[str, Scalar], maximum: str
-) -> _Moments:
+def _moments(state: Found, parameter: Parameter, rates: dict[str, Scalar]) -> _Moments:
     member, storage, stored = state.member, parameter.storage, parameter.stored
     wide = storage.wide(jnp.result_type(jnp.float32))
     real = jnp.finfo(wide).dtype
@@ -190,7 +191,7 @@ def _moments(
     ends = storage.range_ends(stored)
     if member.power == 1:
         return _Moments(m_squared, second**2, jnp.sum(second**2), ends)
-    is_corrected = largest is not None and maximum == "corrected"
+    is_corrected = largest is not None and maximum_of(state.state) == "corrected"
     v_hat = second if largest is None else largest
     # Corrected after the sum: XLA:CPU would store v̂ as a whole array.
     return _Moments(

@@ -14,9 +14,16 @@ import jax
 from jadam import _math, _validate
 from jadam._kernels import coefficients
 from jadam._kernels.coefficients import Coefficients
-from jadam._state import AdamState, AdemamixState, AmsgradState, Moment, Role
+from jadam._state import (
+    AdamState,
+    AdemamixState,
+    AmsgradState,
+    CorrectedAmsgradState,
+    Moment,
+    Role,
+)
 
-State = AdamState | AmsgradState | AdemamixState
+State = AdamState | CorrectedAmsgradState | AdemamixState
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,19 +150,27 @@ NADAM = Member(
     options=_EPS | {"momentum_decay": _validate.optional(_POSITIVE)},
     coefficients=coefficients.nadam,
 )
+_AMSGRAD_OPTIONS = _EPS | {
+    "bias_correction_mu": _validate.flag,
+    "bias_correction_nu": _validate.flag,
+}
 AMSGRAD = Member(
     name="amsgrad",
     state=AmsgradState,
     moments=(_M, _V, _V_MAX),
-    equations=_math.amsgrad,
+    equations=functools.partial(_math.amsgrad, maximum="raw"),
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS
-    | {
-        "maximum": _validate.one_of("raw", "corrected"),
-        "bias_correction_mu": _validate.flag,
-        "bias_correction_nu": _validate.flag,
-    },
+    options=_AMSGRAD_OPTIONS,
+)
+CORRECTED_AMSGRAD = Member(
+    name="corrected amsgrad",
+    state=CorrectedAmsgradState,
+    moments=(_M, _V, _V_MAX),
+    equations=functools.partial(_math.amsgrad, maximum="corrected"),
+    ratios=_math.moment_ratios,
+    rates=_RATES,
+    options=_AMSGRAD_OPTIONS,
 )
 ADAMAX = Member(
     name="adamax",
@@ -190,7 +205,7 @@ ADEMAMIX = Member(
     rates=_RATES | {"b3": _SCHEDULED_RATE, "warmup": _validate.optional(_POSITIVE)},
     options=_EPS | {"alpha": _validate.schedulable},
 )
-MEMBERS = (ADAM, NADAM, AMSGRAD, ADAMAX, RADAM, ADEMAMIX)
+MEMBERS = (ADAM, NADAM, AMSGRAD, CORRECTED_AMSGRAD, ADAMAX, RADAM, ADEMAMIX)
 
 
 def is_state(node: Any) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 
 from jadam import _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
+from jadam._state import AmsgradState, CorrectedAmsgradState
 from jadam._storage import Storage, storage_of
 from jadam._types import PyTree
 
@@ -103,8 +104,26 @@ def with_moments(tree: PyTree, moments: Iterator[Sequence[Any]]) -> PyTree:
     return jax.tree.map(fill, tree, is_leaf=is_state)
 
 
+def maximum_of(state: Any) -> Maximum:
+    """What an AMSGrad's `nu_max` is the maximum of, which its class says; None for others."""
+    if not isinstance(state, CorrectedAmsgradState):
+        return None
+    return "raw" if isinstance(state, AmsgradState) else "corrected"
+
+
+def check_class(states: Iterable[Any], said: Maximum) -> None:
+    """No AMSGrad has another maximum than the user says."""
+    for state in states:
+        is_of = maximum_of(state)
+        if None not in (said, is_of) and said != is_of:
+            raise ValueError(
+                f"maximum: expected {is_of!r}, that of {type(state).__name__}, got {said!r}"
+            )
+
+
 def check_maximum(nodes: Iterable[Any], said: Maximum, kept: str, by: str) -> None:
     """Where there is AMSGrad, the user says that its maximum is the one that `by` keeps."""
+    nodes = list(nodes)
     if said is not None:
         _validate.choice("maximum", said, ("raw", "corrected"))
     if said != kept and any("nu_max" in node._fields for node in nodes):
@@ -112,6 +131,7 @@ def check_maximum(nodes: Iterable[Any], said: Maximum, kept: str, by: str) -> No
             f"maximum: expected {kept!r}, the maximum that {by}'s AMSGrad keeps, got {said!r}; "
             "jadam.amsgrad must be made with the same, since neither follows from the other"
         )
+    check_class(nodes, said)
 
 
 def refuse_codes(parameter: Parameter) -> None:

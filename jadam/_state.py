@@ -3,6 +3,8 @@
 import enum
 from typing import NamedTuple
 
+import optax
+
 from jadam._types import Count, PyTree
 
 
@@ -26,35 +28,34 @@ class Moment(NamedTuple):
         return self.role is Role.FIRST
 
 
-class AdamState(NamedTuple):
-    """What Adam remembers between two updates, field by field optax's `ScaleByAdamState`.
+AdamState = optax.ScaleByAdamState
+"""What Adam remembers between two updates: optax's own class, so that its states go on here.
 
-    Attributes:
-        count: the number of updates made, int32, stays at 2³¹-1 once there.
-        mu: the first moments m, a tree like the parameters.
-        nu: the second moments v (AdaMax: the norms u), a tree like the parameters. Real also for
-            complex parameters.
-    """
+Attributes:
+    count: the number of updates made, int32, stays at 2³¹-1 once there.
+    mu: the first moments m, a tree like the parameters.
+    nu: the second moments v (AdaMax: the norms u), a tree like the parameters. Real also for
+        complex parameters, but in a state that optax made.
+"""
 
-    count: Count  # pyright: ignore[reportIncompatibleMethodOverride]  (optax has this name)
-    mu: PyTree
-    nu: PyTree
+CorrectedAmsgradState = optax.ScaleByAmsgradState
+"""What AMSGrad remembers with the maximum of the corrected v, as in optax, whose class it is."""
 
 
-class AmsgradState(NamedTuple):
-    """What AMSGrad remembers, field by field optax's `ScaleByAmsgradState`.
+class AmsgradState(optax.ScaleByAmsgradState):
+    """What AMSGrad remembers with the maximum of the raw v, which optax has not.
+
+    Neither maximum follows from the other. So this is a class of its own, with optax's fields, and
+    no state of one goes on as the other.
 
     Attributes:
         count: as in `AdamState`.
         mu: as in `AdamState`.
         nu: as in `AdamState`.
-        nu_max: the largest v so far (raw or corrected), a tree like the parameters.
+        nu_max: the largest v so far, a tree like the parameters.
     """
 
-    count: Count  # pyright: ignore[reportIncompatibleMethodOverride]  (optax has this name)
-    mu: PyTree
-    nu: PyTree
-    nu_max: PyTree
+    __slots__ = ()
 
 
 class AdemamixState(NamedTuple):

@@ -1,8 +1,8 @@
 """The family as optax gradient transformations.
 
-Each is the pure pair with its hyperparameters bound. Its state is laid out as that of its optax
-namesake, an `AdamState` where optax has its `ScaleByAdamState`, so that a program which reaches
-into the state finds everything in its place, and a checkpoint of one restores into the other.
+Each is the pure pair with its hyperparameters bound. Its state is that of its optax namesake, class
+by class, so that a program which reaches into the state finds everything in its place, and a state
+or a checkpoint of one goes on under the other.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jadam import _validate
 from jadam._kernels import choice
 from jadam._kernels.choice import Choice
 from jadam._leaf import increment
-from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, NADAM, RADAM, Rule
+from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, CORRECTED_AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 from jadam._update import Advanced, Mask, adam_rule, advance, decaying_leaves, initializer
 
@@ -389,13 +389,14 @@ def amsgrad(
     >>> like_optax = jadam.amsgrad(1e-3, maximum="corrected")
     >>> like_paper = jadam.amsgrad(1e-3, bias_correction_mu=False, bias_correction_nu=False)
     """
+    _validate.choice("maximum", maximum, ("raw", "corrected"))
+    member = AMSGRAD if maximum == "raw" else CORRECTED_AMSGRAD
     return _transformation(
-        AMSGRAD.with_hyperparameters(
+        member.with_hyperparameters(
             b1=b1,
             b2=b2,
             eps=eps,
             eps_root=eps_root,
-            maximum=maximum,
             bias_correction_mu=bias_correction_mu,
             bias_correction_nu=bias_correction_nu,
         ),

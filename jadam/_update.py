@@ -18,7 +18,7 @@ from jadam._kernels.choice import Choice
 from jadam._leaf import Options, increment, leaf_step
 from jadam._masters import Weights
 from jadam._members import ADAM, NADAM, Member, Rule
-from jadam._state import AdamState
+from jadam._state import AdamState, CorrectedAmsgradState
 from jadam._storage import chooser, storage_of
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 
@@ -301,9 +301,17 @@ def decaying_leaves(params: PyTree, mask: Mask) -> list[bool]:
 def _check(
     member: Member, grads: PyTree, state: Any, params: PyTree, decays: bool, to_params: bool
 ) -> None:
-    if not isinstance(state, member.state):
+    if type(state) is not member.state:
         expected = f"the {member.state.__name__} that init made"
-        raise TypeError(f"state: expected {expected}, got {type(state).__name__}")
+        hint = ""
+        if isinstance(state, CorrectedAmsgradState) and issubclass(
+            member.state, CorrectedAmsgradState
+        ):
+            hint = (
+                "; the one has the maximum of the raw v, the other, optax's, that of the corrected "
+                'v: go on with jadam.amsgrad(maximum="raw" or "corrected") as it was made'
+            )
+        raise TypeError(f"state: expected {expected}, got {type(state).__name__}{hint}")
     _validate.inexact_leaves("grads", grads)
     stored = member.stored(state)
     for moment, tree in zip(member.moments, stored, strict=True):

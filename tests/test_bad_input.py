@@ -99,6 +99,12 @@ def test_a_schedule_that_returns_a_vector_or_nothing():
 @pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
 @pytest.mark.parametrize("value", [jnp.int32, "complex64", "no dtype", 3])
 def test_a_storage_dtype_that_is_not_floating_point(factory, name, value):
+    """A complex one is a first moment's of complex parameters, which optax takes too."""
+    if (name, value) == ("mu_dtype", "complex64"):
+        params = {"c": jnp.ones(2, jnp.complex64), "r": jnp.ones(2)}
+        mu = factory(1e-3, mu_dtype=value).init(params)[0].mu
+        assert (mu["c"].dtype, mu["r"].dtype) == (jnp.complex64, jnp.float32)
+        return
     with pytest.raises(
         TypeError, match=rf"{name}: expected a floating-point dtype or 'u?int8', got"
     ):
@@ -223,15 +229,19 @@ def test_a_mask_that_does_not_fit():
 def test_a_state_that_is_not_adams():
     """Another optimizer's state, or a chain's where a single one is expected."""
     tx = jadam.adam(1e-3)
-    with pytest.raises(TypeError, match="state: expected the AdamState that init made, got tuple"):
+    with pytest.raises(
+        TypeError, match="state: expected the ScaleByAdamState that init made, got t"
+    ):
         jadam.update(GRADS, tx.init(PARAMS))
     with pytest.raises(TypeError, match="state: expected the tuple of 2 states that init made"):
         tx.update(GRADS, jadam.init(PARAMS)[:1])
-    with pytest.raises(TypeError, match="state: expected the AdamState that init made, got Empty"):
+    with pytest.raises(
+        TypeError, match="state: expected the ScaleByAdamState that init made, got E"
+    ):
         tx.update(GRADS, tx.init(PARAMS)[::-1])
-    with pytest.raises(TypeError, match=r"state: expected the AmsgradState .* got AdamState"):
+    with pytest.raises(TypeError, match=r"state: expected the AmsgradState .* got ScaleByAdam"):
         jadam.amsgrad(1e-3).update(GRADS, tx.init(PARAMS))
-    with pytest.raises(TypeError, match=r"state: expected the AdamState .* got AmsgradState"):
+    with pytest.raises(TypeError, match=r"state: expected the ScaleByAdamState .* got Amsgrad"):
         tx.update(GRADS, jadam.amsgrad(1e-3).init(PARAMS))
 
 

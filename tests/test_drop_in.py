@@ -404,7 +404,7 @@ def test_the_state_is_read_and_changed_by_the_names_that_optax_has():
     assert optax.tree.get(state, "nu") is adam_state.nu
     of_mu = optax.tree.get(state, "kernel", filtering=lambda path, _: "mu" in str(path))
     assert of_mu is adam_state.mu["dense"]["kernel"]
-    assert optax.tree.get(state, "AdamState") is adam_state
+    assert optax.tree.get(state, "ScaleByAdamState") is adam_state
     assert len(optax.tree.get_all_with_path(state, "count")) == 2
 
     changed = optax.tree.set(state, mu=None, count=jnp.int32(7))

@@ -47,6 +47,7 @@ ORDER = [
     "jadam",
 ]
 MAY_ALSO_IMPORT = {
+    "jadam._state": {"optax"},
     "jadam._transform": {"optax"},
     "jadam._weights": {"optax"},
     "jadam.migrate._optax": {"optax"},

@@ -13,7 +13,7 @@ from jadam._math import Equations, Relation
 from jadam._state import Moment
 from jadam._storage.codes import MIN_SIZE, EightBitCodes, suits
 from jadam._storage.floats import Floats, float_dtype, why_not
-from jadam._types import Count, DType, Number, Shape
+from jadam._types import Count, Number, Shape
 
 
 @runtime_checkable
@@ -91,9 +91,9 @@ def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
 
 def chooser(
     moments: tuple[Moment, ...],
-    mu_dtype: DType | None,
-    nu_dtype: DType | None,
-    min_size: int | None,
+    mu_dtype: Any,
+    nu_dtype: Any,
+    min_size: Any,
 ) -> Callable[[Any], Storage]:
     """The function from a new parameter to its storage, for the arguments that `init` takes.
 
@@ -122,7 +122,7 @@ def chooser(
     return choose
 
 
-def _dtype(name: str, value: DType | None, code: str, *, is_first: bool) -> np.dtype | None:
+def _dtype(name: str, value: Any, code: str, *, is_first: bool) -> np.dtype | None:
     """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
     if value is None:
         return None
@@ -132,6 +132,8 @@ def _dtype(name: str, value: DType | None, code: str, *, is_first: bool) -> np.d
         dtype = None
     if dtype == code:
         return dtype
+    if is_first and dtype is not None and dtype.kind == "c":
+        dtype = jnp.finfo(dtype).dtype  # as wide, and complex where the parameter is
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = repr(value) if dtype is None else dtype
         raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")

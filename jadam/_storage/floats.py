@@ -64,8 +64,9 @@ class Floats:
         """The moments in the dtype to compute in."""
         del then
         real = jnp.finfo(wide).dtype
+        # optax's second moments of complex parameters are complex, without an imaginary part.
         return tuple(
-            x.astype(wide if moment.is_first else real)
+            x.astype(wide) if moment.is_first else x.real.astype(real)
             for moment, x in zip(self.moments, stored, strict=True)
         )
 
@@ -95,7 +96,7 @@ class Floats:
             return tuple(kept)
         related = relation()
         roles = [moment.role for moment in self.moments]
-        second = kept[roles.index(Role.SECOND)].astype(jnp.finfo(wide).dtype)
+        second = kept[roles.index(Role.SECOND)].real.astype(jnp.finfo(wide).dtype)
         root = _root(second, related.power)
         firsts = [i for i, role in enumerate(roles) if role is Role.FIRST]
         for i, ratio in zip(firsts, related.ratios, strict=True):

@@ -1,6 +1,6 @@
-"""optax's states of Adam and AMSGrad, which have the same fields."""
+"""optax's states of Adam and AMSGrad, which are jadam's too."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from jadam._search import Maximum, check_maximum, refuse_codes, states_in
-from jadam._state import AdamState, AmsgradState
 from jadam._types import PyTree
 from jadam.migrate._foreign import check_possible
 
@@ -18,10 +17,12 @@ _keystr = jax.tree_util.keystr
 
 
 def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
-    """A state with jadam's states in the place of optax's, every bit as it was.
+    """A state of optax as jadam's own namesake would have it, checked, every bit as it was.
 
-    Go on with jadam's namesake of what made it. Moments keep their dtypes: bfloat16 for bfloat16
-    parameters, where jadam's own have float32 (`cast_like` changes that).
+    It goes on without this too, since the classes are the same. This makes `nu` of complex
+    parameters real, and refuses what no Adam has made. Go on with jadam's namesake of what made it.
+    Moments keep their dtypes: bfloat16 for bfloat16 parameters, where jadam's own have float32
+    (`cast_like` changes that).
 
     Args:
         state: the state of any chain, mask, partition or wrapper, also an abstract one.
@@ -36,9 +37,8 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
     >>> import jax.numpy as jnp, jadam, optax
     >>> state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(jnp.ones(3))
     >>> type(jadam.migrate.from_optax(state)[1][0]).__name__
-    'AdamState'
+    'ScaleByAdamState'
     """
-    kinds = {optax.ScaleByAdamState: AdamState, optax.ScaleByAmsgradState: AmsgradState}
 
     def real(where: str, v: Any, m: Any) -> Any:
         del m
@@ -50,7 +50,7 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
             raise ValueError(f"{where}: expected second moments with no imaginary part")
         return v.real
 
-    swapped = _swapped(state, kinds, real, maximum)
+    swapped = _swapped(state, real, maximum)
     for found in states_in("state", swapped):
         count = found.state.count
         if _known(count) and bool(jnp.any(count < 0)):
@@ -68,7 +68,7 @@ def _known(x: Any) -> bool:
 
 
 def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
-    """A state with optax's states in the place of jadam's: `from_optax` the other way.
+    """A state as optax's namesake would have it: `from_optax` the other way.
 
     Args:
         state: as in `from_optax`. From `jax.eval_shape(tx.init, params)` it makes the target to
@@ -83,7 +83,6 @@ def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
     >>> type(jadam.migrate.to_optax(jadam.adam(1e-3).init(jnp.ones(3)))[0]).__name__
     'ScaleByAdamState'
     """
-    kinds = {AdamState: optax.ScaleByAdamState, AmsgradState: optax.ScaleByAmsgradState}
     for found in states_in("state", state):
         for parameter in found.parameters:
             refuse_codes(parameter)
@@ -94,20 +93,20 @@ def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
             return v
         return v.update(dtype=m.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v.astype(m.dtype)
 
-    return _swapped(state, kinds, like_first, maximum)
+    return _swapped(state, like_first, maximum)
 
 
 def _swapped(
     state: PyTree,
-    kinds: Mapping[type, type],
     second: Callable[[str, Any, Any], Any],
     maximum: Maximum,
 ) -> PyTree:
-    """The tree with nodes of other kinds; `second` makes a second moment of it and the first."""
+    """The tree with other second moments: `second` makes one of it and the first."""
+    kinds = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
     nodes = []
 
     def swap(path: Any, node: Any) -> Any:
-        if type(node) not in kinds:
+        if not isinstance(node, kinds):
             return node
         nodes.append(node)
 
@@ -117,9 +116,9 @@ def _swapped(
                 lambda p, v, m: second(where + _keystr(p), v, m), getattr(node, field), node.mu
             )
 
-        return kinds[type(node)](node.count, node.mu, *map(moments, node._fields[2:]))
+        return type(node)(node.count, node.mu, *map(moments, node._fields[2:]))
 
-    swapped = jax.tree_util.tree_map_with_path(swap, state, is_leaf=lambda x: type(x) in kinds)
+    swapped = jax.tree_util.tree_map_with_path(swap, state, is_leaf=lambda x: isinstance(x, kinds))
     if not nodes:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"state: expected {expected} in it, found none")
