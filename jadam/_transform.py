@@ -8,7 +8,7 @@ into the state finds everything in its place, and a checkpoint of one restores i
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -53,11 +53,27 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         return optax.apply_updates(params, updates), state
 
 
+class Recipe(NamedTuple):
+    """What a transformation is made of, for who applies it in another way, as `jadam.rows` does."""
+
+    rule: Rule
+    learning_rate: ScalarOrSchedule
+    weight_decay: ScalarOrSchedule
+    mask: Mask
+
+
+def recipe_of(tx: Any) -> Recipe | None:
+    """The recipe of one of the family's transformations, None for any other object."""
+    update = getattr(tx, "update", None)
+    return update.recipe if isinstance(update, _Update) else None
+
+
 @dataclass(frozen=True)
 class _Update:
     """An `update` that can also make the whole step: `move(grads, state, params, *, to_params)`."""
 
     move: Callable[..., tuple[PyTree, Any]]
+    recipe: Recipe | None = None
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -114,7 +130,8 @@ def _transformation(
         # A schedule's state is its count, or nothing.
         return moved, (adam_state, *jax.tree.map(increment, schedules))
 
-    return FusedTransformation(init_fn, _Update(move))
+    recipe = Recipe(rule, learning_rate, weight_decay, mask)
+    return FusedTransformation(init_fn, _Update(move, recipe))
 
 
 def scale_by_adam(
