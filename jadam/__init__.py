@@ -6,10 +6,11 @@ Transformations   adam adamw nadam nadamw amsgrad adamax adamaxw radam ademamix,
 Pure functions    init, update and step on trees; AdamState is their state.
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
 Looking inside    diagnostics: what a step did; kernels: what computes it on each platform.
-Modules           jadam.sharding: where the state lies; jadam.migrate: states from elsewhere.
+Modules           jadam.sharding: where the state lies; jadam.release: gradients that are never
+                  whole; jadam.migrate: states from elsewhere.
 """
 
-from jadam import migrate, sharding
+from jadam import migrate, release, sharding
 from jadam._diagnostics import diagnostics
 from jadam._kernels.choice import kernels
 from jadam._state import AdamState, AdemamixState, AmsgradState
@@ -59,6 +60,7 @@ __all__ = [
     "nadam",
     "nadamw",
     "radam",
+    "release",
     "scale_by_adam",
     "sharding",
     "step",

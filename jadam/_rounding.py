@@ -4,6 +4,10 @@ A moment that moves by less than half a unit in the last place rounds back to it
 So each rounding is dithered: up or down, so often up as the value lies above the lower neighbour.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -20,6 +24,29 @@ _LANE = np.uint32(0xC13FA9A9)
 _SALT = 0x85EBCA6B
 _LANES = 128
 
+_layer: contextvars.ContextVar[UInt32[Array, ""] | None] = contextvars.ContextVar(
+    "layer", default=None
+)
+
+
+@contextlib.contextmanager
+def as_layer(index: UInt32[Array, ""]) -> Iterator[None]:
+    """Traces the steps of slices: each leaf is element `index` of a stack along a first axis.
+
+    It is dithered and rounded as it is in the stack. What is no slice is element 0 of its own.
+    """
+    token = _layer.set(index)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def elements_before(size: int) -> UInt32[Array, ""] | np.uint32:
+    """The number of elements of the stack before a slice of this size, modulo 2³²."""
+    index = _layer.get()
+    return np.uint32(0) if index is None else index * np.uint32(size % 2**32)
+
 
 def weyl(
     shape: tuple[int, ...], t: Count, salt: int = 0, step: np.uint32 = STEP
@@ -35,7 +62,7 @@ def weyl(
     """
     phase = t.astype(jnp.uint32) * step + np.uint32(salt * _SALT % 2**32)
     if not shape:
-        return phase
+        return elements_before(1) % np.uint32(_LANES) * _LANE + phase
     lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) % np.uint32(_LANES)
     return lane * _LANE + phase
 

@@ -36,6 +36,11 @@ ORDER = [
     "jadam.sharding._rules",
     "jadam.sharding._streamed",
     "jadam.sharding",
+    "jadam.release._scan",
+    "jadam.release._program",
+    "jadam.release._survey",
+    "jadam.release._step",
+    "jadam.release",
     "jadam.migrate._foreign",
     "jadam.migrate._optax",
     "jadam.migrate._cast",
@@ -48,6 +53,7 @@ ORDER = [
 MAY_ALSO_IMPORT = {
     "jadam._transform": {"optax"},
     "jadam._weights": {"optax"},
+    "jadam.release._program": {"optax"},
     "jadam.migrate._optax": {"optax"},
     "jadam.migrate._safetensors": {"safetensors"},
 }
