@@ -31,9 +31,9 @@ _layer: contextvars.ContextVar[UInt32[Array, ""] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def as_layer(index: UInt32[Array, ""]) -> Iterator[None]:
-    """Traces the steps of slices: each leaf is element `index` of a stack along a first axis.
+    """Traces the steps of slices [1, ...] of stacks, each the one at `index`.
 
-    It is dithered and rounded as it is in the stack. What is no slice is element 0 of its own.
+    They are dithered and rounded as in the stack. A whole leaf has the index 0.
     """
     token = _layer.set(index)
     try:
@@ -62,9 +62,11 @@ def weyl(
     """
     phase = t.astype(jnp.uint32) * step + np.uint32(salt * _SALT % 2**32)
     if not shape:
-        return elements_before(1) % np.uint32(_LANES) * _LANE + phase
-    lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) % np.uint32(_LANES)
-    return lane * _LANE + phase
+        return phase
+    lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    if len(shape) == 1:
+        lane += elements_before(shape[0])
+    return lane % np.uint32(_LANES) * _LANE + phase
 
 
 def _power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -40,6 +40,8 @@ class Slot(NamedTuple):
 class Program:
     """The step of one layer: of every stack a slice, of all other leaves the whole.
 
+    A slice keeps its first axis, of length 1: masks see as many axes as the stack has.
+
     Args:
         tx: the transformation.
         params, state: the trees that it is for.
@@ -75,7 +77,7 @@ class Program:
         whole = [*leaves, *leaves, *kept]
         slices = jax.eval_shape(
             lambda *arrays: [
-                x if slot.owner is None else x[0]
+                x if slot.owner is None else x[:1]
                 for slot, x in zip(self._inputs, arrays, strict=True)
             ],
             *whole,

@@ -259,11 +259,11 @@ class Released:
                 is_leaf=lambda x: isinstance(x, _Again),
             )
             in_closed, grads, in_carry, in_others = pull(cotangent)
-            old = dict(zip(slots, read(refs, slots, i), strict=True))
-            gradients = {Slot("grads", n, n): g for n, g in zip(mine, grads, strict=True)}
+            old = {slot: x[None] for slot, x in zip(slots, read(refs, slots, i), strict=True)}
+            gradients = {Slot("grads", n, n): g[None] for n, g in zip(mine, grads, strict=True)}
             results = make(consts, i, gradients | old | others)
             for slot, new in zip(slots, results, strict=True):
-                refs[slot][i] = new if self._always else jnp.where(goes > 0, new, old[slot])
+                refs[slot][i] = (new if self._always else jnp.where(goes > 0, new, old[slot]))[0]
             self.stepped |= set(mine)
             return jnp.zeros_like(goes), None, (in_closed, None, None), None, in_others, in_carry
 
