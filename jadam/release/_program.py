@@ -1,6 +1,6 @@
 """A transformation's step in parts: each knows which gradients and which state it needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jadam.sharding._rules import owner_of
 
 MIXES = (
     "a released step makes each leaf's step when its gradient arrives, so that a transformation "
-    "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite, MultiSteps; "
+    "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite; "
     'also kernel="native") cannot be released; clip each leaf by itself, with '
     "optax.clip_by_block_rms, and skip steps with skip_if"
 )
@@ -120,7 +120,8 @@ class Program:
     def needs(self, outputs: Sequence[Slot]) -> list[Slot]:
         """Which inputs these outputs are made of."""
         _, used = self._part(outputs)
-        return [s for s, is_used in zip(self._inputs, used[-len(self._inputs) :], strict=True) if is_used]
+        rows = zip(self._inputs, used[-len(self._inputs) :], strict=True)
+        return [slot for slot, is_used in rows if is_used]
 
     def _part(self, outputs: Sequence[Slot]) -> tuple[Any, list[bool]]:
         wanted = set(outputs)
@@ -139,6 +140,7 @@ class Program:
 
     def _check_apart(self, state: PyTree) -> None:
         for number in sorted(self._released):
+            self._check_draws(number)
             for slot in self.needs(self.slots_of([number])):
                 of_another = slot.kind != "state" or slot.owner is not None
                 if of_another and slot != slot._replace(owner=number):
@@ -154,12 +156,32 @@ class Program:
                         f"{self._where(slot, state)}; {MIXES}"
                     )
 
+    def _check_draws(self, number: int) -> None:
+        """Each layer would get the same random numbers, which the whole stack does not."""
+        slot = self.param_slots[number]
+        shape = self._jaxpr.outvars[self._outputs.index(slot)].aval.shape
+        jaxpr, _ = self._part(self.slots_of([number]))
+        if any(e.outvars[0].aval.shape[: len(shape)] == shape for e in _draws(jaxpr)):
+            raise ValueError(
+                f"tx: the step of {self.names[number]} draws random numbers, which would be the "
+                "same for each layer; jadam.stochastic_rounding is the one that can be released"
+            )
+
     def _where(self, slot: Slot, state: PyTree) -> str:
         if slot.kind == "state":
             path, _ = jax.tree_util.tree_flatten_with_path(state)[0][slot.place]
             return f"state{jax.tree_util.keystr(path)}"
         name = self.names[slot.place]
         return name if slot.kind == "params" else f"the gradient of {name}"
+
+
+def _draws(jaxpr: Any) -> Iterator[Any]:
+    """All equations that draw random bits."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "random_bits":
+            yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _draws(inner)
 
 
 def _step(tx: Any, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -106,9 +106,7 @@ def train_step(
             return (value, run.arrived), aux
 
         outside = {i: x for i, x in enumerate(leaves) if i not in numbers}
-        (value, arrived), backward, aux = jax.vjp(
-            forward, outside, jnp.zeros(()), has_aux=True
-        )
+        (value, arrived), backward, aux = jax.vjp(forward, outside, jnp.zeros(()), has_aux=True)
         if run.made != set(numbers):
             raise ValueError("loss: expected the same scans each time that it is traced")
         goes = jnp.asarray(True) if skip_if is None else ~jnp.asarray(skip_if(value))
