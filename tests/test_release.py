@@ -1,6 +1,5 @@
 """Released steps: the plain step's bits, its errors, its memory, and what it may not skip."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -108,13 +107,15 @@ def trained(step, tx, params, batches=TEXT):
     return params, state, losses
 
 
-def assert_equal(got, expected):
+def assert_equal(got, expected, atol=1e-12):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     flat, _ = jax.tree_util.tree_flatten_with_path(got)
     for (path, x), y in zip(flat, jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
         x, y = (np.asarray(a.astype(jnp.float32)) for a in (x, y))
-        np.testing.assert_array_equal(x, y, jax.tree_util.keystr(path))
+        # A sum of products that cancels leaves nothing or 1e-13, by its order: only this is let go.
+        message = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=message)
 
 
 @pytest.mark.usefixtures("standard_promotion")  # optax.apply_updates of bfloat16 parameters
@@ -196,6 +197,9 @@ OTHER_FORMS = {
         scanned(p, x, jax.checkpoint(layer_of, policy=jax.checkpoint_policies.dots_saveable)),
     ),
 }
+# Where the forward pass keeps what the backward pass needs, XLA computes it in other ways: last bits
+# of gradients of 1e-3, hence of parameters of 1. A step that is skipped is off by 1e-2.
+LAST_BITS = 1e-6
 DECAYING = jadam.adamw(1e-2, weight_decay=0.1, **XLA)
 
 
@@ -208,7 +212,7 @@ def both(loss, tx=DECAYING, params=SMALL, **options):
 def test_no_step_is_skipped(name):
     """A parameter without a gradient is stepped with zeros: its moments and its decay go on."""
     expected, got = both((NO_GRADIENT | OTHER_FORMS)[name])
-    assert_equal(got, expected)
+    assert_equal(got, expected, LAST_BITS)
     if name in NO_GRADIENT:
         assert (got[0]["layers"]["w"] != SMALL["layers"]["w"]).any()
 
@@ -242,6 +246,7 @@ def test_a_loss_that_cannot_be_released_is_refused(message, loss):
         jax.eval_shape(release.train_step(loss, DECAYING), SMALL, DECAYING.init(SMALL), X)
 
 
+@pytest.mark.usefixtures("standard_promotion")  # optax's noise needs it
 @pytest.mark.parametrize(
     "tx",
     [
@@ -259,11 +264,12 @@ def test_a_transformation_that_mixes_is_refused(tx):
         jax.eval_shape(step, SMALL, tx.init(SMALL), X)
 
 
+@pytest.mark.usefixtures("standard_promotion")  # optax.MultiSteps needs it
 def test_accumulation_in_the_state_is_right():
-    """optax.MultiSteps keeps the sum of gradients in its state: no memory is saved, no step lost."""
+    """optax.MultiSteps keeps the gradients' sum in its state: no memory saved, no step lost."""
     tx = optax.MultiSteps(jadam.adam(1e-2, **XLA), 2).gradient_transformation()
     expected, got = both(OTHER_FORMS["two stacks"], tx)
-    assert_equal(got, expected)
+    assert_equal(got, expected, LAST_BITS)
 
 
 def test_a_step_is_skipped_where_the_loss_says_so():

@@ -129,6 +129,15 @@ def train_step(
     return step
 
 
+def _before_writing(results: list[Any]) -> list[Any]:
+    """All results are there before the first is written.
+
+    Else XLA's loop fusion on CPUs and GPUs reads one stack while it writes another, and copies
+    both to do so. XLA:TPU does not, and would write the slices once more.
+    """
+    return lax.platform_dependent(results, tpu=lambda x: x, default=lax.optimization_barrier)
+
+
 def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
     """`(values, *args) -> result`, and the values: whatever f closes over as an argument."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -260,8 +269,11 @@ class Released:
             old = {slot: x[None] for slot, x in zip(slots, read(refs, slots, i), strict=True)}
             gradients = {Slot("grads", n, n): g[None] for n, g in zip(mine, grads, strict=True)}
             results = make(consts, i, gradients | old | others)
-            for slot, new in zip(slots, results, strict=True):
-                refs[slot][i] = (new if self._always else jnp.where(goes > 0, new, old[slot]))[0]
+            if not self._always:
+                pairs = zip(slots, results, strict=True)
+                results = [jnp.where(goes > 0, new, old[slot]) for slot, new in pairs]
+            for slot, new in zip(slots, _before_writing(results), strict=True):
+                refs[slot][i] = new[0]
             self.stepped |= set(mine)
             return jnp.zeros_like(goes), None, (in_closed, None, None), None, in_others, in_carry
 
