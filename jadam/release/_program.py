@@ -106,7 +106,7 @@ class Program:
         return [slot for slot in self._outputs if slot.owner is None]
 
     def part(self, outputs: Sequence[Slot]) -> Callable[..., list[Any]]:
-        """`(consts, layer, arrays by their slots) -> outputs`: the equations that they need alone."""
+        """`(consts, layer, arrays by slots) -> outputs`: the equations that they need alone."""
         jaxpr, used = self._part(outputs)
         run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 

@@ -4,7 +4,6 @@ import contextvars
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 from jax import lax
 
 from jadam._types import PyTree

@@ -129,15 +129,6 @@ def train_step(
     return step
 
 
-def _before_writing(results: list[Any]) -> list[Any]:
-    """All results are there before the first is written.
-
-    Else XLA's loop fusion on CPUs and GPUs reads one stack while it writes another, and copies
-    both to do so. XLA:TPU does not, and would write the slices once more.
-    """
-    return lax.platform_dependent(results, tpu=lambda x: x, default=lax.optimization_barrier)
-
-
 def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
     """`(values, *args) -> result`, and the values: whatever f closes over as an argument."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -206,7 +197,6 @@ class Released:
             return lax.scan(f, init, xs, **options)
         self.made |= set(mine)
         others = [x for x, number in zip(arrays, numbers, strict=True) if number is None]
-        params = [self._refs[self._program.param_slots[number]] for number in mine]
 
         def merged(slices: Sequence[Any], carry: PyTree, others: Sequence[Any]) -> Any:
             mine, rest = iter(slices), iter(others)
@@ -214,9 +204,8 @@ class Released:
             return f(carry, structure.unflatten(x))
 
         init = jax.tree.map(jnp.asarray, init)
-        first = lambda x: x[0]
-        example = [jax.eval_shape(first, self._leaves[number]) for number in mine]
-        rest = [jax.eval_shape(first, x) for x in others]
+        whole = ([self._leaves[number] for number in mine], others)
+        example, rest = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), whole)
         pure, closed = _without_closure(merged, example, init, rest)
         layer = self._layer(pure, mine)
         known = (closed, self._others, self._program.consts)
@@ -272,7 +261,7 @@ class Released:
             if not self._always:
                 pairs = zip(slots, results, strict=True)
                 results = [jnp.where(goes > 0, new, old[slot]) for slot, new in pairs]
-            for slot, new in zip(slots, _before_writing(results), strict=True):
+            for slot, new in zip(slots, results, strict=True):
                 refs[slot][i] = new[0]
             self.stepped |= set(mine)
             return jnp.zeros_like(goes), None, (in_closed, None, None), None, in_others, in_carry
