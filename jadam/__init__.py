@@ -6,11 +6,12 @@ Transformations   adam adamw nadam nadamw amsgrad adamax adamaxw radam ademamix,
 Pure functions    init, update and step on trees; AdamState, optax's class, is their state.
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
 Looking inside    diagnostics: what a step did; kernels: what computes it on each platform.
-Modules           jadam.rows: embeddings by the rows that are touched; jadam.sharding: where
-                  the state lies; jadam.migrate: states from elsewhere.
+Modules           jadam.rows: embeddings by the rows that are touched; jadam.release: gradients
+                  that are never whole; jadam.sharding: where the state lies; jadam.migrate:
+                  states from elsewhere.
 """
 
-from jadam import migrate, rows, sharding
+from jadam import migrate, release, rows, sharding
 from jadam._diagnostics import diagnostics
 from jadam._kernels.choice import kernels
 from jadam._state import AdamState, AdemamixState, AmsgradState
@@ -60,6 +61,7 @@ __all__ = [
     "nadam",
     "nadamw",
     "radam",
+    "release",
     "rows",
     "scale_by_adam",
     "sharding",

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from jadam import _validate
 from jadam._leaf import Options
+from jadam._masters import Stochastic
 from jadam._members import MEMBERS, Rule
+from jadam._rounding import is_slice
 from jadam._storage import storage_of
 
 Choice = Literal["auto", "xla", "native"]
@@ -86,6 +88,8 @@ def features_of(
         f"moments {storage_of(rule.member.moments, stored).name}",
         *(name if x is True else f"{name} {x}" for name, x in options._asdict().items() if x),
     }
+    if is_slice() and (isinstance(options.weights, Stochastic) or jnp.ndim(g) == 1):
+        features.add("random bits or dithers of a slice of a stack")
     if place.spec.unreduced:
         features.add("gradients that are not summed over devices yet")
     if not place.mesh.empty and getattr(place.mesh, "abstract_device", None) is None:
