@@ -65,11 +65,35 @@ def tops_shape(shape: Shape) -> Shape:
     return (*shape[:-1], -(-shape[-1] // BLOCK))
 
 
+def block_max(
+    x: Shaped[Array, "*rows lanes"], seen: Callable[[Array], Array]
+) -> Shaped[Array, "*rows blocks"]:
+    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
+
+    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array.
+    """
+    n = x.shape[-1]
+    if n > BLOCK:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+        x = x.reshape(*x.shape[:-1], -1, BLOCK)
+    else:
+        x = x[..., None, :]
+    zero = np.zeros((), x.dtype)
+    return lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
+
+
 @dataclass(frozen=True)
 class EightBitCodes:
-    """The moments of one parameter as codes. The second moment's array holds the blocks' tops."""
+    """The moments of one parameter as codes. The second moment's array holds the blocks' tops.
+
+    Attributes:
+        moments: of the member, in order.
+        block_max: the largest of a function of each block's elements. A kernel that steps one block
+            a row has its own.
+    """
 
     moments: tuple[Moment, ...]
+    block_max: Callable[[Array, Callable[[Array], Array]], Array] = block_max
     has_numbers = False
     name = "8-bit codes"
 
@@ -155,10 +179,10 @@ class EightBitCodes:
         """The codes of the moments after a step with gradient g, dithered for that step."""
         related = relation()
         # The equations of a block's largest v and |g| bound v in it: no pass over v is needed.
-        code = _block_max(stored[self._first], _number).astype(jnp.int32)
+        code = self.block_max(stored[self._first], _number).astype(jnp.int32)
         largest = _power_of_two(code - TOP + stored[self._second].astype(jnp.int32))
         largest = jnp.where(code > 0, largest**related.power, 0)
-        g_largest = _block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
+        g_largest = self.block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
         before = [jnp.zeros_like(largest) if r is Role.FIRST else largest for r in self._roles]
         _, after = now(limit_range(g_largest), *before)
         # What falls below the block's range stays on its lowest level while it is fed.
@@ -173,13 +197,13 @@ class EightBitCodes:
         moments[self._second] = v
         # Half a level lower: then a block's top is the level nearest to its largest root.
         root = (jnp.sqrt(v) if relation.power == 2 else v) * 2.0 ** (-1 / (2 * _PER_OCTAVE))
-        bound = limit_range(_block_max(root, _finite_size)) ** relation.power
+        bound = limit_range(self.block_max(root, _finite_size)) ** relation.power
         return self._encode(moments, bound, jnp.where(root == 0, 0, 1), relation, None)
 
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
         """Which codes are the outermost ones, of those that stand for a number."""
         both = stored[self._first]
-        code = both & np.uint16(NAN)
+        code = both & NAN
         x = (both >> 9).astype(jnp.int32) - 64
         number = (code > 0) & (code < NAN)
         return {
@@ -254,31 +278,14 @@ class EightBitCodes:
 
 def _code_and_level(both: UInt16[Array, "*rows lanes"], tops: Blocks) -> tuple[Codes, Codes]:
     """v's code of each element, and the level that it stands for."""
-    code = (both & np.uint16(NAN)).astype(jnp.int32)
+    code = (both & NAN).astype(jnp.int32)
     top = _spread(tops, both.shape[-1]).astype(jnp.int32)
     return code, code - TOP + top
 
 
-def _block_max(
-    x: Shaped[Array, "*rows lanes"], seen: Callable[[Array], Array]
-) -> Shaped[Array, "*rows blocks"]:
-    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
-
-    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array.
-    """
-    n = x.shape[-1]
-    if n > BLOCK:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
-        x = x.reshape(*x.shape[:-1], -1, BLOCK)
-    else:
-        x = x[..., None, :]
-    zero = np.zeros((), x.dtype)
-    return lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
-
-
 def _number(both: Array) -> Array:
     """The code of v, 0 where it is NaN's."""
-    code = both & np.uint16(NAN)
+    code = both & NAN
     return jnp.where(code == NAN, jnp.zeros_like(code), code)
 
 
@@ -289,6 +296,8 @@ def _finite_size(g: Array) -> Array:
 
 def _spread(blocks: Blocks, n: int) -> Codes:
     """A block's value for each of its elements, n along the last axis."""
+    if blocks.shape[-1] == 1:
+        return lax.broadcast_in_dim(blocks, (*blocks.shape[:-1], n), tuple(range(blocks.ndim)))
     shape = (*blocks.shape, min(n, BLOCK))
     spread = lax.broadcast_in_dim(blocks, shape, tuple(range(blocks.ndim)))
     return spread.reshape(*blocks.shape[:-1], -1)[..., :n]
