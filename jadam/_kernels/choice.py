@@ -84,8 +84,10 @@ def _lies_in_blocks(shape: Shape) -> bool:
     A matrix of whole blocks does, and a stack of them with whole tiles of 32 rows. Others lie in an
     order that XLA chooses, and would be copied into this one.
     """
-    whole = len(shape) >= 2 and shape[-1] % BLOCK == 0 and math.prod(shape) > 0
-    return whole and (len(shape) == 2 or shape[-2] % 32 == 0)
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return False
+    *stack, rows, n = shape
+    return n % BLOCK == 0 and (not stack or rows % 32 == 0)
 
 
 TPU = Kernel(

@@ -139,7 +139,9 @@ def step(
             for x, traced in zip(numbers, is_traced, strict=True)
         ]
         g, p, stored, extra = leaf
-        return leaf_step(*form.unflatten(known), lambda *_: storage)(g, p, options, stored, extra)
+        rule, learning_rate, weight_decay, count = form.unflatten(known)
+        one = leaf_step(rule, learning_rate, weight_decay, count, lambda *_: storage)
+        return one(g, p, options, stored, extra)
 
     blocks = [plan.block(x) for x in arrays]
     traced, shapes = jax.make_jaxpr(of_block, return_shape=True)(scalars, *blocks)
