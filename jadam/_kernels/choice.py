@@ -221,9 +221,9 @@ def kernels() -> dict[str, str]:
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.
 
     On a TPU a kernel in Pallas takes leaves with 8-bit moments and compensated weights, on one
-    device and under `jax.shard_map`. It was compiled for TPUs and compared with XLA's form on a
-    CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but those of other
-    shapes with codes or residuals, and those divided over devices without `jax.shard_map`.
+    device and under `jax.shard_map(check_vma=False)`. It was compiled for TPUs and compared with
+    XLA's form on a CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but
+    those of other shapes with codes or residuals, and those divided over devices without it.
 
     >>> import jadam
     >>> sorted(jadam.kernels())
@@ -238,7 +238,8 @@ def kernels() -> dict[str, str]:
     if (reason := why_not_on_tpu()) is None:
         tpu = (
             f"pallas: for {_listed(TPU.gains_by)}; it has {_listed(TPU.features)}, in matrices of "
-            "whole blocks of 128, on one device and under jax.shard_map; the others are xla"
+            "whole blocks of 128, on one device and under jax.shard_map(check_vma=False); "
+            "the others are xla"
         )
     else:
         tpu = f"xla: {reason}"

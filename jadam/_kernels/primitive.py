@@ -159,7 +159,12 @@ def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
 
 
 def _in_pallas(*operands: Any, plan: Plan) -> list[Number]:
-    """The same step by the kernel for TPUs, of each leaf that it has."""
+    """The same step by the kernel for TPUs, of each leaf that it has.
+
+    Where `jax.shard_map` checks how arrays vary, it makes what Pallas does not lower: XLA's form.
+    """
+    if any(jax_internals.varying_axes(x) for x in operands):
+        return _in_xla(*operands, plan=plan)
     # Imported where it is in use: Pallas takes a while.
     tpu = importlib.import_module("jadam._kernels.tpu")
     numbers, leaves = _numbers_and_leaves(plan, operands)
