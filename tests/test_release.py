@@ -205,8 +205,8 @@ OTHER_FORMS = {
         scanned(p, x, jax.checkpoint(layer_of, policy=jax.checkpoint_policies.dots_saveable)),
     ),
 }
-# Where the forward pass keeps what the backward pass needs, XLA computes it in other ways: last bits
-# of gradients of 1e-3, hence of parameters of 1. A step that is skipped is off by 1e-2.
+# Where the forward pass keeps what the backward pass needs, XLA computes it in other ways: the last
+# bits of gradients of 1e-3, hence of parameters of 1. A step that is skipped is off by 1e-2.
 LAST_BITS = 1e-6
 DECAYING = jadam.adamw(1e-2, weight_decay=0.1, **XLA)
 
