@@ -1,17 +1,19 @@
 """Adam and its family for JAX: exact, small, fast, and a drop-in for `optax.adam`.
 
 Transformations   adam adamw nadam nadamw amsgrad adamax adamaxw radam ademamix, and
-                  scale_by_adam alone; each is a FusedTransformation: `init` and `update` as in
-                  optax, and `step`.
+                  scale_by_adam, scale_by_amsgrad, scale_by_adamax and scale_by_radam alone; each
+                  is a FusedTransformation: `init` and `update` as in optax, and `step`.
 Pure functions    init, update and step on trees; AdamState, optax's class, is their state.
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
-Looking inside    diagnostics: what a step did; kernels: what computes it on each platform.
+Looking inside    diagnostics: what a step did; moments: those of a state as numbers; kernels: what
+                  computes a step on each platform.
 Modules           jadam.sharding: where the state lies; jadam.migrate: states from elsewhere.
 """
 
 from jadam import migrate, sharding
 from jadam._diagnostics import diagnostics
 from jadam._kernels.choice import kernels
+from jadam._moments import moments
 from jadam._state import AdamState, AdemamixState, AmsgradState
 from jadam._transform import (
     FusedTransformation,
@@ -25,6 +27,9 @@ from jadam._transform import (
     nadamw,
     radam,
     scale_by_adam,
+    scale_by_adamax,
+    scale_by_amsgrad,
+    scale_by_radam,
 )
 from jadam._update import init, step, update
 from jadam._weights import (
@@ -56,10 +61,14 @@ __all__ = [
     "kernels",
     "master_weights",
     "migrate",
+    "moments",
     "nadam",
     "nadamw",
     "radam",
     "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_amsgrad",
+    "scale_by_radam",
     "sharding",
     "step",
     "stochastic_rounding",

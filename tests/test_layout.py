@@ -33,6 +33,7 @@ ORDER = [
     "jadam._transform",
     "jadam._weights",
     "jadam._search",
+    "jadam._moments",
     "jadam._diagnostics",
     "jadam.sharding._rules",
     "jadam.sharding._streamed",

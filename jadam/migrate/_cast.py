@@ -77,7 +77,8 @@ def _recoded(found: Found, parameter: Parameter, like: Parameter, rates: Rates) 
     """A parameter's moments in the storage of `like`."""
     if parameter.storage == like.storage:
         return parameter.stored
-    moments, rest = parameter.stored, (found.state.count, found.member, rates)
+    count: Any = found.state.count
+    moments, rest = parameter.stored, (count, found.member, rates)
     if not parameter.storage.has_numbers:
         moments = _loaded(parameter.storage, moments, *rest)
     if not like.storage.has_numbers:
