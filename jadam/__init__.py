@@ -1,11 +1,12 @@
 """Adam and its family for JAX: exact, small, fast, and a drop-in for `optax.adam`.
 
 Transformations   adam adamw nadam nadamw amsgrad adamax adamaxw radam ademamix, and
-                  scale_by_adam alone; each is a FusedTransformation: `init` and `update` as in
-                  optax, and `step`.
+                  scale_by_adam, scale_by_amsgrad, scale_by_adamax and scale_by_radam alone; each
+                  is a FusedTransformation: `init` and `update` as in optax, and `step`.
 Pure functions    init, update and step on trees; AdamState, optax's class, is their state.
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
-Looking inside    diagnostics: what a step did; kernels: what computes it on each platform.
+Looking inside    diagnostics: what a step did; moments: those of a state as numbers; kernels: what
+                  computes a step on each platform.
 Modules           jadam.rows: embeddings by the rows that are touched; jadam.release: gradients
                   that are never whole; jadam.sharding: where the state lies; jadam.migrate:
                   states from elsewhere.
@@ -14,6 +15,7 @@ Modules           jadam.rows: embeddings by the rows that are touched; jadam.rel
 from jadam import migrate, release, rows, sharding
 from jadam._diagnostics import diagnostics
 from jadam._kernels.choice import kernels
+from jadam._moments import moments
 from jadam._state import AdamState, AdemamixState, AmsgradState
 from jadam._transform import (
     FusedTransformation,
@@ -27,6 +29,9 @@ from jadam._transform import (
     nadamw,
     radam,
     scale_by_adam,
+    scale_by_adamax,
+    scale_by_amsgrad,
+    scale_by_radam,
 )
 from jadam._update import init, step, update
 from jadam._weights import (
@@ -58,12 +63,16 @@ __all__ = [
     "kernels",
     "master_weights",
     "migrate",
+    "moments",
     "nadam",
     "nadamw",
     "radam",
     "release",
     "rows",
     "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_amsgrad",
+    "scale_by_radam",
     "sharding",
     "step",
     "stochastic_rounding",

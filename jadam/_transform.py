@@ -16,9 +16,17 @@ from jadam import _validate
 from jadam._kernels import choice
 from jadam._kernels.choice import Choice
 from jadam._leaf import increment
-from jadam._members import ADAM, ADAMAX, ADEMAMIX, AMSGRAD, CORRECTED_AMSGRAD, NADAM, RADAM, Rule
+from jadam._members import ADAMAX, ADEMAMIX, AMSGRAD, CORRECTED_AMSGRAD, NADAM, RADAM, Rule
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
-from jadam._update import Advanced, Mask, adam_rule, advance, decaying_leaves, initializer
+from jadam._update import (
+    Advanced,
+    Mask,
+    adam_rule,
+    advance,
+    decaying_leaves,
+    initializer,
+    with_frozen,
+)
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -50,7 +58,7 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
             moved, state, _ = self.update.move(
                 grads, state, params, to_params=True, extra_args=extra_args
             )
-            return moved, state
+            return with_frozen(moved, params), state
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
@@ -101,7 +109,7 @@ def _transformation(
     decay: tuple[ScalarOrSchedule, Mask] | None = None,
 ) -> FusedTransformation:
     """A rule followed by decay and learning rate, all in one step; optax gives their states."""
-    learning_rate = _validate.schedulable("learning_rate", learning_rate)
+    learning_rate = _validate.learning_rate("learning_rate", learning_rate)
     followers = [optax.scale_by_learning_rate(learning_rate)]
     weight_decay, mask = (0.0, None) if decay is None else decay
     weight_decay = _validate.schedulable("weight_decay", weight_decay)
@@ -177,7 +185,85 @@ def scale_by_adam(
     ...     optax.clip_by_global_norm(1.0), jadam.scale_by_adam(), optax.scale(-1e-3)
     ... )
     """
-    rule, kernel = adam_rule(b1, b2, eps, eps_root, nesterov), choice.checked(kernel)
+    rule = adam_rule(b1, b2, eps, eps_root, nesterov)
+    return _direction(rule, mu_dtype, nu_dtype, min_size, kernel)
+
+
+def scale_by_amsgrad(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DType | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    nu_dtype: DType | None = None,
+    min_size: int | None = None,
+    kernel: Choice = "auto",
+    maximum: Literal["raw", "corrected"] = "raw",
+) -> FusedTransformation:
+    """AMSGrad's direction alone, to build chains with. Arguments as in `amsgrad`.
+
+    >>> import jadam, optax
+    >>> tx = optax.chain(jadam.scale_by_amsgrad(), optax.scale(-1e-3))
+    """
+    rule = _amsgrad_rule(b1, b2, eps, eps_root, bias_correction_mu, bias_correction_nu, maximum)
+    return _direction(rule, mu_dtype, nu_dtype, min_size, kernel)
+
+
+def scale_by_adamax(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+    min_size: int | None = None,
+    kernel: Choice = "auto",
+) -> FusedTransformation:
+    """AdaMax's direction alone, to build chains with. Arguments as in `adamax`.
+
+    >>> import jadam, optax
+    >>> tx = optax.chain(jadam.scale_by_adamax(), optax.scale(-2e-3))
+    """
+    rule = ADAMAX.with_hyperparameters(b1=b1, b2=b2, eps=eps)
+    return _direction(rule, mu_dtype, nu_dtype, min_size, kernel)
+
+
+def scale_by_radam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
+    *,
+    mu_dtype: DType | None = None,
+    nu_dtype: DType | None = None,
+    min_size: int | None = None,
+    kernel: Choice = "auto",
+    nesterov: bool = False,
+) -> FusedTransformation:
+    """RAdam's direction alone, to build chains with. Arguments as in `radam`.
+
+    >>> import jadam, optax
+    >>> tx = optax.chain(jadam.scale_by_radam(), optax.scale(-1e-3))
+    """
+    rule = RADAM.with_hyperparameters(
+        b1=b1, b2=b2, eps=eps, eps_root=eps_root, threshold=threshold, nesterov=nesterov
+    )
+    return _direction(rule, mu_dtype, nu_dtype, min_size, kernel)
+
+
+def _direction(
+    rule: Rule,
+    mu_dtype: DType | None,
+    nu_dtype: DType | None,
+    min_size: int | None,
+    kernel: Choice,
+) -> FusedTransformation:
+    """A rule alone: its direction is the update of a learning rate of -1."""
+    kernel = choice.checked(kernel)
 
     def move(
         grads: PyTree, state: Any, params: PyTree, *, extra_args: Any = None, **form: Any
@@ -185,7 +271,7 @@ def scale_by_adam(
         del extra_args
         return advance(rule, grads, state, params, learning_rate=-1.0, kernel=kernel, **form)
 
-    init = initializer(ADAM, mu_dtype, nu_dtype, min_size)
+    init = initializer(rule.member, mu_dtype, nu_dtype, min_size)
     return FusedTransformation(init, FusedUpdate(move))
 
 
@@ -211,7 +297,8 @@ def adam(
     7.27 learning rates at the default b1 and b2, and than one in the first step.
 
     Args:
-        learning_rate: a number, a scalar array, or a schedule of the number of updates made.
+        learning_rate: a number, a scalar array, or a schedule of the number of updates made. A
+            negative one climbs.
         b1: the decay rate of m, in [0, 1). A Python number is used in float64: .99999 is not
             rounded to float32 before 1 - b is taken.
         b2: the decay rate of v, in [0, 1).
@@ -219,6 +306,7 @@ def adam(
         eps_root: added under the root, in the squared gradient's units, not negative. Not needed
             for gradients through the update: those are finite without.
         mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
+            "params" stores both moments in the parameter's own, also where that has 16 bits.
         nu_dtype: the same for v. 16-bit storage is dithered, so that it goes on moving.
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter (`init`).
         min_size: leaves with fewer elements, or with a last axis under 32, keep float32 then.
@@ -310,6 +398,7 @@ def nadam(
     min_size: int | None = None,
     kernel: Choice = "auto",
     momentum_decay: Scalar | None = None,
+    nesterov: bool = True,
 ) -> FusedTransformation:
     """Adam with Nesterov's momentum, Dozat (2016).
 
@@ -321,12 +410,13 @@ def nadam(
     Args:
         momentum_decay: Dozat's schedule μᵢ = b1·(1 - ½·0.96^(i·momentum_decay)), a positive
             number. 0.004 is the paper's and torch's, 1.0 is Keras's.
+        nesterov: False is `adam`, as in optax.
 
     >>> import jadam
     >>> tx = jadam.nadam(2e-3, momentum_decay=0.004)
     """
     return _transformation(
-        _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
+        _nadam_rule(b1, b2, eps, eps_root, momentum_decay, nesterov),
         learning_rate,
         mu_dtype,
         nu_dtype,
@@ -349,6 +439,7 @@ def nadamw(
     min_size: int | None = None,
     kernel: Choice = "auto",
     momentum_decay: Scalar | None = None,
+    nesterov: bool = True,
 ) -> FusedTransformation:
     """`nadam` with the decoupled weight decay of `adamw`.
 
@@ -356,7 +447,7 @@ def nadamw(
     >>> tx = jadam.nadamw(2e-3, weight_decay=1e-2)
     """
     return _transformation(
-        _nadam_rule(b1, b2, eps, eps_root, momentum_decay),
+        _nadam_rule(b1, b2, eps, eps_root, momentum_decay, nesterov),
         learning_rate,
         mu_dtype,
         nu_dtype,
@@ -367,8 +458,17 @@ def nadamw(
 
 
 def _nadam_rule(
-    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, momentum_decay: Scalar | None
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    momentum_decay: Scalar | None,
+    nesterov: bool,
 ) -> Rule:
+    if not _validate.flag("nesterov", nesterov):
+        if momentum_decay is not None:
+            raise ValueError("momentum_decay: expected None without nesterov, got a number")
+        return adam_rule(b1, b2, eps, eps_root, nesterov=False)
     return NADAM.with_hyperparameters(
         b1=b1, b2=b2, eps=eps, eps_root=eps_root, momentum_decay=momentum_decay
     )
@@ -407,22 +507,34 @@ def amsgrad(
     >>> like_optax = jadam.amsgrad(1e-3, maximum="corrected")
     >>> like_paper = jadam.amsgrad(1e-3, bias_correction_mu=False, bias_correction_nu=False)
     """
-    _validate.choice("maximum", maximum, ("raw", "corrected"))
-    member = AMSGRAD if maximum == "raw" else CORRECTED_AMSGRAD
     return _transformation(
-        member.with_hyperparameters(
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            eps_root=eps_root,
-            bias_correction_mu=bias_correction_mu,
-            bias_correction_nu=bias_correction_nu,
-        ),
+        _amsgrad_rule(b1, b2, eps, eps_root, bias_correction_mu, bias_correction_nu, maximum),
         learning_rate,
         mu_dtype,
         nu_dtype,
         min_size,
         kernel,
+    )
+
+
+def _amsgrad_rule(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    bias_correction_mu: bool,
+    bias_correction_nu: bool,
+    maximum: str,
+) -> Rule:
+    _validate.choice("maximum", maximum, ("raw", "corrected"))
+    member = AMSGRAD if maximum == "raw" else CORRECTED_AMSGRAD
+    return member.with_hyperparameters(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        bias_correction_mu=bias_correction_mu,
+        bias_correction_nu=bias_correction_nu,
     )
 
 

@@ -38,6 +38,7 @@ def init(
     Args:
         params: a tree of floating-point or complex arrays.
         mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
+            "params" stores both moments in the parameter's own, also where that has 16 bits.
         nu_dtype: the same for v, which is real also for complex parameters. A dtype of 16 bits is
             rounded with a dither, so that it goes on moving where rounding to nearest would stick.
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter: `mu` then
@@ -101,7 +102,8 @@ def update(
         grads: a tree like the parameters that the state was made for.
         state: from `init` or the update before.
         params: the parameters, needed where they decay.
-        learning_rate: a number, a scalar array, or a schedule of the number of updates made.
+        learning_rate: a number, a scalar array, or a schedule of the number of updates made. A
+            negative one climbs.
         b1: the decay rate of m, in [0, 1).
         b2: the decay rate of v, in [0, 1).
         eps: added to the root, not negative.
@@ -133,7 +135,7 @@ def update(
         grads,
         state,
         params,
-        learning_rate=_validate.schedulable("learning_rate", learning_rate),
+        learning_rate=_validate.learning_rate("learning_rate", learning_rate),
         weight_decay=_validate.schedulable("weight_decay", weight_decay),
         mask=mask,
         kernel=choice.checked(kernel),
@@ -180,13 +182,13 @@ def step(
         grads,
         state,
         params,
-        learning_rate=_validate.schedulable("learning_rate", learning_rate),
+        learning_rate=_validate.learning_rate("learning_rate", learning_rate),
         weight_decay=_validate.schedulable("weight_decay", weight_decay),
         mask=mask,
         kernel=choice.checked(kernel),
         to_params=True,
     )
-    return moved, state
+    return with_frozen(moved, params), state
 
 
 def adam_rule(b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, nesterov: bool) -> Rule:
@@ -225,7 +227,7 @@ def advance(
     how its parameter lies and gives what belongs to it, or None.
     """
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
-    whole, params = params, _validate.where_given(params, grads)
+    params = _validate.where_given(params, grads)
     _check(rule.member, grads, state, params, decays, to_params)
     learning_rate = _validate.at_count("learning_rate", learning_rate, state.count)
     weight_decay = _validate.at_count("weight_decay", weight_decay, state.count)
@@ -251,7 +253,7 @@ def advance(
     ]
     moved = structure.unflatten([stepped.moved for stepped in results])
     return Advanced(
-        _with_frozen(moved, whole) if to_params else moved,
+        moved,
         rule.member.state_of(
             increment(state.count), structure, [stepped.stored for stepped in results]
         ),
@@ -269,7 +271,7 @@ def _through_kernel(*args: Any) -> list[Any]:
     return primitive.through_kernel(*numbers, rows, platforms)
 
 
-def _with_frozen(moved: PyTree, params: PyTree) -> PyTree:
+def with_frozen(moved: PyTree, params: PyTree) -> PyTree:
     """The new parameters, and those without a gradient as they were."""
     return jax.tree.map(
         lambda new, old: old if new is None else new, moved, params, is_leaf=lambda x: x is None

@@ -79,8 +79,17 @@ def in_range(
             if math.isfinite(bound)
         ]
         dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
-        raise ValueError(f"{name}: expected a number {' and '.join(bounds)}, got {known}{dtype}")
+        expected = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
+        raise ValueError(f"{name}: expected {expected}, got {known}{dtype}{_hint(name, value)}")
     return value
+
+
+def _hint(name: str, value: Scalar) -> str:
+    """What mends a decay rate that optax.inject_hyperparams has rounded to 1."""
+    narrow = isinstance(value, jax.Array) and jnp.finfo(value.dtype).bits < 32
+    if narrow and name in ("b1", "b2", "b3"):
+        return "; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams"
+    return ""
 
 
 def decay_rate(name: str, value: Any) -> Scalar:
@@ -96,6 +105,11 @@ def non_negative(name: str, value: Any) -> Scalar:
 def schedulable(name: str, value: Any) -> Any:
     """A schedule, which is checked when it is called, or a finite number that is not negative."""
     return value if callable(value) else non_negative(name, value)
+
+
+def learning_rate(name: str, value: Any) -> Any:
+    """A schedule, which is checked when it is called, or a finite number; negative ones climb."""
+    return value if callable(value) else in_range(name, value)
 
 
 def at_count(name: str, value: ScalarOrSchedule, count: Count) -> Scalar:
@@ -139,7 +153,9 @@ def flag(name: str, value: Any) -> bool:
 def size(name: str, value: Any) -> int:
     """A number of elements."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+        injected = isinstance(value, jax.core.Tracer)
+        hint = f"; name {name} in static_args of optax.inject_hyperparams" if injected else ""
+        raise TypeError(f"{name}: expected a whole number, got {value!r}{hint}")
     if value < 0:
         raise ValueError(f"{name}: expected a number >= 0, got {value}")
     return int(value)

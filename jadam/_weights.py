@@ -103,7 +103,11 @@ def _check_residuals(params: PyTree, residual: PyTree) -> None:
         if p is None or (r is not None) != _is_narrow(p):
             expected = "float32 or wider" if r is None else "bfloat16"
             got = None if p is None else jnp.result_type(p)
-            raise TypeError(f"params{where}: expected {expected} as at init, got {got}")
+            raise TypeError(
+                f"params{where}: expected {expected} as at init, got {got}; updates are float32: "
+                "apply them with optax.apply_updates, which converts back as eqx.apply_updates "
+                "does not, or make tx.step"
+            )
         if r is not None and np.shape(p) != np.shape(r):
             raise ValueError(
                 f"params{where}: expected shape {np.shape(r)} of state.residual{where}, got "

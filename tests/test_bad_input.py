@@ -55,10 +55,18 @@ def test_a_decay_rate_that_bfloat16_rounds_to_one():
         jadam.adam(1e-3, b2=jnp.bfloat16(0.999))
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "eps", "eps_root", "weight_decay"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_learning_rate_that_is_not_finite(value):
+    """A negative one climbs, as in optax."""
+    for make in (lambda: one_step(learning_rate=value), lambda: jadam.adamw(value)):
+        with pytest.raises(ValueError, match="learning_rate: expected a finite number, got"):
+            make()
+
+
+@pytest.mark.parametrize("name", ["eps", "eps_root", "weight_decay"])
 @pytest.mark.parametrize("value", [-1e-3, float("inf"), float("nan"), jnp.float32(-1)])
 def test_a_negative_or_infinite_hyperparameter(name, value):
-    """None of them may be negative: to climb, negate the gradients."""
+    """None of them may be negative."""
     with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0, got"):
         one_step(**{name: value})
     with pytest.raises(ValueError, match=rf"{name}: expected a number >= 0, got"):

@@ -351,21 +351,19 @@ def test_the_state_is_laid_out_as_that_of_optax(case, learning_rate):
     assert as_optax(ours) == theirs
 
 
-NOT_TAKEN = {
-    "nadam": {"nesterov"},  # a NAdam without Nesterov's momentum is adam
-    "nadamw": {"nesterov"},
-}
-
-
 @pytest.mark.parametrize(
-    "name", sorted({case.make.__name__ for case in FAMILY} | {"scale_by_adam"})
+    "name",
+    sorted(
+        {case.make.__name__ for case in FAMILY if hasattr(optax, case.make.__name__)}
+        | {"scale_by_adam", "scale_by_amsgrad", "scale_by_adamax", "scale_by_radam"}
+    ),
 )
 def test_every_argument_of_optax_is_taken_with_its_place_and_default(name):
     """`optax.X(...)` and `jadam.X(...)` bind the same arguments to the same values."""
     ours = inspect.signature(getattr(jadam, name)).parameters
     peer = getattr(optax, name, None) or getattr(optax.contrib, name)
     theirs = inspect.signature(peer).parameters
-    expected = [p for p in theirs.values() if p.name not in NOT_TAKEN.get(name, ())]
+    expected = list(theirs.values())
     found = [ours[p.name] for p in expected]
     assert [(p.default, p.kind) for p in found] == [(p.default, p.kind) for p in expected]
     positional = [p.name for p in expected if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -799,3 +797,66 @@ def test_another_update_is_followed_by_its_own_step():
     moved = jax.jit(functools.partial(stepped, jadam.sharding.streamed(tx, host)))(params)
     for new, expected in zip(*map(jax.tree.leaves, (moved, stepped(tx, params))), strict=True):
         np.testing.assert_allclose(new, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "radam"])
+def test_a_direction_alone_is_that_of_its_optimizer(name):
+    """`scale_by_X` and a learning rate are `X`, state and all; the rate of 1 rounds nothing."""
+    options = {"maximum": "corrected"} if name == "amsgrad" else {}
+    alone = optax.chain(getattr(jadam, f"scale_by_{name}")(**options), optax.scale(-1.0))
+    whole, params = getattr(jadam, name)(1.0, **options), problem()
+    got, state = alone.update(params, alone.init(params), params)
+    expected, right = whole.update(params, whole.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    jax.tree.map(np.testing.assert_array_equal, state[0], right[0])
+    theirs = getattr(optax, f"scale_by_{name}")().init(params)
+    assert jax.tree.structure(state[0]) == jax.tree.structure(theirs)
+
+
+@beside_optax
+@pytest.mark.parametrize("name", ["nadam", "nadamw"])
+def test_nadam_without_nesterov_is_adam(name):
+    """As in optax, where `nesterov=False` makes it so; a decay of the momentum has no meaning."""
+    params = problem()
+    ours, theirs = (getattr(lib, name)(LR, nesterov=False) for lib in (jadam, optax))
+    got, expected = (tx.update(params, tx.init(params), params)[0] for tx in (ours, theirs))
+    assert_same(got, expected)
+    with pytest.raises(ValueError, match="momentum_decay: expected None without nesterov"):
+        getattr(jadam, name)(LR, nesterov=False, momentum_decay=0.004)
+
+
+@beside_optax
+def test_a_negative_learning_rate_climbs():
+    """As optax's does: the discriminator of a GAN, a Lagrangian's dual."""
+    params = problem()
+    for rate in (-LR, lambda count: -LR):
+        ours, theirs = (lib.adamw(rate, weight_decay=0.1) for lib in (jadam, optax))
+        got, expected = (tx.update(params, tx.init(params), params)[0] for tx in (ours, theirs))
+        assert_same(got, expected)
+    down, _ = jadam.step(params, jadam.init(params), params, learning_rate=LR)
+    up, _ = jadam.step(params, jadam.init(params), params, learning_rate=-LR)
+    for p, x, y in zip(*map(jax.tree.leaves, (params, down, up)), strict=True):
+        np.testing.assert_allclose(y - p, p - x, rtol=1e-12, atol=1e-15)  # float64's rounding
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_inject_hyperparams_needs_to_be_told_is_said():
+    """A size cannot be traced, and bfloat16 parameters round b2 to 1: each with its argument."""
+    codes = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+    tx = optax.inject_hyperparams(jadam.adam, static_args=tuple(codes))(1e-3, min_size=0, **codes)
+    with pytest.raises(TypeError, match=r"min_size: .* name min_size in static_args"):
+        jax.jit(tx.init)(problem())
+    tx = optax.inject_hyperparams(jadam.adam)(1e-3)
+    with pytest.raises(ValueError, match=r"b2: .* pass hyperparam_dtype=jnp.float32"):
+        tx.init(jax.tree.map(lambda p: p.astype(jnp.bfloat16), problem()))
+
+
+def test_compensated_weights_say_how_their_updates_are_applied():
+    """eqx.apply_updates leaves parameters in float32: the second step says what to call."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = jadam.compensated_weights(jadam.adam(LR))
+    updates, state = tx.update(params, tx.init(params), params)
+    with jax.numpy_dtype_promotion("standard"):
+        params = eqx.apply_updates(params, updates)
+    with pytest.raises(TypeError, match=r"params\['w'\]: .*optax.apply_updates.*tx.step"):
+        tx.update(params, state, params)

@@ -34,6 +34,7 @@ ORDER = [
     "jadam._transform",
     "jadam._weights",
     "jadam._search",
+    "jadam._moments",
     "jadam._diagnostics",
     "jadam.rows._quiet",
     "jadam.rows._missed",

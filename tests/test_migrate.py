@@ -951,7 +951,7 @@ def test_what_the_other_storage_cannot_hold_is_refused():
     """Too large, complex, of other shapes or kinds: named, never infinite or cut."""
     one, many = jnp.ones(2), jnp.ones((64, 64))
     half = jadam.init(one, mu_dtype=jnp.float16)
-    large = jadam.init(one)._replace(nu=jnp.array([1.0, 1e6]))
+    large = jadam.init(one)._replace(mu=jnp.array([1.0, 1e6]))
     codes = jadam.init(many, mu_dtype="int8", nu_dtype="uint8")
     beyond = jadam.init(many)._replace(nu=jnp.full((64, 64), 1e38))
     for state, like, message in [

@@ -12,8 +12,11 @@ from jadam import _validate
 from jadam._math import Equations, Relation
 from jadam._state import Moment
 from jadam._storage.codes import MIN_SIZE, EightBitCodes, suits
-from jadam._storage.floats import Floats, float_dtype, why_not
+from jadam._storage.floats import Floats, float_dtype, like_parameter, why_not
 from jadam._types import Count, Number, Shape
+
+AS_PARAMS = "params"
+"""The value of `mu_dtype` with which both moments have the parameter's dtype."""
 
 
 @runtime_checkable
@@ -101,7 +104,9 @@ def chooser(
         TypeError: a dtype is not floating-point and stands for no codes, or has too small a range.
         ValueError: one of the two moments alone is to be coded.
     """
-    mu = _dtype("mu_dtype", mu_dtype, "int8", is_first=True)
+    # Both moments, unless nu_dtype says otherwise.
+    as_params = isinstance(mu_dtype, str) and mu_dtype == AS_PARAMS
+    mu = None if as_params else _dtype("mu_dtype", mu_dtype, "int8", is_first=True)
     nu = _dtype("nu_dtype", nu_dtype, "uint8", is_first=False)
     codes = [dtype is not None and dtype.kind in "iu" for dtype in (mu, nu)]
     if codes[0] != codes[1]:
@@ -116,7 +121,12 @@ def chooser(
         if all(codes) and suits(np.shape(p), dtype, least):
             return EightBitCodes(moments)
         chosen = (None if all(codes) else mu if moment.is_first else nu for moment in moments)
-        dtypes = (float_dtype(dtype, *pair) for pair in zip(moments, chosen, strict=True))
+        dtypes = (
+            like_parameter(dtype, moment)
+            if as_params and asked is None
+            else float_dtype(dtype, moment, asked)
+            for moment, asked in zip(moments, chosen, strict=True)
+        )
         return Floats(moments, tuple(dtypes))
 
     return choose

@@ -125,6 +125,12 @@ def float_dtype(param_dtype: jnp.dtype, moment: Moment, chosen: jnp.dtype | None
     return np.result_type(wide, widen(chosen)) if wide.kind == "c" else chosen
 
 
+def like_parameter(param_dtype: jnp.dtype, moment: Moment) -> jnp.dtype:
+    """The parameter's own dtype, or bfloat16 where float16 has not the squares of gradients."""
+    dtype = param_dtype if moment.is_first else jnp.finfo(param_dtype).dtype
+    return dtype if why_not(dtype, is_first=moment.is_first) is None else jnp.dtype(jnp.bfloat16)
+
+
 def why_not(dtype: jnp.dtype, *, is_first: bool) -> str | None:
     """Why a dtype cannot hold a moment; None if it can."""
     info = jnp.finfo(dtype)
