@@ -7,10 +7,12 @@ Pure functions    init, update and step on trees; AdamState, optax's class, is t
 16-bit weights    compensated_weights, stochastic_rounding, master_weights.
 Looking inside    diagnostics: what a step did; moments: those of a state as numbers; kernels: what
                   computes a step on each platform.
-Modules           jadam.sharding: where the state lies; jadam.migrate: states from elsewhere.
+Modules           jadam.rows: embeddings by the rows that are touched; jadam.release: gradients
+                  that are never whole; jadam.sharding: where the state lies; jadam.migrate:
+                  states from elsewhere.
 """
 
-from jadam import migrate, sharding
+from jadam import migrate, release, rows, sharding
 from jadam._diagnostics import diagnostics
 from jadam._kernels.choice import kernels
 from jadam._moments import moments
@@ -65,6 +67,8 @@ __all__ = [
     "nadam",
     "nadamw",
     "radam",
+    "release",
+    "rows",
     "scale_by_adam",
     "scale_by_adamax",
     "scale_by_amsgrad",

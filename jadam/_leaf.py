@@ -10,7 +10,7 @@ import numpy as np
 from jadam import _math
 from jadam._masters import Weights
 from jadam._members import Rule
-from jadam._storage import storage_of
+from jadam._storage import Storage, storage_of
 from jadam._types import Count, Number, Scalar
 
 
@@ -48,14 +48,18 @@ def increment(count: Count) -> Count:
 
 
 def leaf_step(
-    rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
+    rule: Rule,
+    learning_rate: Scalar,
+    weight_decay: Scalar,
+    count: Count,
+    storage_of: Callable[..., Storage] = storage_of,
 ) -> Callable[..., Stepped]:
     """The step after `count` updates: `(g, p, options, stored, extra) -> Stepped`.
 
     update = -learning_rate·(direction + weight_decay·p), the decay where the leaf decays. With
     `to_params` p + update comes in its place, in p's dtype. `p` may be None if it is not needed.
     `extra` is what belongs to p where its weights say so; the step is then made in float32, of the
-    weight that p stands for.
+    weight that p stands for. `storage_of` says how a kernel finds the moments that it has loaded.
     """
     now = increment(count)
 

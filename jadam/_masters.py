@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
 
-from jadam._rounding import grid, weyl
+from jadam._rounding import elements_before, grid, weyl
 
 _LARGEST = 0x7F7F  # the upper half of the bits of bfloat16's largest finite number
 _SIGN = np.int32(-(2**31))
@@ -193,6 +193,7 @@ def random_bits(words: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Arr
         index = lax.broadcasted_iota(jnp.uint32, shape, axis)
         bits += index * np.uint32(stride % 2**32)
         stride *= shape[axis]
+    bits += elements_before(stride)
     for word in words:
         bits ^= word
         bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)

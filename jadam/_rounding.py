@@ -4,6 +4,10 @@ A moment that moves by less than half a unit in the last place rounds back to it
 So each rounding is dithered: up or down, so often up as the value lies above the lower neighbour.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -19,6 +23,34 @@ OTHER_STEP = np.uint32(0x6A09E667)
 _LANE = np.uint32(0xC13FA9A9)
 _SALT = 0x85EBCA6B
 _LANES = 128
+
+_layer: contextvars.ContextVar[UInt32[Array, ""] | None] = contextvars.ContextVar(
+    "layer", default=None
+)
+
+
+@contextlib.contextmanager
+def as_layer(index: UInt32[Array, ""]) -> Iterator[None]:
+    """Traces the steps of slices [1, ...] of stacks, each the one at `index`.
+
+    They are dithered and rounded as in the stack. A whole leaf has the index 0.
+    """
+    token = _layer.set(index)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def is_slice() -> bool:
+    """Whether what is traced is the step of a slice of a stack."""
+    return _layer.get() is not None
+
+
+def elements_before(size: int) -> UInt32[Array, ""] | np.uint32:
+    """The number of elements of the stack before a slice of this size, modulo 2³²."""
+    index = _layer.get()
+    return np.uint32(0) if index is None else index * np.uint32(size % 2**32)
 
 
 def weyl(
@@ -36,8 +68,10 @@ def weyl(
     phase = t.astype(jnp.uint32) * step + np.uint32(salt * _SALT % 2**32)
     if not shape:
         return phase
-    lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) % np.uint32(_LANES)
-    return lane * _LANE + phase
+    lane = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    if len(shape) == 1:
+        lane += elements_before(shape[0])
+    return lane % np.uint32(_LANES) * _LANE + phase
 
 
 def _power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 
 from jadam import _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
-from jadam._state import AmsgradState, CorrectedAmsgradState
+from jadam._state import AmsgradState, CorrectedAmsgradState, RowsState
 from jadam._storage import Storage, storage_of
 from jadam._types import PyTree
 
@@ -56,10 +56,17 @@ def states_in(argument: str, tree: PyTree, *, adamax: bool = False) -> list[Foun
     """jadam's states in a tree, in its order. `adamax` says that they are AdaMax's.
 
     Raises:
+        TypeError: there is a state of `jadam.rows`, whose moments are of different times.
         ValueError: there are none, or one has trees that do not match.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_ends_search)
     places = [(argument + jax.tree_util.keystr(path), node) for path, node in flat]
+    for where, node in places:
+        if isinstance(node, RowsState):
+            raise TypeError(
+                f"{where}: expected states whose rows are all of one time, got that of a table in "
+                "jadam.rows; flush it, and pass its field dense"
+            )
     found = [_found(where, node, adamax) for where, node in places if is_state(node)]
     if not found:
         names = " or ".join(dict.fromkeys(member.state.__name__ for member in MEMBERS))
@@ -68,6 +75,10 @@ def states_in(argument: str, tree: PyTree, *, adamax: bool = False) -> list[Foun
             f"{type(tree).__name__}"
         )
     return found
+
+
+def _ends_search(node: Any) -> bool:
+    return is_state(node) or isinstance(node, RowsState)
 
 
 def _found(where: str, node: State, adamax: bool) -> Found:

@@ -1,9 +1,10 @@
 """The states of the family, and what a moment is in them."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
+from jaxtyping import Array, Float, Int
 
 from jadam._types import Count, PyTree
 
@@ -72,3 +73,20 @@ class AdemamixState(NamedTuple):
     mu: PyTree
     nu: PyTree
     mu_slow: PyTree
+
+
+class RowsState(NamedTuple):
+    """What `jadam.rows` remembers of a table.
+
+    Attributes:
+        dense: the state of the dense transformation, in which the moments of a row are those after
+            update `last` of the row. After `flush` it is the dense state of the table.
+        last: the number of updates after which each row stands, int32.
+        decayed: where the decay follows a schedule, what is needed to make up for it: the sum of
+            log(1 - learning_rate·weight_decay) over all updates, and what it was when each row was
+            last touched, each as a float32 and the part that it lacks. None otherwise.
+    """
+
+    dense: Any
+    last: Int[Array, "rows"]
+    decayed: tuple[Float[Array, "2"], Float[Array, "rows 2"]] | None

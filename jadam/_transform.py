@@ -7,7 +7,7 @@ or a checkpoint of one goes on under the other.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -63,6 +63,21 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         return optax.apply_updates(params, updates), state
 
 
+class Recipe(NamedTuple):
+    """What a transformation is made of, for who applies it in another way, as `jadam.rows` does."""
+
+    rule: Rule
+    learning_rate: ScalarOrSchedule
+    weight_decay: ScalarOrSchedule
+    mask: Mask
+
+
+def recipe_of(tx: Any) -> Recipe | None:
+    """The recipe of one of the family's transformations, None for any other object."""
+    update = getattr(tx, "update", None)
+    return update.recipe if isinstance(update, FusedUpdate) else None
+
+
 @dataclass(frozen=True)
 class FusedUpdate:
     """An `update` that can also make the whole step.
@@ -70,9 +85,11 @@ class FusedUpdate:
     Attributes:
         move: `(grads, state, params, *, to_params, extra_args, weights=None) -> Advanced`, as in
             `advance`; the extra arguments of optax are for a transformation inside.
+        recipe: what it is made of, if it is one of the family's.
     """
 
     move: Callable[..., Advanced]
+    recipe: Recipe | None = None
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -132,7 +149,8 @@ def _transformation(
         # A schedule's state is its count, or nothing.
         return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
-    return FusedTransformation(init_fn, FusedUpdate(move))
+    recipe = Recipe(rule, learning_rate, weight_decay, mask)
+    return FusedTransformation(init_fn, FusedUpdate(move, recipe))
 
 
 def _as_optax_takes(mask: Mask) -> Mask:

@@ -243,13 +243,13 @@ def advance(
     stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
     rows = list(zip(leaves, given, options, stored, extra, strict=True))
 
-    native = choice.taken(kernel, rule, rows)
+    platforms = choice.taken(kernel, rule, rows)
     numbers = (rule, learning_rate, weight_decay, state.count)
     in_xla = leaf_step(*numbers)
-    in_kernel = iter(_through_kernel(*numbers, [r for r, n in zip(rows, native, strict=True) if n]))
+    taken = [(row, on) for row, on in zip(rows, platforms, strict=True) if on]
+    in_kernel = iter(_through_kernel(*numbers, taken))
     results = [
-        next(in_kernel) if is_native else in_xla(*row)
-        for row, is_native in zip(rows, native, strict=True)
+        next(in_kernel) if on else in_xla(*row) for row, on in zip(rows, platforms, strict=True)
     ]
     moved = structure.unflatten([stepped.moved for stepped in results])
     return Advanced(
@@ -262,12 +262,13 @@ def advance(
 
 
 def _through_kernel(*args: Any) -> list[Any]:
-    *numbers, rows = args
-    if not rows:
+    *numbers, taken = args
+    if not taken:
         return []
     # Imported where a kernel is in use: without what it needs of JAX, the rest goes on.
     primitive = importlib.import_module("jadam._kernels.primitive")
-    return primitive.through_kernel(*numbers, rows)
+    rows, platforms = zip(*taken, strict=True)
+    return primitive.through_kernel(*numbers, rows, platforms)
 
 
 def with_frozen(moved: PyTree, params: PyTree) -> PyTree:

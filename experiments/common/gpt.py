@@ -4,6 +4,7 @@ Parameters may be stored in 16 bits, but all arithmetic is float32: two optimize
 they store, and in nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
+
+import jadam
 
 normal = nnx.initializers.normal(0.02)
 Linear = partial(nnx.Linear, use_bias=False, kernel_init=normal, dtype=jnp.float32)
@@ -67,14 +70,46 @@ class GPT(nnx.Module):
         self.head = Linear(shape.width, 256, rngs=rngs)
 
     def __call__(self, text: Int[Array, "n t"]) -> Float[Array, "n t 256"]:
-        positions = self.positions[: text.shape[1]].astype(jnp.float32)
-        x = self.bytes(text) + positions[None]
+        x = self.embed(text)
         for block in self.blocks:
             x = block(x)
+        return self.logits(x)
+
+    def embed(self, text: Int[Array, "n t"]) -> Float[Array, "n t width"]:
+        """What the first block gets."""
+        positions = self.positions[: text.shape[1]].astype(jnp.float32)
+        return self.bytes(text) + positions[None]
+
+    def logits(self, x: Float[Array, "n t width"]) -> Float[Array, "n t 256"]:
+        """Of what the last block gives."""
         return self.head(self.norm(x))
 
 
 def loss_fn(model: GPT, text: Int[Array, "n t+1"]) -> Float[Array, ""]:
     """The mean cross entropy of the next byte, in nats."""
-    logits = model(text[:, :-1])
+    return cross_entropy(model(text[:, :-1]), text)
+
+
+def cross_entropy(logits: Float[Array, "n t 256"], text: Int[Array, "n t+1"]) -> Float[Array, ""]:
+    """Of the next byte, the mean in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+
+def scanned(model: GPT) -> tuple[PyTree, Callable[[PyTree, Array], Array]]:
+    """The same model with its blocks stacked: `(params, loss)`, whose layers can be released.
+
+    The model gives its blocks away.
+    """
+    blocks = [nnx.to_pure_dict(nnx.state(block, nnx.Param)) for block in model.blocks]
+    block_graph = nnx.graphdef(model.blocks[0])
+    model.blocks = nnx.List([])
+    graph, others = nnx.split(model, nnx.Param)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+    def loss(params: PyTree, text: Int[Array, "n t+1"]) -> Float[Array, ""]:
+        model = nnx.merge(graph, params["others"])
+        layer = jax.checkpoint(lambda x, p: (nnx.merge(block_graph, p)(x), None))
+        x, _ = jadam.release.scan(layer, model.embed(text[:, :-1]), params["blocks"])
+        return cross_entropy(model.logits(x), text)
+
+    return {"others": nnx.to_pure_dict(others), "blocks": stack}, loss

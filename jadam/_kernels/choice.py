@@ -4,17 +4,22 @@ import contextlib
 import contextvars
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jadam import _validate
 from jadam._leaf import Options
+from jadam._masters import Stochastic
 from jadam._members import MEMBERS, Rule
-from jadam._storage import storage_of
+from jadam._rounding import is_slice
+from jadam._storage import BLOCK, storage_of
+from jadam._types import Shape
 
 Choice = Literal["auto", "xla", "native"]
 """The argument `kernel`: the faster form, XLA's, or the kernel wherever it has the step."""
@@ -27,22 +32,27 @@ class Kernel:
     Attributes:
         platform: where it runs.
         features: what `features_of` may say of a leaf.
+        suits: whether it has leaves of a shape.
         slow_updates: features with which XLA's form of an update alone is faster: "auto" leaves
             these to XLA.
+        gains_by: features without all of which XLA's form is as fast; empty if it never is.
     """
 
     platform: str
     features: frozenset[str]
-    slow_updates: frozenset[str]
+    suits: Callable[[Shape], bool] = lambda shape: True
+    slow_updates: frozenset[str] = frozenset()
+    gains_by: frozenset[str] = frozenset()
 
-    def has(self, features: frozenset[str]) -> bool:
+    def has(self, features: frozenset[str], shape: Shape) -> bool:
         """Whether the kernel has a leaf's step."""
-        return features <= self.features
+        return features <= self.features and self.suits(shape)
 
     def is_faster(self, features: frozenset[str]) -> bool:
         """Whether it is also the faster form."""
         is_update = not any(x == "to_params" or x.startswith("weights") for x in features)
-        return not (is_update and features & self.slow_updates)
+        gains = not self.gains_by or bool(features & self.gains_by)
+        return gains and not (is_update and features & self.slow_updates)
 
 
 CPU = Kernel(
@@ -70,6 +80,44 @@ CPU = Kernel(
 )
 
 
+def _lies_in_blocks(shape: Shape) -> bool:
+    """Whether a leaf lies in a TPU's memory as rows of blocks, so that a kernel moves nothing.
+
+    A matrix of whole blocks does, and a stack of them with whole tiles of 32 rows. Others lie in an
+    order that XLA chooses, and would be copied into this one.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return False
+    *stack, rows, n = shape
+    return n % BLOCK == 0 and (not stack or rows % 32 == 0)
+
+
+TPU = Kernel(
+    platform="tpu",
+    features=frozenset(
+        [
+            *(f"member {member.name}" for member in MEMBERS),
+            "gradients float32, parameters float32",
+            "gradients bfloat16, parameters float32",
+            "gradients bfloat16, parameters bfloat16",
+            "moments float32 float32",
+            "moments bfloat16 float32",
+            "moments bfloat16 bfloat16",
+            "moments 8-bit codes",
+            "decays",
+            "to_params",
+            "weights compensated int8",
+            "weights compensated int16",
+        ]
+    ),
+    suits=_lies_in_blocks,
+    # XLA makes one pass of all others.
+    gains_by=frozenset(
+        ["moments 8-bit codes", "weights compensated int8", "weights compensated int16"]
+    ),
+)
+
+
 def features_of(
     rule: Rule, g: Any, p: Any, options: Options, stored: Any, extra: Any
 ) -> frozenset[str]:
@@ -86,6 +134,8 @@ def features_of(
         f"moments {storage_of(rule.member.moments, stored).name}",
         *(name if x is True else f"{name} {x}" for name, x in options._asdict().items() if x),
     }
+    if is_slice() and (isinstance(options.weights, Stochastic) or jnp.ndim(g) == 1):
+        features.add("random bits or dithers of a slice of a stack")
     if place.spec.unreduced:
         features.add("gradients that are not summed over devices yet")
     if not place.mesh.empty and getattr(place.mesh, "abstract_device", None) is None:
@@ -93,21 +143,37 @@ def features_of(
     return frozenset(features)
 
 
-def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[bool]:
-    """Which leaves `(g, p, options, stored, extra)` of a call go to the kernel."""
+def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[frozenset[str]]:
+    """For each leaf `(g, p, options, stored, extra)` of a call the platforms whose kernels take it.
+
+    None where it is XLA's everywhere. A program may be compiled for another platform than that of
+    this process; what a kernel has here is then lowered to the kernel there, if that has it too.
+    """
     meshes = {jax.typeof(g).sharding.mesh for g, *_ in leaves}
+    wanted = _wanted(choice)
     # A program whose primitives need to know the devices may have one mesh only, says JAX.
-    if not _is_wanted(choice) or sum(not mesh.empty for mesh in meshes) > 1:
-        return [False] * len(leaves)
-    features = [features_of(rule, *leaf) for leaf in leaves]
-    return [CPU.has(x) and (choice == "native" or CPU.is_faster(x)) for x in features]
+    if not wanted or sum(not mesh.empty for mesh in meshes) > 1:
+        return [frozenset()] * len(leaves)
+
+    def platforms(leaf: tuple[Any, ...]) -> frozenset[str]:
+        features, shape = features_of(rule, *leaf), np.shape(leaf[0])
+        found = frozenset(
+            kernel.platform
+            for kernel in (CPU, TPU)
+            if kernel.has(features, shape) and (choice == "native" or kernel.is_faster(features))
+        )
+        return found if found & wanted else frozenset()
+
+    return [platforms(leaf) for leaf in leaves]
 
 
-def _is_wanted(choice: Choice) -> bool:
-    """Whether the argument `kernel` asks for the native kernel, and it is there."""
-    # Off the CPU each leaf is XLA's own, which leaves XLA free in their order.
-    automatic = jax.default_backend() == "cpu" and not _is_left_to_xla.get()
-    return (choice == "native" or (choice == "auto" and automatic)) and why_not() is None
+def _wanted(choice: Choice) -> frozenset[str]:
+    """The platforms for which the argument `kernel` asks for a kernel that is there."""
+    here = jax.default_backend()
+    automatic = choice == "auto" and not _is_left_to_xla.get()
+    asked = {here} if automatic else {"cpu", here} if choice == "native" else frozenset[str]()
+    reasons = {"cpu": why_not, "tpu": why_not_on_tpu}
+    return frozenset(x for x in asked if x in reasons and reasons[x]() is None)
 
 
 def checked(choice: Choice) -> Choice:
@@ -126,13 +192,25 @@ def checked(choice: Choice) -> Choice:
 @functools.cache
 def why_not() -> str | None:
     """Why there is no native kernel; None if there is one."""
+    if (missing := _missing("jadam._kernels.primitive")) is not None:
+        return missing
+    library = importlib.import_module("jadam._kernels.cpu").library()
+    return library.reason if library.instruction_set is None else None
+
+
+@functools.cache
+def why_not_on_tpu() -> str | None:
+    """Why there is no kernel for TPUs; None if there is one."""
+    return _missing("jadam._kernels.primitive") or _missing("jadam._kernels.tpu")
+
+
+def _missing(module: str) -> str | None:
+    """What a kernel's module needs of JAX and does not find."""
     try:
-        cpu = importlib.import_module("jadam._kernels.cpu")
-        importlib.import_module("jadam._kernels.primitive")
+        importlib.import_module(module)
     except (ImportError, AttributeError) as error:
         return f"not usable: jax {jax.__version__} lacks what the kernel needs: {error}"
-    library = cpu.library()
-    return library.reason if library.instruction_set is None else None
+    return None
 
 
 def kernels() -> dict[str, str]:
@@ -146,6 +224,11 @@ def kernels() -> dict[str, str]:
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.
 
+    On a TPU a kernel in Pallas takes leaves with 8-bit moments and compensated weights, on one
+    device and under `jax.shard_map(check_vma=False)`. It was compiled for TPUs and compared with
+    XLA's form on a CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but
+    those of other shapes with codes or residuals, and those divided over devices without it.
+
     >>> import jadam
     >>> sorted(jadam.kernels())
     ['cpu', 'gpu', 'tpu']
@@ -153,15 +236,26 @@ def kernels() -> dict[str, str]:
     reason = why_not()
     if reason is None:
         found = importlib.import_module("jadam._kernels.cpu").library()
-        features = "; ".join(sorted(CPU.features))
-        cpu = f"native ({found.instruction_set}): {found.reason}; it has {features}"
+        cpu = f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}"
     else:
         cpu = f"xla: {reason}"
+    if (reason := why_not_on_tpu()) is None:
+        tpu = (
+            f"pallas: for {_listed(TPU.gains_by)}; it has {_listed(TPU.features)}, in matrices of "
+            "whole blocks of 128, on one device and under jax.shard_map(check_vma=False); "
+            "the others are xla"
+        )
+    else:
+        tpu = f"xla: {reason}"
     return {
         "cpu": cpu,
         "gpu": "xla: it has no kernel yet; XLA fuses a leaf's step, but makes two passes of codes",
-        "tpu": "xla: it has no kernel yet; XLA fuses a leaf's step, but makes copies of codes",
+        "tpu": tpu,
     }
+
+
+def _listed(features: frozenset[str]) -> str:
+    return "; ".join(sorted(features))
 
 
 _is_left_to_xla = contextvars.ContextVar("is_left_to_xla", default=False)

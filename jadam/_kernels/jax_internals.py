@@ -5,11 +5,15 @@ says so in `jadam.kernels()`.
 """
 
 import enum
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.interpreters import batching, mlir
@@ -20,6 +24,7 @@ _lower_function = mlir.lower_fun
 _batchers = batching.primitive_batchers
 
 Rule = Callable[..., Any]
+_Jaxpr = jax.extend.core.ClosedJaxpr
 
 
 class Place(enum.Enum):
@@ -48,13 +53,74 @@ def varying_axes(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def shaped_like(x: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    """An array of another shape that varies over devices as x does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+class Hoisted:
+    """A traced function of numbers and tiles, in two parts: what depends on no tile, and the rest.
+
+    Attributes:
+        numbers: what the rest needs of the first part, which is computed at once.
+    """
+
+    def __init__(self, traced: _Jaxpr, numbers: Sequence[Any]) -> None:
+        jaxpr = traced.jaxpr
+        env = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+        env |= {x: jnp.asarray(n) for x, n in zip(jaxpr.invars, numbers, strict=False)}
+        self._tiles, self._results = jaxpr.invars[len(numbers) :], jaxpr.outvars
+        self._rest = []
+        for eqn in jaxpr.eqns:
+            is_known = all(_is_literal(x) or x in env for x in eqn.invars)
+            if is_known and all(x.aval.ndim < 2 for x in eqn.outvars):
+                env |= _evaluated(eqn, env, {})
+            else:
+                self._rest.append(eqn)
+        needed = [x for eqn in self._rest for x in eqn.invars if not _is_literal(x) and x in env]
+        self._numbers = list(dict.fromkeys(needed))
+        self.numbers = [env[x] for x in self._numbers]
+
+    @property
+    def operations(self) -> int:
+        """How many operations the rest has."""
+        return len(self._rest)
+
+    def __call__(
+        self, numbers: Sequence[Any], tiles: Sequence[Any], instead: Mapping[str, Rule]
+    ) -> list[Any]:
+        """The rest. `instead` has a function in the place of a primitive, by its name."""
+        env = dict(zip(self._numbers, numbers, strict=True))
+        env |= dict(zip(self._tiles, tiles, strict=True))
+        for eqn in self._rest:
+            env |= _evaluated(eqn, env, instead)
+        return [x.val if _is_literal(x) else env[x] for x in self._results]
+
+
+def _is_literal(x: Any) -> bool:
+    return isinstance(x, jax.extend.core.Literal)
+
+
+def _evaluated(eqn: Any, env: Mapping[Any, Any], instead: Mapping[str, Rule]) -> dict[Any, Any]:
+    """The results of one operation of a traced function, by their variables."""
+    values = [x.val if _is_literal(x) else env[x] for x in eqn.invars]
+    name = eqn.primitive.name
+    if name in instead:
+        results = instead[name](*values, **eqn.params)
+    else:
+        results = eqn.primitive.bind(*values, **eqn.params)
+    if not eqn.primitive.multiple_results:
+        results = [results]
+    return dict(zip(eqn.outvars, results, strict=True))
+
+
 def new_primitive(
     name: str,
     *,
     abstract: Rule,
     batched: Rule,
     everywhere: Rule,
-    on_cpu: Callable[[Place, int], Rule],
+    on: Mapping[str, Callable[[Place, int], Rule]],
 ) -> jax.extend.core.Primitive:
     """A primitive with several results, lowered by tracing functions.
 
@@ -63,7 +129,7 @@ def new_primitive(
         abstract: `(*avals, **params) -> avals` of the results.
         batched: the rule for `jax.vmap`.
         everywhere: the function to trace on any platform.
-        on_cpu: the function to trace on a CPU, by the place and the number of devices.
+        on: for a platform, the function to trace there, by the place and the number of devices.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -84,17 +150,20 @@ def new_primitive(
 
         return _lower_function(function, multiple_results=True)(ctx, *operands)
 
-    def lower_on_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
+    def lower_on(
+        form: Callable[[Place, int], Rule], ctx: Any, *operands: Any, **params: Any
+    ) -> Any:
         def function(*operands: Any) -> Any:
             devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
-            return on_cpu(place_of(ctx.module_context), devices)(*operands, **params)
+            return form(place_of(ctx.module_context), devices)(*operands, **params)
 
         return _lower_function(function, multiple_results=True)(ctx, *operands)
 
     primitive.def_impl(run)
     _batchers[primitive] = batched
     _register_lowering(primitive, lower)
-    _register_lowering(primitive, lower_on_cpu, platform="cpu")
+    for platform, form in on.items():
+        _register_lowering(primitive, functools.partial(lower_on, form), platform=platform)
     # To divide a call over devices, the lowering has to know them.
     prim_requires_devices_during_lowering.add(primitive)
     return primitive

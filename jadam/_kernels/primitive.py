@@ -5,7 +5,8 @@ differentiation, `jax.vmap` and an export, and on a platform without a kernel.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,12 +55,14 @@ class Plan(NamedTuple):
         known: their numbers, with None where an array comes as an operand.
         moments: the number of moments of each leaf.
         options: of each leaf.
+        on: the platforms whose kernels have it, of each leaf.
     """
 
     structure: Any
     known: tuple[Any, ...]
     moments: int
     options: tuple[Options, ...]
+    on: tuple[frozenset[str], ...]
 
     @property
     def arrays(self) -> int:
@@ -101,17 +104,27 @@ def through_kernel(
     weight_decay: Scalar,
     count: Count,
     rows: Sequence[tuple[Any, Any, Options, Any, Any]],
+    on: Sequence[frozenset[str]],
 ) -> list[Stepped]:
-    """`_leaf.leaf_step` of rows of its arguments, each by a kernel where the platform has one."""
+    """`_leaf.leaf_step` of rows of its arguments, each by a kernel where the platform has one.
+
+    `on` says for each which platforms.
+    """
     numbers, structure = jax.tree.flatten((rule, learning_rate, weight_decay))
     arrays = [x for x in numbers if isinstance(x, jax.Array)]
     known = tuple(None if isinstance(x, jax.Array) else x for x in numbers)
-    packed = cpu.numbers_of(rule, learning_rate, weight_decay, count)
+    # What the library for CPUs takes; of members that it has not, no leaf is lowered to it.
+    packed = (
+        jnp.zeros(len(cpu.Numbers._fields))
+        if rule.member.coefficients is None
+        else cpu.numbers_of(rule, learning_rate, weight_decay, count)
+    )
     results = []
     for first in range(0, len(rows), GROUP):
         group = rows[first : first + GROUP]
         options = tuple(options for _, _, options, *_ in group)
-        plan = Plan(structure, known, len(rule.member.moments), options)
+        platforms = tuple(on[first : first + GROUP])
+        plan = Plan(structure, known, len(rule.member.moments), options, platforms)
         operands = [
             jnp.asarray(x)
             for g, p, options, stored, extra in group
@@ -137,14 +150,45 @@ def _varying_alike(*operands: Array) -> list[Array]:
 
 def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
     """The same step as XLA's operations."""
+    numbers, leaves = _numbers_and_leaves(plan, operands)
+    step = leaf_step(*numbers)
+    return _flat(
+        step(leaf.g, leaf.p, options, leaf.stored, leaf.extra)
+        for leaf, options in zip(leaves, plan.options, strict=True)
+    )
+
+
+def _in_pallas(*operands: Any, plan: Plan) -> list[Number]:
+    """The same step by the kernel for TPUs, of each leaf that it has.
+
+    Where `jax.shard_map` checks how arrays vary, it makes what Pallas does not lower: XLA's form.
+    """
+    if any(jax_internals.varying_axes(x) for x in operands):
+        return _in_xla(*operands, plan=plan)
+    # Imported where it is in use: Pallas takes a while.
+    tpu = importlib.import_module("jadam._kernels.tpu")
+    numbers, leaves = _numbers_and_leaves(plan, operands)
+    in_xla = leaf_step(*numbers)
+    return _flat(
+        tpu.step(*numbers, tuple(leaf), options)
+        if "tpu" in on
+        else in_xla(leaf.g, leaf.p, options, leaf.stored, leaf.extra)
+        for leaf, options, on in zip(leaves, plan.options, plan.on, strict=True)
+    )
+
+
+def _numbers_and_leaves(plan: Plan, operands: Sequence[Any]) -> tuple[tuple[Any, ...], list[Leaf]]:
+    """The arguments of `leaf_step`, and the leaves."""
     _, count, *others = operands
     given = iter(others[: plan.arrays])
     numbers = [next(given) if x is None else x for x in plan.known]
     rule, learning_rate, weight_decay = jax.tree.unflatten(plan.structure, numbers)
-    step = leaf_step(rule, learning_rate, weight_decay, count)
-    leaves = zip(plan.leaves(others[plan.arrays :]), plan.options, strict=True)
-    stepped = [step(g, p, options, stored, extra) for (g, p, stored, extra), options in leaves]
-    return [x for moved, stored, extra in stepped for x in (moved, *stored, *extra)]
+    return (rule, learning_rate, weight_decay, count), plan.leaves(others[plan.arrays :])
+
+
+def _flat(results: Iterable[Stepped]) -> list[Number]:
+    """The results as the primitive has them."""
+    return [x for moved, stored, extra in results for x in (moved, *stored, *extra)]
 
 
 def _in_kernel(*operands: Any, plan: Plan) -> Any:
@@ -218,8 +262,18 @@ def _form_on_cpu(place: Place, devices: int) -> Callable[..., Any]:
     return forms[place]
 
 
+def _form_on_tpu(place: Place, devices: int) -> Callable[..., Any]:
+    """The kernel for a whole leaf or a device's own part: it is not divided over devices."""
+    del devices
+    return _in_pallas if place is Place.ONE_DEVICE else _in_xla
+
+
 _step_p = jax_internals.new_primitive(
-    cpu.TARGET, abstract=_abstract, batched=_batched, everywhere=_in_xla, on_cpu=_form_on_cpu
+    cpu.TARGET,
+    abstract=_abstract,
+    batched=_batched,
+    everywhere=_in_xla,
+    on={"cpu": _form_on_cpu, "tpu": _form_on_tpu},
 )
 
 

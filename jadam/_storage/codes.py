@@ -29,7 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped, UInt16
+from jaxtyping import Array, Float, Int, Integer, Shaped, UInt16
 from numpy.polynomial import chebyshev
 
 from jadam._math import Equations, Relation, largest_gradient, limit_range
@@ -50,8 +50,8 @@ _TOPS = np.dtype(np.int16)
 _BOTH = np.dtype(np.uint16)
 _BESIDE = {Role.FIRST: np.dtype(np.int8), Role.MAXIMUM: np.dtype(np.uint8)}
 
-Blocks = Int[Array, "*rows blocks"]
-Codes = Int[Array, "*rows lanes"]
+Blocks = Integer[Array, "*rows blocks"]
+Codes = Integer[Array, "*rows lanes"]
 
 
 def suits(shape: Shape, dtype: jnp.dtype, min_size: int) -> bool:
@@ -68,11 +68,35 @@ def tops_shape(shape: Shape) -> Shape:
     return (*shape[:-1], -(-shape[-1] // BLOCK))
 
 
+def block_max(
+    x: Shaped[Array, "*rows lanes"], seen: Callable[[Array], Array]
+) -> Shaped[Array, "*rows blocks"]:
+    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
+
+    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array.
+    """
+    n = x.shape[-1]
+    if n > BLOCK:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+        x = x.reshape(*x.shape[:-1], -1, BLOCK)
+    else:
+        x = x[..., None, :]
+    zero = np.zeros((), x.dtype)
+    return lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
+
+
 @dataclass(frozen=True)
 class EightBitCodes:
-    """The moments of one parameter as codes. The second moment's array holds the blocks' tops."""
+    """The moments of one parameter as codes. The second moment's array holds the blocks' tops.
+
+    Attributes:
+        moments: of the member, in order.
+        block_max: the largest of a function of each block's elements. A kernel that steps one block
+            a row has its own.
+    """
 
     moments: tuple[Moment, ...]
+    block_max: Callable[[Array, Callable[[Array], Array]], Array] = block_max
     has_numbers = False
     name = "8-bit codes"
     largest_gradient = largest_gradient(jnp.dtype(jnp.float32))
@@ -169,7 +193,7 @@ class EightBitCodes:
         related = relation()
         # The equations of a block's largest v and |g| bound v in it: no pass over v is needed.
         largest = self._largest(stored, related.power)
-        g_largest = _block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
+        g_largest = self.block_max(lax.stop_gradient(g), _finite_size).astype(jnp.float32)
         before = [largest.get(i, jnp.zeros_like(g_largest)) for i in self._places]
         _, after = now(limit_range(g_largest, self.largest_gradient), *before)
         bounds = {i: after[i] for i in largest}
@@ -187,7 +211,7 @@ class EightBitCodes:
 
         def bound(x: Real, share: float) -> Float[Array, "*rows blocks"]:
             root = (jnp.sqrt(x) if relation.power == 2 else x) * share
-            largest = limit_range(_block_max(root, _finite_size), self.largest_gradient)
+            largest = limit_range(self.block_max(root, _finite_size), self.largest_gradient)
             return largest**relation.power
 
         bounds = {i: bound(moments[i], share) for i, share in shares.items()}
@@ -196,7 +220,7 @@ class EightBitCodes:
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
         """Which codes are the outermost ones, of those that stand for a number."""
         both = stored[self._first]
-        code = both & np.uint16(NAN)
+        code = both & NAN
         x = (both >> 9).astype(jnp.int32) - 64
         number = (code > 0) & (code < NAN)
         return {
@@ -214,12 +238,12 @@ class EightBitCodes:
     ) -> dict[int, Float[Array, "*rows blocks"]]:
         """The largest v of each block, and the largest maximum where there is one, by place."""
         both, tops = stored[self._first], stored[self._second].astype(jnp.int32)
-        codes = {self._second: _block_max(both, _number).astype(jnp.int32)}
+        codes = {self._second: self.block_max(both, _number).astype(jnp.int32)}
         for i in self._maxima:
             # As int16, which holds NaN's code with the largest distance.
             code = _number(both).astype(jnp.int16)
             higher = jnp.where(code > 0, code + stored[i].astype(jnp.int16), 0)
-            codes[i] = _block_max(higher, lambda x: x).astype(jnp.int32)
+            codes[i] = self.block_max(higher, lambda x: x).astype(jnp.int32)
 
         def number(code: Blocks) -> Float[Array, "*rows blocks"]:
             return jnp.where(code > 0, _power_of_two(code - TOP + tops) ** power, 0)
@@ -298,31 +322,14 @@ class EightBitCodes:
 
 def _code_and_level(both: UInt16[Array, "*rows lanes"], tops: Blocks) -> tuple[Codes, Codes]:
     """v's code of each element, and the level that it stands for."""
-    code = (both & np.uint16(NAN)).astype(jnp.int32)
+    code = (both & NAN).astype(jnp.int32)
     top = _spread(tops, both.shape[-1]).astype(jnp.int32)
     return code, code - TOP + top
 
 
-def _block_max(
-    x: Shaped[Array, "*rows lanes"], seen: Callable[[Array], Array]
-) -> Shaped[Array, "*rows blocks"]:
-    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
-
-    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array.
-    """
-    n = x.shape[-1]
-    if n > BLOCK:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
-        x = x.reshape(*x.shape[:-1], -1, BLOCK)
-    else:
-        x = x[..., None, :]
-    zero = np.zeros((), x.dtype)
-    return lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
-
-
 def _number(both: Array) -> Array:
     """The code of v, 0 where it is NaN's."""
-    code = both & np.uint16(NAN)
+    code = both & NAN
     return jnp.where(code == NAN, jnp.zeros_like(code), code)
 
 
@@ -333,6 +340,8 @@ def _finite_size(g: Array) -> Array:
 
 def _spread(blocks: Blocks, n: int) -> Codes:
     """A block's value for each of its elements, n along the last axis."""
+    if blocks.shape[-1] == 1:
+        return lax.broadcast_in_dim(blocks, (*blocks.shape[:-1], n), tuple(range(blocks.ndim)))
     shape = (*blocks.shape, min(n, BLOCK))
     spread = lax.broadcast_in_dim(blocks, shape, tuple(range(blocks.ndim)))
     return spread.reshape(*blocks.shape[:-1], -1)[..., :n]

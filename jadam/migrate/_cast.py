@@ -77,7 +77,7 @@ def _recoded(found: Found, parameter: Parameter, like: Parameter, rates: Rates) 
     """A parameter's moments in the storage of `like`."""
     if parameter.storage == like.storage:
         return parameter.stored
-    count: Any = found.state.count
+    count = jnp.asarray(found.state.count)
     moments, rest = parameter.stored, (count, found.member, rates)
     if not parameter.storage.has_numbers:
         moments = _loaded(parameter.storage, moments, *rest)

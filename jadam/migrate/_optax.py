@@ -52,8 +52,8 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
 
     swapped = _swapped(state, real, maximum)
     for found in states_in("state", swapped):
-        count: Any = found.state.count
-        if _known(count) and bool(jnp.any(count < 0)):
+        count = found.state.count
+        if _known(count) and bool(jnp.any(jnp.asarray(count) < 0)):
             raise ValueError(f"{found.where}.count: expected a number >= 0, got {count}")
         for parameter in found.parameters:
             if all(map(_known, parameter.stored)):

@@ -384,7 +384,7 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   leaf.m_out = new_m.data();
   leaf.v_out = new_v.data();
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
-  const jadam::Dithers dithers = jadam::dithers_of(c.count());
+  const jadam::Dithers dithers = jadam::dithers_of(c.count(), 0);
   const jadam::FlushSubnormals flush;
   isa.kernel(leaf, {0, half}, c.step, kTables, dithers);
   isa.kernel(leaf, {half, blocks}, c.step, kTables, dithers);

@@ -1,0 +1,271 @@
+"""The train step: forward, then a backward pass in which every layer is stepped."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jadam import _validate
+from jadam._types import PyTree
+from jadam.release import _scan
+from jadam.release._program import Program, Slot
+from jadam.release._survey import INSTEAD, survey
+
+
+def train_step(
+    loss: Callable[..., Any],
+    tx: Any,
+    *,
+    has_aux: bool = False,
+    skip_if: Callable[[Any], Any] | None = None,
+) -> Callable[..., tuple[PyTree, PyTree, Any]]:
+    """A step in which the gradients of scanned layers are never whole.
+
+    grads = ∂loss/∂params, updates, state = tx.update(grads, state, params), params + updates: what
+    each layer of a stack that the loss gives to `jadam.release.scan` gets as soon as its own
+    gradient is there, in the backward pass, in place. All other parameters are stepped after it.
+    The states are those of `tx.init(params)`, and so are checkpoints.
+
+        step = jax.jit(jadam.release.train_step(loss, tx), donate_argnums=(0, 1))
+        params, state, value = step(params, state, batch)
+
+    The loss is traced twice; it has to be a function of its arguments.
+
+    Args:
+        loss: `(params, *args, **kwargs) -> loss`, a real scalar.
+        tx: any optax transformation that treats leaves one by one: jadam's with any storage and
+            wrapper, masks, schedules, chains. What it does with a whole leaf, such as a norm, it
+            does with each layer of a stack.
+        has_aux: the loss returns `(loss, aux)`; the third result is this pair.
+        skip_if: a function of the loss, decided before the backward pass. Where it is true, params
+            and state stay as they are: `lambda loss: ~jnp.isfinite(loss)`.
+
+    Returns:
+        `(params, state, *args, **kwargs) -> (params, state, loss)`, to be jitted with params and
+        state donated: else they are copied first.
+
+    Raises:
+        TypeError: `loss` or `tx` is of a wrong type, or the loss is no real scalar.
+        ValueError: tx joins gradients of several leaves, such as a global norm does or the
+            accumulation of gradients; or the loss releases nothing, or uses a released parameter
+            again, elsewhere, or inside of another transformation.
+
+    >>> import jax, jax.numpy as jnp, jadam
+    >>> def loss(params, x):
+    ...     layer = lambda x, p: (x + jnp.tanh(x @ p["w"]), None)
+    ...     x, _ = jadam.release.scan(jax.checkpoint(layer), x, params["layers"])
+    ...     return jnp.mean((x @ params["head"]) ** 2)
+    >>> params = {"layers": {"w": jnp.zeros((12, 8, 8))}, "head": jnp.ones((8, 1))}
+    >>> tx = jadam.adamw(1e-3, weight_decay=0.1)
+    >>> step = jax.jit(jadam.release.train_step(loss, tx), donate_argnums=(0, 1))
+    >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
+    >>> float(value), int(state[0].count)
+    (64.0, 1)
+    """
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of the parameters, got {loss!r}")
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"tx: expected an optax.GradientTransformation, got {tx!r}")
+    has_aux = _validate.flag("has_aux", has_aux)
+
+    def step(params: PyTree, state: PyTree, *args: Any, **kwargs: Any) -> Any:
+        _validate.inexact_leaves("params", params)
+        leaves, structure = jax.tree.flatten(params)
+        leaves = [x if isinstance(x, jax.core.Tracer) else jnp.array(x) for x in leaves]
+        kept, state_structure = jax.tree.flatten(state)
+        numbers = survey(loss, structure.unflatten(leaves), args, kwargs)
+        if not numbers:
+            raise ValueError(
+                "loss: expected parameters, as they come, among the xs of a jadam.release.scan, "
+                f"got none; cast or transpose them in the function that it scans, and {INSTEAD}"
+            )
+        program = Program(tx, structure.unflatten(leaves), state, numbers)
+        arrays = {**dict(zip(program.param_slots, leaves, strict=True))}
+        arrays |= dict(zip(program.state_slots, map(jnp.asarray, kept), strict=True))
+        refs = {slot: jax.new_ref(arrays[slot]) for slot in program.slots_of(numbers)}
+        others = {slot: x for slot, x in arrays.items() if slot not in refs}
+        run = Released(program, leaves, refs, others, always=skip_if is None)
+
+        def forward(outside: dict[int, Any], probe: Any) -> Any:
+            run.begin(probe)
+            token = _scan.current.set(run)
+            try:
+                result = loss(
+                    structure.unflatten([outside.get(i, x) for i, x in enumerate(leaves)]),
+                    *args,
+                    **kwargs,
+                )
+            finally:
+                _scan.current.reset(token)
+            value, aux = result if has_aux else (result, None)
+            _check_value(value)
+            return (value, run.arrived), aux
+
+        outside = {i: x for i, x in enumerate(leaves) if i not in numbers}
+        (value, arrived), backward, aux = jax.vjp(forward, outside, jnp.zeros(()), has_aux=True)
+        if run.made != set(numbers):
+            raise ValueError("loss: expected the same scans each time that it is traced")
+        goes = jnp.asarray(True) if skip_if is None else ~jnp.asarray(skip_if(value))
+        grads, _ = backward((jnp.ones_like(value), goes.astype(arrived.dtype)))
+        if run.stepped != set(numbers):
+            raise AssertionError("a layer's step was not made; please report this to jadam")
+
+        gradients = {Slot("grads", i, None): g for i, g in grads.items()}
+        outputs = program.other_slots
+        make = program.part(outputs)
+        results = make(program.consts, jnp.uint32(0), gradients | others)
+        new = dict(zip(outputs, results, strict=True))
+        if skip_if is not None:
+            new = {slot: jnp.where(goes, x, others[slot]) for slot, x in new.items()}
+        new |= {slot: jax.freeze(ref) for slot, ref in refs.items()}
+        params = structure.unflatten([new[slot] for slot in program.param_slots])
+        state = state_structure.unflatten([new[slot] for slot in program.state_slots])
+        return params, state, (value, aux) if has_aux else value
+
+    return step
+
+
+def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """`(values, *args) -> result`, and the values: whatever f closes over as an argument."""
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    jaxpr = closed.jaxpr
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+    def pure(values: Sequence[Any], *args: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(shapes), run(*values, *jax.tree.leaves(args)))
+
+    return pure, list(map(jnp.asarray, closed.consts))
+
+
+def _check_value(value: Any) -> None:
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        got = f"{jnp.result_type(value)} of shape {jnp.shape(value)}"
+        raise TypeError(f"loss: expected a real scalar, got {got}")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Again:
+    """In the place of a residual that the backward pass reads anew."""
+
+    place: int
+
+
+class Released:
+    """The scans of a train step: their backward passes step the parameters that they scan."""
+
+    def __init__(
+        self,
+        program: Program,
+        leaves: Sequence[Any],
+        refs: dict[Slot, Any],
+        others: dict[Slot, Any],
+        *,
+        always: bool,
+    ):
+        self._program = program
+        self._leaves = leaves
+        self._numbers = {
+            id(leaf): slot.place
+            for leaf, slot in zip(leaves, program.param_slots, strict=True)
+            if slot.owner is not None
+        }
+        self._refs = refs
+        self._others = others
+        self._always = always
+        self.stepped: set[int] = set()
+
+    def begin(self, probe: Any) -> None:
+        """Before the loss is traced. The probe is differentiated, and all steps hang on it."""
+        self._probe = probe
+        self.arrived = probe
+        self.made: set[int] = set()
+
+    def scan(
+        self, f: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any
+    ) -> tuple[PyTree, PyTree]:
+        """The scan, with the released parameters read in it."""
+        arrays, structure = jax.tree.flatten(xs)
+        numbers = [self._numbers.get(id(x)) for x in arrays]
+        mine = [number for number in numbers if number is not None]
+        if not mine:
+            return lax.scan(f, init, xs, **options)
+        self.made |= set(mine)
+        others = [x for x, number in zip(arrays, numbers, strict=True) if number is None]
+
+        def merged(slices: Sequence[Any], carry: PyTree, others: Sequence[Any]) -> Any:
+            mine, rest = iter(slices), iter(others)
+            x = [next(rest) if number is None else next(mine) for number in numbers]
+            return f(carry, structure.unflatten(x))
+
+        init = jax.tree.map(jnp.asarray, init)
+        whole = ([self._leaves[number] for number in mine], others)
+        example, rest = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), whole)
+        pure, closed = _without_closure(merged, example, init, rest)
+        layer = self._layer(pure, mine)
+        known = (closed, self._others, self._program.consts)
+        index = jnp.arange(self._leaves[mine[0]].shape[0], dtype=jnp.uint32)
+
+        def body(carry: Any, x: Any) -> Any:
+            carry, arrived = carry
+            (carry, y), token = layer(self._probe, self._refs, known, *x, carry)
+            return (carry, arrived + token), y
+
+        (carry, arrived), ys = lax.scan(body, (init, self.arrived), (index, others), **options)
+        self.arrived = arrived
+        return carry, ys
+
+    def _layer(self, f: Callable[..., Any], mine: Sequence[int]) -> Callable[..., Any]:
+        """One layer, whose backward pass makes its step."""
+        program = self._program
+        params = [program.param_slots[number] for number in mine]
+        slots = program.slots_of(mine)
+        make = program.part(slots)
+
+        def read(refs: dict[Slot, Any], slots: Sequence[Slot], i: Any) -> list[Any]:
+            return [refs[slot][i] for slot in slots]
+
+        @jax.custom_vjp
+        def layer(probe: Any, refs: Any, known: Any, i: Any, others: Any, carry: Any) -> Any:
+            return f(known[0], read(refs, params, i), carry, others), jnp.zeros_like(probe)
+
+        def forward(
+            probe: Any, refs: Any, known: Any, i: Any, others: Any, carry: Any
+        ) -> tuple[Any, Any]:
+            slices, closed = read(refs, params, i), known[0]
+            result, pull = jax.vjp(f, closed, slices, carry, others)
+            # Neither parameters nor what is the same for all layers is kept for each layer.
+            again = {id(x): _Again(k) for k, x in enumerate([*slices, *closed])}
+            pull = jax.tree.map(lambda x: again.get(id(x), x), pull)
+            return (result, jnp.zeros_like(probe)), (pull, refs, known, i)
+
+        def backward(residuals: Any, cotangents: Any) -> Any:
+            pull, refs, known, i = residuals
+            closed, others, consts = known
+            cotangent, goes = cotangents
+            given = [*read(refs, params, i), *closed]
+            pull = jax.tree.map(
+                lambda x: given[x.place] if isinstance(x, _Again) else x,
+                pull,
+                is_leaf=lambda x: isinstance(x, _Again),
+            )
+            in_closed, grads, in_carry, in_others = pull(cotangent)
+            old = {slot: x[None] for slot, x in zip(slots, read(refs, slots, i), strict=True)}
+            gradients = {Slot("grads", n, n): g[None] for n, g in zip(mine, grads, strict=True)}
+            results = make(consts, i, gradients | old | others)
+            if not self._always:
+                pairs = zip(slots, results, strict=True)
+                results = [jnp.where(goes > 0, new, old[slot]) for slot, new in pairs]
+            for slot, new in zip(slots, results, strict=True):
+                refs[slot][i] = new[0]
+            self.stepped |= set(mine)
+            return jnp.zeros_like(goes), None, (in_closed, None, None), None, in_others, in_carry
+
+        layer.defvjp(forward, backward)
+        return layer

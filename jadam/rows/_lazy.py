@@ -1,0 +1,364 @@
+"""A dense transformation of the family, applied to a table by the rows that are touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jadam import _math, _validate
+from jadam._leaf import Options, increment, leaf_step
+from jadam._members import ADAM, Member, Rule
+from jadam._state import RowsState
+from jadam._storage import storage_of
+from jadam._transform import FusedTransformation, recipe_of
+from jadam._types import Count
+from jadam.rows import _missed
+from jadam.rows._missed import Plan, Rows
+from jadam.rows._quiet import QUIET, fade
+from jadam.rows._touched import Touched, checked_ids, put, take
+
+CatchUp = Literal["sum", "steps"] | bool
+
+Table = Float[Array, "rows *row"]
+Ids = Int[Array, "*batch"]
+RowsOf = Float[Array, "..."]
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A transformation for the rows of a table: `init`, `gather`, `scatter` and `flush`.
+
+    Made by `jadam.rows.lazy`. All four are pure functions.
+    """
+
+    tx: FusedTransformation
+    plan: Plan
+    catch_up: CatchUp
+
+    def init(self, table: Table, dense: Any = None) -> RowsState:
+        """The state of a table before the first update, or one that goes on from the dense state.
+
+        Args:
+            table: [rows, ...], with two axes at least, of a real floating-point dtype.
+            dense: the state of the dense transformation for this table, where there is one.
+
+        Raises:
+            TypeError: the table or the state is of a wrong type.
+            ValueError: the table has no axis beside that of its rows, or the state is of another.
+        """
+        _check_table(table)
+        if dense is None:
+            dense = self.tx.init(table)
+        count = self._moments(dense, table).count
+        # A column lies where the rows of the table lie.
+        column = jnp.asarray(table)[(slice(None), *(0,) * (table.ndim - 1))]
+        last = jnp.zeros_like(column, jnp.int32) + count
+        decayed = None
+        if self.plan.decay_is_scheduled and self.catch_up:
+            pair = jnp.stack([jnp.zeros_like(column, jnp.float32)] * 2, axis=-1)
+            decayed = (jnp.zeros(2, jnp.float32), pair)
+        return RowsState(dense, last, decayed)
+
+    def gather(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
+        """The rows as the dense transformation would have them after all updates until now.
+
+        They may be differentiated with respect to, as constants: the gradients go to `scatter`.
+
+        Args:
+            table: as `scatter` returned it.
+            state: as `scatter` returned it.
+            ids: of any shape and integer dtype. Inside of `jax.jit` an id that is no row, as -1
+                for padding, gives zeros.
+
+        Raises:
+            TypeError: an argument is of a wrong type.
+            ValueError: the state is not the table's, or an id that is known is no row.
+        """
+        self._check(table, state)
+        ids = checked_ids(ids, len(table))
+        rows = self._up_to_date(self._rows(table, state, ids.reshape(-1)), state)
+        return lax.stop_gradient(rows.p).reshape(ids.shape + table.shape[1:])
+
+    def scatter(
+        self, grads: RowsOf, ids: Ids, table: Table, state: RowsState
+    ) -> tuple[Table, RowsState]:
+        """One update: the table and the state after a step with these gradients of these rows.
+
+        A row that comes several times gets the sum of its gradients, added in the order of the
+        batch. All other rows get the gradient 0, when they are next touched.
+
+        Donate table and state, in this order, to the `jax.jit` of a step that returns them so: it
+        then moves bytes for the rows that are touched, and none for the others.
+
+        Args:
+            grads: the loss's gradient with respect to what `gather` gave for these ids.
+            ids: as in `gather`. The gradient of an id that is no row is dropped.
+            table: as it was for `gather`.
+            state: as it was for `gather`.
+
+        Raises:
+            TypeError: an argument is of a wrong type.
+            ValueError: the state is not the table's, shapes do not match, or an id that is known is
+                no row.
+        """
+        self._check(table, state)
+        grads = _checked_grads(grads, np.shape(ids), table)
+        ids = checked_ids(ids, len(table)).reshape(-1)
+        touched = Touched.by(ids, len(table))
+        g = touched.sums(grads.reshape(ids.shape + table.shape[1:]))
+        rows = self._up_to_date(self._rows(table, state, touched.rows), state)
+
+        moments = self._moments(state.dense, table)
+        count, member = moments.count, self.plan.rule.member
+        rates = self.plan.rates_at(count)
+        leaf = leaf_step(self._rule_at(count), *rates, count)
+        options = Options(decays=self.plan.decays, to_params=True)
+        p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
+
+        table = put(jnp.asarray(table), touched, p)
+        kept = [
+            put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
+        ]
+        return table, self._after(state, touched, kept)
+
+    def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
+        """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
+
+        For evaluation, checkpoints that other programs read, diagnostics and migration. It changes
+        nothing of what comes after, and takes the time of some hundred dense steps at most.
+
+        Raises:
+            TypeError: an argument is of a wrong type.
+            ValueError: the state is not the table's.
+        """
+        self._check(table, state)
+        if not self.catch_up:
+            return table, state
+        moments = self._moments(state.dense, table)
+        member = self.plan.rule.member
+        every = Rows(
+            jnp.asarray(table), member.stored(moments), state.last, self._log_decay(state, None)
+        )
+        rows = self._up_to_date(every, state)
+        decayed = state.decayed
+        if decayed is not None:
+            decayed = (decayed[0], jnp.broadcast_to(decayed[0][None], decayed[1].shape))
+        last = jnp.zeros_like(state.last) + moments.count
+        dense = (moments._replace(**_named(member, rows.stored)), *state.dense[1:])
+        return rows.p, RowsState(dense, last, decayed)
+
+    def _rule_at(self, count: Count) -> Rule:
+        """The rule of the step after so many updates."""
+        rule = self.plan.rule
+        if self.catch_up:
+            return rule
+        # torch adds eps to √v, before the bias correction.
+        numbers = dict(rule.hyperparameters)
+        t = (count + 1).astype(jnp.float32)
+        c2 = _math.bias_correction(_math.Decay.of(numbers["b2"], t.dtype), t)
+        return Rule(rule.member, numbers | {"eps": numbers["eps"] / jnp.sqrt(c2)})
+
+    def _moments(self, dense: Any, table: Table) -> Any:
+        """The state with the moments in a dense state."""
+        member = self.plan.rule.member
+        moments = dense[0] if isinstance(dense, (tuple, list)) and dense else dense
+        if not isinstance(moments, member.state):
+            raise TypeError(
+                f"state.dense: expected what tx.init makes, with {member.state.__name__} first, "
+                f"got {type(moments).__name__}"
+            )
+        stored = member.stored(moments)
+        for moment, x in zip(member.moments, stored, strict=True):
+            if not hasattr(x, "dtype"):
+                raise TypeError(
+                    f"state.dense[0].{moment.name}: expected an array, the moments of one table, "
+                    f"got {type(x).__name__}"
+                )
+        shapes = storage_of(member.moments, stored).shapes(table.shape)
+        for moment, x, shape in zip(member.moments, stored, shapes, strict=True):
+            if x.shape != shape:
+                raise ValueError(
+                    f"state.dense[0].{moment.name}: expected shape {shape} for a table of shape "
+                    f"{table.shape}, got {x.shape}"
+                )
+        return moments
+
+    def _check(self, table: Any, state: Any) -> None:
+        _check_table(table)
+        if not isinstance(state, RowsState):
+            raise TypeError(
+                f"state: expected the RowsState that init made, got {type(state).__name__}"
+            )
+        self._moments(state.dense, table)
+        if state.last.shape != table.shape[:1]:
+            raise ValueError(
+                f"state.last: expected shape {table.shape[:1]} for a table of shape "
+                f"{table.shape}, got {state.last.shape}"
+            )
+
+    def _rows(self, table: Table, state: RowsState, rows: Int[Array, "n"]) -> Rows:
+        moments = self._moments(state.dense, table)
+        stored = self.plan.rule.member.stored(moments)
+        return Rows(
+            take(jnp.asarray(table), rows),
+            tuple(take(x, rows) for x in stored),
+            # What is no row has missed nothing.
+            state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max),
+            self._log_decay(state, rows),
+        )
+
+    def _log_decay(self, state: RowsState, rows: Int[Array, "n"] | None) -> Any:
+        """What the missed updates have made of each row: the sum of their logarithms."""
+        if not (self.plan.decays and self.catch_up):
+            return None
+        if state.decayed is None:
+            last = state.last if rows is None else take(state.last, rows)
+            count = state.dense[0].count
+            return (count - last).astype(jnp.float32) * self.plan.log_decay_at(count)
+        total, then = state.decayed
+        then = then if rows is None else take(then, rows)
+        return (total[0] - then[:, 0]) + (total[1] - then[:, 1])
+
+    def _up_to_date(self, rows: Rows, state: RowsState) -> Rows:
+        count = state.dense[0].count
+        if not self.catch_up:
+            return rows
+        rows = rows._replace(last=jnp.minimum(rows.last, count))
+        if self._sums(rows):
+            return _missed.summed(self.plan, rows, count)
+        return _missed.one_by_one(self.plan, rows, count)
+
+    def _sums(self, rows: Rows) -> bool:
+        """Whether the missed steps are summed."""
+        can = self.plan.rule.member in QUIET and all(x.dtype == jnp.float32 for x in rows.stored)
+        if self.catch_up == "sum" and not can:
+            stored = storage_of(self.plan.rule.member.moments, rows.stored).name
+            raise ValueError(
+                "catch_up: expected 'steps' or True, since missed steps are summed for moments in "
+                "float32 of Adam, NAdam, AMSGrad and RAdam alone; got 'sum' for "
+                f"{self.plan.rule.member.name} in {stored}"
+            )
+        return can and self.catch_up != "steps"
+
+    def _after(self, state: RowsState, touched: Touched, stored: list[Array]) -> RowsState:
+        """The state after an update of the touched rows."""
+        moments, *schedules = state.dense
+        member = self.plan.rule.member
+        now = increment(moments.count)
+        decayed = state.decayed
+        if decayed is not None:
+            total = _add(decayed[0], self.plan.log_decay_at(moments.count))
+            each = jnp.broadcast_to(total[None], (touched.rows.size, 2))
+            decayed = (total, put(decayed[1], touched, each))
+        last = put(state.last, touched, jnp.full(touched.rows.shape, now))
+        moments = moments._replace(count=now, **_named(member, stored))
+        return RowsState((moments, *jax.tree.map(increment, schedules)), last, decayed)
+
+
+def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
+    """A transformation of the family for a table of which each batch touches some rows.
+
+    An integer for each row says after which update it stands. When a batch touches a row again,
+    the steps that it has missed are made up for, as the dense transformation would have made them
+    with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step costs
+    what the touched rows cost, whatever the size of the table.
+
+    Equal to dense: exactly for a row that missed nothing. For float32 moments of `adam`, `nadam`,
+    `amsgrad`, `radam` and those with decay, missed steps are summed in closed form, for a constant
+    learning rate or a schedule, which is evaluated at the missed updates: the motion is 1e-6 of
+    that of float64 off, where dense float32 steps add a rounding of the parameter each. Else
+    (`adamax`, 16-bit and 8-bit moments) they are made one by one, with the dithers of the moments'
+    storage, until nothing moves any more: after 200 steps at the default b1 and b2.
+
+    Args:
+        tx: one of `jadam.adam` and the others, without a mask. b1 and b2 are Python numbers with
+            b1 < √b2 (AdaMax: b1 < b2), where the motion without gradients ends. Hyperparameters
+            must not change between steps except by schedules; learning_rate·weight_decay is
+            under 1. `ademamix` is refused: its slow average moves a row for ten thousands of steps.
+            Its `kernel` is not used: the touched rows are stepped in XLA.
+        catch_up: True as above. "sum" or "steps" takes one of the two ways or raises. False is
+            `torch.optim.SparseAdam`, another algorithm: the moments of a row stand still while it
+            is not touched, and eps is added to √v before the bias correction. For `adam` alone.
+
+    Returns:
+        `init`, `gather`, `scatter` and `flush` for one table.
+
+    Raises:
+        TypeError: tx is none of the family's transformations, or b1 or b2 is no Python number.
+        ValueError: tx has a mask, or is one of those that are refused; `catch_up` is none of the
+            above.
+
+    >>> import jax, jax.numpy as jnp, jadam
+    >>> embeddings = jadam.rows.lazy(jadam.adamw(1e-3, weight_decay=0.01))
+    >>> def train_step(table, state, ids):
+    ...     rows = embeddings.gather(table, state, ids)
+    ...     grads = jax.grad(lambda rows: jnp.sum(rows**2))(rows)
+    ...     return embeddings.scatter(grads, ids, table, state)
+    >>> train_step = jax.jit(train_step, donate_argnums=(0, 1))
+    >>> table = jnp.ones((1000, 4))
+    >>> table, state = train_step(table, embeddings.init(table), jnp.array([3, 500, 3]))
+    >>> table, state = embeddings.flush(table, state)
+    >>> table[2:5, 0].tolist()
+    [0.9999899864196777, 0.9989900588989258, 0.9999899864196777]
+    """
+    recipe = recipe_of(tx)
+    if recipe is None:
+        raise TypeError(
+            "tx: expected a transformation of jadam's family, as jadam.adam(1e-3), got "
+            f"{type(tx).__name__}"
+        )
+    if recipe.mask is not None:
+        raise ValueError(f"tx: expected no mask, since a table is one leaf; got {recipe.mask!r}")
+    if not isinstance(catch_up, bool) and catch_up not in ("sum", "steps"):
+        raise ValueError(f"catch_up: expected True, False, 'sum' or 'steps', got {catch_up!r}")
+    plan = Plan(recipe.rule, recipe.learning_rate, recipe.weight_decay)
+    if catch_up:
+        fade(plan.rule)
+    elif plan.rule.member is not ADAM or plan.decays or plan.rule.hyperparameters["eps_root"] != 0:
+        raise ValueError(
+            "tx: expected jadam.adam without eps_root for catch_up=False, which is torch's "
+            f"SparseAdam; got {plan.rule.member.name}{' with decay' if plan.decays else ''}"
+        )
+    return Lazy(tx, plan, catch_up)
+
+
+def _check_table(table: Any) -> None:
+    _validate.inexact_leaves("table", table)
+    dtype, shape = jnp.result_type(table), np.shape(table)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"table: expected a real dtype, got {dtype}")
+    if len(shape) < 2:
+        raise ValueError(f"table: expected shape [rows, ...] with two axes at least, got {shape}")
+
+
+def _checked_grads(grads: Any, batch: tuple[int, ...], table: Table) -> Array:
+    _validate.inexact_leaves("grads", grads)
+    expected = batch + table.shape[1:]
+    if np.shape(grads) != expected:
+        raise ValueError(
+            f"grads: expected shape {expected} for ids of shape {batch} and a table of shape "
+            f"{table.shape}, got {np.shape(grads)}"
+        )
+    grads = jnp.asarray(grads)
+    if jnp.iscomplexobj(grads):
+        raise TypeError(f"grads: expected a real dtype, got {grads.dtype}")
+    return grads
+
+
+def _named(member: Member, stored: Sequence[Array]) -> dict[str, Array]:
+    """The moments by their names in the state."""
+    return {moment.name: x for moment, x in zip(member.moments, stored, strict=True)}
+
+
+def _add(total: Float[Array, "2"], x: Float[Array, ""]) -> Float[Array, "2"]:
+    """A sum and what it lacks, plus x: Knuth's two-sum."""
+    high, low = total
+    s = high + x
+    part = s - high
+    low += (high - (s - part)) + (x - part)
+    return jnp.stack([s, low])

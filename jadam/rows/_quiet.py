@@ -1,0 +1,163 @@
+"""What a member does while no gradient comes: closed forms in place of many steps.
+
+After j steps without a gradient the moments are b1ʲ·m and b2ʲ·v, and AMSGrad's maximum is what it
+was. The direction is m·w/(√(v + eps_root·s²) + eps·s) + plain·m with numbers w, s and plain that
+depend on the time alone: s/√v is 1/√v̂, and w is s·b1ʲ over the bias correction.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jadam import _math
+from jadam._members import ADAM, ADAMAX, AMSGRAD, NADAM, RADAM, Member, Rule
+from jadam._state import Role
+
+Numbers = Float[Array, "rows"]
+
+
+class Quiet(NamedTuple):
+    """What the direction of a step without a gradient has beside the moments of j steps ago.
+
+    direction = m·weight/(√(v + eps_root·scale²) + eps·scale) + plain·m, v the maximum in AMSGrad.
+    """
+
+    weight: Numbers
+    scale: Numbers
+    plain: Numbers
+
+
+def _adam(t: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet:
+    d1, d2 = _math.Decay.of(b1, t.dtype), _math.Decay.of(b2, t.dtype)
+    scale = jnp.sqrt(_math.bias_correction(d2, t)) * jnp.exp(-0.5 * j * d2.log)
+    weight = scale * jnp.exp(j * d1.log) / _math.bias_correction(d1, t)
+    return Quiet(weight, scale, jnp.zeros_like(t))
+
+
+def _nadam(
+    t: Numbers, j: Numbers, *, b1: float, b2: float, momentum_decay: float | None, **_: Any
+) -> Quiet:
+    d1 = _math.Decay.of(b1, t.dtype)
+    scale = _adam(t, j, b1=b1, b2=b2).scale
+    momentum = jax.vmap(lambda t: jnp.asarray(_math.momentum(d1, t, momentum_decay).m_weight))(t)
+    return Quiet(scale * jnp.exp(j * d1.log) * momentum, scale, jnp.zeros_like(t))
+
+
+def _amsgrad(
+    t: Numbers,
+    j: Numbers,
+    *,
+    b1: float,
+    b2: float,
+    maximum: str,
+    bias_correction_mu: bool,
+    bias_correction_nu: bool,
+    **_: Any,
+) -> Quiet:
+    d1, d2 = _math.Decay.of(b1, t.dtype), _math.Decay.of(b2, t.dtype)
+    one = jnp.ones_like(t)
+    c1 = _math.bias_correction(d1, t) if bias_correction_mu else one
+    corrected_here = bias_correction_nu and maximum == "raw"
+    scale = jnp.sqrt(_math.bias_correction(d2, t)) if corrected_here else one
+    return Quiet(scale * jnp.exp(j * d1.log) / c1, scale, jnp.zeros_like(t))
+
+
+def _radam(
+    t: Numbers,
+    j: Numbers,
+    *,
+    b1: float,
+    b2: float,
+    threshold: float,
+    nesterov: bool,
+    **_: Any,
+) -> Quiet:
+    d2 = _math.Decay.of(b2, t.dtype)
+    weight, scale, _unused = (
+        _nadam(t, j, b1=b1, b2=b2, momentum_decay=None) if nesterov else _adam(t, j, b1=b1, b2=b2)
+    )
+    rho = _math.sma_length(d2, t)
+    tractable = rho >= jnp.asarray(threshold, t.dtype)
+    r = jnp.sqrt(jnp.where(tractable, _math.rectification(rho, 2 / d2.complement - 1), 0))
+    return Quiet(r * weight, scale, jnp.where(tractable, 0, weight / scale))
+
+
+QUIET: Mapping[Member, Callable[..., Quiet]] = {
+    ADAM: _adam,
+    NADAM: _nadam,
+    AMSGRAD: _amsgrad,
+    RADAM: _radam,
+}
+
+
+def quiet(rule: Rule, t: Numbers, j: Numbers) -> Quiet:
+    """The step t of a rule, the j-th without a gradient."""
+    return QUIET[rule.member](t, j, **rule.hyperparameters)
+
+
+def fade(rule: Rule) -> float:
+    """The factor ρ by which the direction shrinks in a step without a gradient, at most.
+
+    Raises:
+        TypeError: b1 or b2 is not known on the host.
+        ValueError: the motion without a gradient has no end, or hardly one.
+    """
+    member, numbers = rule.member, rule.hyperparameters
+    if member not in (*QUIET, ADAMAX):
+        raise ValueError(
+            f"tx: expected a member whose motion ends without gradients, got {member.name}, whose "
+            "slow average outlives √v; catch_up has no end for it"
+        )
+    for name in ("b1", "b2"):
+        if not isinstance(numbers[name], float):
+            raise TypeError(f"{name}: expected a Python number for rows, got {numbers[name]!r}")
+    b1, b2 = numbers["b1"], numbers["b2"]
+    below = 1.0 if member is AMSGRAD else b2 ** (1 / member.power)
+    if b1 >= below:
+        raise ValueError(
+            f"b1, b2: expected b1 < {'b2' if member.power == 1 else '√b2'} for rows, since the "
+            f"direction grows without gradients otherwise; got {b1} and {b2}"
+        )
+    return b1 / below
+
+
+def horizon(rule: Rule, dtype: Any) -> int:
+    """After how many steps without a gradient a parameter stands still.
+
+    What all later steps add is less than an ulp of a learning rate: each is at most C·ρʲ, with C
+    the bound on a direction that is C² = (1-b1)²/(1-b2)/(1-ρ²).
+    """
+    rho = fade(rule)
+    b1, b2 = rule.hyperparameters["b1"], rule.hyperparameters["b2"]
+    bound = (1 - b1) / math.sqrt((1 - b2) * (1 - rho**2))
+    least = float(jnp.finfo(dtype).eps) / 2 * (1 - rho) / max(bound, 1.0)
+    return max(1, math.ceil(math.log(least) / math.log(max(rho, 1e-30))))
+
+
+def faded(
+    rule: Rule, moments: tuple[Array, ...], steps: Float[Array, "rows *ones"]
+) -> tuple[Array, ...]:
+    """The moments after some steps without a gradient."""
+
+    def power(b: str) -> Array:
+        decay = _math.Decay.of(rule.hyperparameters[b], steps.dtype)
+        # 0⁰ is 1: a rate of 0 has a logarithm that is finite.
+        return jnp.exp(steps * decay.log)
+
+    def one(role: Role, x: Array) -> Array:
+        if role is Role.FIRST:
+            return power("b1") * x
+        if role is Role.MAXIMUM:
+            return x
+        x = power("b2") * x
+        if rule.member is ADAMAX:
+            floor = jnp.asarray(rule.hyperparameters["eps"], x.dtype)
+            x = jnp.where(steps > 0, jnp.maximum(x, floor), x)
+        return x
+
+    roles = (moment.role for moment in rule.member.moments)
+    return tuple(one(role, x) for role, x in zip(roles, moments, strict=True))

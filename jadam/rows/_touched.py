@@ -1,0 +1,73 @@
+"""The rows that a batch touches, each once, whatever the ids are."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+class Touched(NamedTuple):
+    """The distinct rows of a batch, in order, with room for as many as there are ids.
+
+    Attributes:
+        rows: their ids, then the number of rows of the table for the rest of the room.
+        order: the places in the batch, by id.
+        place: of each of those, where its id is in `rows`.
+    """
+
+    rows: Int[Array, "n"]
+    order: Int[Array, "n"]
+    place: Int[Array, "n"]
+
+    @classmethod
+    def by(cls, ids: Int[Array, "n"], size: int) -> "Touched":
+        """The rows of ids in which `size` stands for no row."""
+        order = jnp.argsort(ids)
+        by_id = ids[order]
+        is_new = jnp.concatenate([jnp.zeros(1, bool), by_id[1:] != by_id[:-1]])[: ids.size]
+        place = jnp.cumsum(is_new.astype(jnp.int32))
+        rows = jnp.full(ids.shape, size, jnp.int32)
+        rows = rows.at[place].set(by_id, indices_are_sorted=True)
+        return cls(rows, order, place)
+
+    def sums(self, x: Array) -> Array:
+        """The sum over the places of each row, in float32 or wider, in the dtype of x."""
+        wide = x.astype(np.promote_types(x.dtype, np.float32))[self.order]
+        total = jax.ops.segment_sum(wide, self.place, self.rows.size, indices_are_sorted=True)
+        return total.astype(x.dtype)
+
+
+def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
+    """The ids as int32, with `size` in place of those that are no rows.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: one that is known is no row.
+    """
+    dtype = getattr(ids, "dtype", None) or np.asarray(ids).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"ids: expected integers, got dtype {dtype}")
+    if not isinstance(ids, jax.core.Tracer) and np.size(ids):
+        least, largest = np.min(np.asarray(ids)), np.max(np.asarray(ids))
+        for id in (least, largest):
+            if not 0 <= id < size:
+                raise ValueError(f"ids: expected rows 0 to {size - 1} of the table, got {id}")
+    ids = jnp.asarray(ids)
+    is_row = ids >= 0
+    if jnp.iinfo(ids.dtype).max >= size:
+        is_row &= ids < jnp.asarray(size, ids.dtype)
+    return jnp.where(is_row, ids.astype(jnp.int32), size)
+
+
+def take(x: Array, rows: Int[Array, "n"]) -> Array:
+    """Some rows of an array; 0 where there is none."""
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def put(x: Array, touched: Touched, values: Array) -> Array:
+    """The array with other values in the touched rows."""
+    # The rest of the room is not unique, but is dropped.
+    return x.at[touched.rows].set(values.astype(x.dtype), mode="drop", indices_are_sorted=True)

@@ -1,0 +1,204 @@
+"""The kernel for TPUs: in Pallas's interpreter against XLA's form, and compiled ahead of time."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jadam
+from jadam._kernels import choice
+from jadam._leaf import Options, leaf_step
+from jadam._masters import Compensated
+from jadam._members import ADAM, ADEMAMIX, AMSGRAD, NADAM
+from jadam._storage import chooser
+
+tpu = pytest.importorskip("jadam._kernels.tpu")
+
+OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
+RULES = {
+    "adam": ADAM.with_hyperparameters(**OPTIONS),
+    "nadam": NADAM.with_hyperparameters(**OPTIONS, momentum_decay=0.004),
+    "amsgrad": AMSGRAD.with_hyperparameters(
+        **OPTIONS, maximum="raw", bias_correction_mu=True, bias_correction_nu=True
+    ),
+    "ademamix": ADEMAMIX.with_hyperparameters(**OPTIONS, b3=0.9999, warmup=None, alpha=5.0),
+}
+# Few, since each is compiled twice: a feature each, and all shapes.
+CASES = {
+    # shape, gradients, parameters, residual, codes, step, member
+    "several tiles, ragged": ((40, 600), "float32", "float32", None, True, True, "adam"),
+    "3 axes, nadam": ((2, 32, 128), "bfloat16", "bfloat16", None, True, True, "nadam"),
+    "1 axis, update": ((700,), "bfloat16", "float32", None, True, False, "adam"),
+    "int8": ((40, 256), "bfloat16", "bfloat16", "int8", True, True, "adam"),
+    "int16": ((40, 256), "float32", "bfloat16", "int16", False, True, "adam"),
+    "amsgrad": ((40, 256), "float32", "float32", None, True, True, "amsgrad"),
+    "ademamix": ((40, 256), "float32", "float32", None, True, True, "ademamix"),
+}
+
+
+def gradients(rng, shape, dtype, i):
+    """Over 20 octaves; in the second step with zeros, infinities and NaN."""
+    g = rng.standard_normal(shape) * 10.0 ** rng.uniform(-3, 3, shape)
+    if i == 1:
+        special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 3e38]
+        g = np.where(rng.random(shape) < 0.01, rng.choice(special, shape), g)
+    return jnp.asarray(g, dtype)
+
+
+def in_codes(stored):
+    """The codes of v and of m beside each other."""
+    both = np.asarray(stored).astype(np.int64)
+    return both & 511, both >> 9
+
+
+def assert_close(found, expected, codes):
+    """What the contract of kernels says: a code may be its neighbour, one in a thousand."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+    (moved, stored, extra), (moved_y, stored_y, extra_y) = found, expected
+    a, b = (np.asarray(x, np.float64) for x in (moved, moved_y))
+    if moved.dtype == jnp.float32:
+        # 4 ulps of updates from 8-bit moments, and those of the parameter.
+        np.testing.assert_allclose(a, b, rtol=4 * 2.0**-23, atol=4 * 2.0**-23 * 0.1)
+    else:
+        # A sum beside the middle of two neighbours may go to the other one.
+        np.testing.assert_allclose(a, b, rtol=2.0**-7)
+        assert np.mean((a != b) & ~np.isnan(a)) <= 1e-3
+    if codes:
+        for x, y in zip(in_codes(stored[0]), in_codes(stored_y[0]), strict=True):
+            assert np.max(np.abs(x - y)) <= 1
+            assert np.mean(x != y) <= 1e-3
+        np.testing.assert_array_equal(stored[1], stored_y[1])
+        for x, y in zip(stored[2:], stored_y[2:], strict=True):
+            assert np.max(np.abs(np.asarray(x, int) - np.asarray(y, int))) <= 1
+    else:
+        for x, y in zip(stored, stored_y, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2 * 2.0**-23)
+    for x, y in zip(extra, extra_y, strict=True):
+        # The master weight may differ by a few ulps: from the same parameter as many in the
+        # residual, or all of it where the parameter went to the other neighbour.
+        same = a == b if moved.dtype == jnp.bfloat16 else np.ones(a.shape, bool)
+        units = 1 if x.dtype == jnp.int8 else 16
+        off = np.abs(np.asarray(x, int) - np.asarray(y, int))[same]
+        assert np.mean(off > units) <= 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_makes_the_step_of_xlas_form(name, monkeypatch):
+    """A TPU trains as all other devices do, over shapes, dtypes, members and special numbers."""
+    # Small tiles, so that small leaves are cut along both axes.
+    monkeypatch.setattr(tpu, "_MAX_ROWS", 32)
+    monkeypatch.setattr(tpu, "_COLUMNS", 256)
+    shape, g_dtype, p_dtype, residual, codes, to_params, member = CASES[name]
+    rule, rng = RULES[member], np.random.default_rng(0)
+    weights = None if residual is None else Compensated(np.dtype(residual), 3)
+    options = Options(decays=True, to_params=to_params, weights=weights)
+    kind = ("int8", "uint8") if codes else (None, None)
+    stored = chooser(rule.member.moments, *kind, 0)(jnp.zeros(shape)).zeros(jnp.zeros(shape))
+    p = jnp.asarray(rng.standard_normal(shape), p_dtype)
+    extra = () if residual is None else (jnp.zeros(shape, residual),)
+    dither = (jnp.uint32(5),) if residual == "int8" else ()
+
+    @jax.jit
+    def in_xla(count, rate, g, p, stored, extra):
+        return leaf_step(rule, rate, 0.1, count)(g, p, options, stored, extra)
+
+    @jax.jit
+    def in_kernel(count, rate, g, p, stored, extra):
+        leaf = (g, p, stored, extra)
+        return tpu.step(rule, rate, 0.1, count, leaf, options, interpret=True)
+
+    for i in range(2):
+        g = gradients(rng, shape, g_dtype, i)
+        args = (jnp.int32(i), jnp.float32(0.01), g, p, stored, (*extra, *dither))
+        expected, found = in_xla(*args), in_kernel(*args)
+        assert_close(found, expected, codes)
+        p = expected.moved if to_params else p
+        stored, extra = expected.stored, expected.extra
+
+
+SHAPES = {
+    (64, 256): True,
+    (3, 128): True,
+    (4, 32, 256): True,
+    (256,): False,
+    (): False,
+    (64, 96): False,
+    (64, 200): False,
+    (4, 12, 256): False,
+    (0, 256): False,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_leaves_that_would_be_moved_are_xlas(shape):
+    """A kernel that has its operands copied into its order costs more than it saves."""
+    assert choice.TPU.suits(shape) == SHAPES[shape]
+
+
+def test_the_table_is_what_kernels_prints():
+    """Each feature, so that nobody has to guess which leaves are XLA's."""
+    text = jadam.kernels()["tpu"]
+    assert text.startswith("pallas")
+    assert all(feature in text for feature in choice.TPU.features)
+
+
+def test_floats_are_left_to_xla_on_a_tpu():
+    """XLA makes one pass of them by itself."""
+    plain = {"member adam", "moments float32 float32", "to_params"}
+    assert choice.TPU.has(frozenset(plain), (64, 256))
+    assert not choice.TPU.is_faster(frozenset(plain))
+    assert choice.TPU.is_faster(frozenset({*plain, "moments 8-bit codes"}))
+
+
+AHEAD = """
+import json, sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from experiments.bench import ahead
+where = ahead.chip()
+names = ["jadam 8-bit moments", "jadam compensated bf16 weights"]
+names += ["jadam compensated, 8-bit moments"]
+programs = dict(ahead.programs())
+shapes = ((8192, 4096),)
+print(json.dumps({name: ahead.figures(programs[name](), shapes, where) for name in names}))
+"""
+
+
+@functools.cache
+def compiled_ahead():
+    """In a process of its own: JAX starts its platforms once, here with 8 devices."""
+    answer = subprocess.run(
+        [sys.executable, "-c", AHEAD],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, which compiles for TPUs, is not installed: pip install libtpu",
+)
+@pytest.mark.skipif(
+    choice.why_not() is not None,
+    reason="on a host without the kernel for CPUs a leaf is not lowered to that for TPUs",
+)
+def test_a_step_is_one_pass_on_a_tpu():
+    """Memory is what 8-bit moments are for: a step reads each array once and needs no other."""
+    for name, figures in compiled_ahead().items():
+        assert figures["kernels"] == 1, (name, figures)
+        # Tops are padded to 128 a row, of 32. A small leaf would be copied into the chip first.
+        assert figures["over_the_least"] <= 1.05, (name, figures)
+        assert figures["temporary"] <= 0.1, (name, figures)
