@@ -6,7 +6,7 @@ or a checkpoint of one goes on under the other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,7 +89,7 @@ class FusedUpdate:
     """
 
     move: Callable[..., Advanced]
-    recipe: Recipe | None = None
+    recipe: Recipe | None = field(default=None, compare=False)
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any

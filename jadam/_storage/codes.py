@@ -238,16 +238,15 @@ class EightBitCodes:
     ) -> dict[int, Float[Array, "*rows blocks"]]:
         """The largest v of each block, and the largest maximum where there is one, by place."""
         both, tops = stored[self._first], stored[self._second].astype(jnp.int32)
-        codes = {self._second: self.block_max(both, _number)}
+        codes = {self._second: self.block_max(both, _number).astype(jnp.int32)}
         for i in self._maxima:
             # As int16, which holds NaN's code with the largest distance.
             code = _number(both).astype(jnp.int16)
             higher = jnp.where(code > 0, code + stored[i].astype(jnp.int16), 0)
-            codes[i] = self.block_max(higher, lambda x: x)
+            codes[i] = self.block_max(higher, lambda x: x).astype(jnp.int32)
 
         def number(code: Blocks) -> Float[Array, "*rows blocks"]:
-            level = code.astype(jnp.int32) - TOP + tops
-            return jnp.where(code > 0, _power_of_two(level) ** power, 0)
+            return jnp.where(code > 0, _power_of_two(code - TOP + tops) ** power, 0)
 
         return {i: number(code) for i, code in codes.items()}
 
