@@ -99,7 +99,7 @@ def test_a_fast_second_moment_is_not_dithered_below_zero(b2):
 @pytest.mark.parametrize(
     ("shape", "coded"),
     [
-        ((132, 31), False),  # a last axis under 32
+        ((256, 31), False),  # a last axis under 32
         ((128, 32), True),  # exactly 4,096 elements
         ((4096,), True),
         ((4095,), False),
