@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import digamma
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jadam._rounding import spacing, weyl
-from jadam._types import Count, Number, Real, Scalar
+from jadam._types import Number, Real, Scalar
 
 
 def widen(dtype: jnp.dtype) -> jnp.dtype:
@@ -35,12 +35,12 @@ class Time(NamedTuple):
         made: the number of updates made before it, which schedules are functions of.
     """
 
-    t: Float[Array, ""]
-    dither: Float[Array, ""]
-    made: Count
+    t: Float[Array, "..."]
+    dither: Float[Array, "..."]
+    made: Int[Array, "..."]
 
     @classmethod
-    def of(cls, count: Count, dtype: jnp.dtype) -> "Time":
+    def of(cls, count: Int[Array, "..."], dtype: jnp.dtype) -> "Time":
         """t = count in `dtype`, with a Weyl dither for float32 and none for float64."""
         made = jnp.maximum(count - 1, 0)
         u = (weyl((), count) >> 8).astype(dtype) * 2.0**-24 - (0.5 - 2.0**-25)
@@ -153,7 +153,7 @@ def second_moment(v: Real, g: Number, b: Decay, time: Time) -> Real:
     return v + _scaled(b.complement, toward)
 
 
-def dither_of_v(b: Decay, time: Time) -> Float[Array, ""]:
+def dither_of_v(b: Decay, time: Time) -> Float[Array, "..."]:
     """The dither of `second_moment`, over 1-b.
 
     It is 0 for b < ½, where the dither could bring v below 0, and where no sum stops short.
@@ -167,7 +167,7 @@ def bias_correction(b: Decay, t: Real) -> Real:
 
 
 def adaptive_direction(
-    m: Number, c1: Float[Array, ""], v_hat: Real, eps: Scalar, eps_root: Scalar
+    m: Number, c1: Float[Array, "..."], v_hat: Real, eps: Scalar, eps_root: Scalar
 ) -> Number:
     """m̂ / (√(v̂ + eps_root) + eps) with m̂ = m/c1, the direction of Algorithm 1.
 
@@ -193,7 +193,7 @@ def moment_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
     return (_limited(noise, _moment_bound(d1, d2, t)),)
 
 
-def _moment_bound(b1: Decay, b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+def _moment_bound(b1: Decay, b2: Decay, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """C of `moment_ratios`."""
     first = b1.complement / jnp.sqrt(jnp.asarray(b2.complement, t.dtype))
     return first * jnp.sqrt(_powers(2 * b1.log - b2.log, t))
@@ -210,7 +210,7 @@ def norm_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
     return (_limited(jnp.sqrt(_noise_of_m(d1, t)) / 3, bound),)
 
 
-def _limited(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
+def _limited(noise: Float[Array, "..."], bound: Float[Array, "..."]) -> Ratio:
     """With the bound as limit, or 200 times the noise where that is less.
 
     For b1² > b2 the bound grows without end, and would spread the codes over sizes that hardly
@@ -220,14 +220,14 @@ def _limited(noise: Float[Array, ""], bound: Float[Array, ""]) -> Ratio:
     return Ratio(noise, bound, jnp.minimum(bound, 200 * noise))
 
 
-def _powers(log_rho: Scalar, t: Float[Array, ""]) -> Float[Array, ""]:
+def _powers(log_rho: Scalar, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 + ρ + … + ρᵗ⁻¹. ρ is kept away from 1, where the quotient is 0/0, and from overflow."""
     log_rho = jnp.asarray(log_rho, t.dtype)
     log_rho = jnp.minimum(jnp.where(jnp.abs(log_rho) < 1e-6, 1e-6, log_rho), 80)
     return jnp.expm1(t * log_rho) / jnp.expm1(log_rho)
 
 
-def _noise_of_m(b1: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+def _noise_of_m(b1: Decay, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """E[m²]/E[g²] for gradients that are independent noise."""
     return b1.complement / (1 + b1.rate) * -jnp.expm1(2 * t * b1.log)
 
@@ -260,12 +260,12 @@ class Momentum(NamedTuple):
         return _scaled(self.m_weight, m) + _scaled(self.g_weight, g)
 
 
-def constant_momentum(b1: Decay, t: Float[Array, ""]) -> Momentum:
+def constant_momentum(b1: Decay, t: Float[Array, "..."]) -> Momentum:
     """Dozat (2016) with constant momentum: m̂ = b1·m/(1-b1ᵗ⁺¹) + (1-b1)·g/(1-b1ᵗ)."""
     return Momentum(b1.rate / bias_correction(b1, t + 1), b1.complement / bias_correction(b1, t))
 
 
-def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: Scalar) -> Momentum:
+def dozat(b1: Decay, t: Float[Array, "..."], momentum_decay: Scalar) -> Momentum:
     """Dozat (2016), Algorithm 2, with its schedule μᵢ = b1·(1 - ½·0.96^(i·momentum_decay)).
 
     m̂ = μₜ₊₁·m/(1-M(t+1)) + (1-μₜ)·g/(1-M(t)) with M(t) = μ₁·…·μₜ.
@@ -278,16 +278,16 @@ def dozat(b1: Decay, t: Float[Array, ""], momentum_decay: Scalar) -> Momentum:
     k = jnp.arange(1, 49, dtype=t.dtype)
     weights = jnp.exp(k * log_x) / -jnp.expm1(k * log_x) / (k * 2**k)
 
-    def mu(i: Float[Array, ""]) -> Float[Array, ""]:
+    def mu(i: Float[Array, "..."]) -> Float[Array, "..."]:
         return b1.rate * (1 - 0.5 * jnp.exp(i * log_x))
 
-    def one_minus_product(i: Float[Array, ""]) -> Float[Array, ""]:
+    def one_minus_product(i: Float[Array, "..."]) -> Float[Array, "..."]:
         return -jnp.expm1(i * b1.log + jnp.sum(weights * jnp.expm1(i * k * log_x)))
 
     return Momentum(mu(t + 1) / one_minus_product(t + 1), (1 - mu(t)) / one_minus_product(t))
 
 
-def momentum(b1: Decay, t: Float[Array, ""], momentum_decay: Scalar | None) -> Momentum:
+def momentum(b1: Decay, t: Float[Array, "..."], momentum_decay: Scalar | None) -> Momentum:
     """NAdam's look-ahead, with Dozat's schedule where its decay is given."""
     return constant_momentum(b1, t) if momentum_decay is None else dozat(b1, t, momentum_decay)
 
@@ -371,7 +371,7 @@ def adamax(time: Time, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
     return equations
 
 
-def sma_length(b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
+def sma_length(b2: Decay, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """ρₜ = ρ∞ - 2t·b2ᵗ/(1-b2ᵗ) with ρ∞ = 2/(1-b2) - 1, Liu et al. (2020), Algorithm 2.
 
     With y = -t·log b2 it is ρ∞ - 2t/(eʸ-1), which cancels almost wholly for small y. There the
@@ -389,7 +389,7 @@ def sma_length(b2: Decay, t: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(y < 0.25, small, limit - 2 * t / jnp.expm1(jnp.maximum(y, 0.25)))
 
 
-def rectification(rho: Float[Array, ""], limit: Scalar) -> Float[Array, ""]:
+def rectification(rho: Float[Array, "..."], limit: Scalar) -> Float[Array, "..."]:
     """rₜ² = (ρₜ-4)(ρₜ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρₜ), Liu et al. (2020), Algorithm 2."""
     return (rho - 4) / (limit - 4) * ((rho - 2) / (limit - 2)) * (limit / rho)
 
@@ -442,7 +442,9 @@ class SlowDecay(NamedTuple):
     share: Scalar
 
     @classmethod
-    def of(cls, b3: Scalar, b1: Decay, t: Float[Array, ""], warmup: Scalar | None) -> "SlowDecay":
+    def of(
+        cls, b3: Scalar, b1: Decay, t: Float[Array, "..."], warmup: Scalar | None
+    ) -> "SlowDecay":
         """Pagliardini et al. (2024), section 3: the half-life grows linearly from that of b1.
 
         1/log b3ₜ = (1 - t/T)/log b1 + t/T/log b3 for t <= T = warmup, then 1/log b3. The sum of the

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Integer, UInt32
 
 from jadam._types import Count, Real, Scalar, Shape
 
@@ -54,7 +54,7 @@ def elements_before(size: int) -> UInt32[Array, ""] | np.uint32:
 
 
 def weyl(
-    shape: Shape, t: Count | UInt32[Array, ""], salt: int = 0, step: np.uint32 = STEP
+    shape: Shape, t: Integer[Array, "..."], salt: int = 0, step: np.uint32 = STEP
 ) -> UInt32[Array, "*shape"]:
     """A dither in [0, 2³²) for each element at step t: lane·2³²/ρ + t·2³²/φ mod 2³².
 

@@ -19,7 +19,7 @@ from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._missed import Plan, Rows
-from jadam.rows._quiet import QUIET, fade
+from jadam.rows._quiet import fade
 from jadam.rows._touched import Touched, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool
@@ -235,13 +235,13 @@ class Lazy:
 
     def _sums(self, rows: Rows) -> bool:
         """Whether the missed steps are summed."""
-        can = self.plan.rule.member in QUIET and all(x.dtype == jnp.float32 for x in rows.stored)
+        can = _missed.can_sum(self.plan, rows.stored)
         if self.catch_up == "sum" and not can:
-            stored = storage_of(self.plan.rule.member.moments, rows.stored).name
+            member = self.plan.rule.member
             raise ValueError(
                 "catch_up: expected 'steps' or True, since missed steps are summed for moments in "
-                "float32 of Adam, NAdam, AMSGrad and RAdam alone; got 'sum' for "
-                f"{self.plan.rule.member.name} in {stored}"
+                "float32 of Adam, NAdam, AMSGrad and RAdam alone, with b2 near 1; got 'sum' for "
+                f"{member.name} in {storage_of(member.moments, rows.stored).name}"
             )
         return can and self.catch_up != "steps"
 
@@ -268,12 +268,14 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
     with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step costs
     what the touched rows cost, whatever the size of the table.
 
-    Equal to dense: exactly for a row that missed nothing. For float32 moments of `adam`, `nadam`,
-    `amsgrad`, `radam` and those with decay, missed steps are summed in closed form, for a constant
-    learning rate or a schedule, which is evaluated at the missed updates: the motion is 1e-6 of
-    that of float64 off, where dense float32 steps add a rounding of the parameter each. Else
-    (`adamax`, 16-bit and 8-bit moments) they are made one by one, with the dithers of the moments'
-    storage, until nothing moves any more: after 200 steps at the default b1 and b2.
+    Equal to dense: the same bits for a row that missed nothing. Missed steps of `adam`, `nadam`,
+    `amsgrad`, `radam` and those with decay, with float32 moments and b2 over 0.97, are summed in
+    closed form, for a constant learning rate or a schedule, which is evaluated at the missed
+    updates: within 1e-5 learning rates of float64, where dense float32 rounds the parameter in each
+    step. Else (`adamax`, 16-bit, 8-bit and float64 moments) they are made one by one, with the
+    dithers of the moments' storage, until nothing moves any more, after 200 steps at the default b1
+    and b2: moments have the bits of dense steps up to there, and parameters are an ulp off at most
+    for each, where XLA fuses a multiplication with an addition in one of the programs alone.
 
     Args:
         tx: one of `jadam.adam` and the others, without a mask. b1 and b2 are Python numbers with

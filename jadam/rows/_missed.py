@@ -20,15 +20,12 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import Quiet, faded, horizon, quiet
+from jadam.rows._quiet import QUIET, Quiet, faded, horizon, quiet, spread
 
-# The values of the scale at which elements are computed, as points z of [-1, 1], and the weights
-# that make an interpolation of the sums over Chebyshev's polynomials.
-_NODES = 8
-_POINTS = chebyshev.chebpts1(_NODES).tolist()
-_POLYNOMIALS = (
-    chebyshev.chebvander(_POINTS, _NODES - 1) * (2 - (np.arange(_NODES) == 0)) / _NODES
-).tolist()
+# The number of scales at which an element is computed, twice that for a b2 far from 1, and the
+# largest logarithm of their range. The sum is then 1e-5 of a learning rate off at most.
+_POINTS = 10
+_SPREAD = 3.0
 
 Times = Int[Array, "rows"]
 Numbers = Float[Array, "rows"]
@@ -176,8 +173,8 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
 
     The moments and the decay are powers. The motion of an element is m·Σⱼ wⱼ/(√v + eps·sⱼ), with
     weights wⱼ and scales sⱼ of its row (`Quiet`; with learning rates and decays in wⱼ). The terms
-    are smooth in s: they are interpolated between eight values of s, so that the sum over j is made
-    once for a row, and an element takes eight divisions.
+    are smooth in s: they are interpolated between ten values of s, so that the sum over j is made
+    once for a row, and an element takes ten divisions.
     """
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
@@ -206,10 +203,32 @@ class _Sums(NamedTuple):
     decayed: Numbers
 
 
+def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
+    """Whether the missed steps of these moments are summed."""
+    rule = plan.rule
+    return (
+        rule.member in QUIET
+        and all(x.dtype == jnp.float32 for x in stored)
+        and spread(rule, jnp.float32) <= _SPREAD
+    )
+
+
+def _points(rule: Rule, dtype: Any) -> tuple[list[float], list[list[float]]]:
+    """Chebyshev's points z of [-1, 1], and at each point what makes an interpolation of sums.
+
+    Σⱼ wⱼ·f(zⱼ) = Σ_z f(z)·Σ_q 2/n·T_q(z)·(Σⱼ wⱼ·T_q(zⱼ)), halved at q = 0.
+    """
+    n = _POINTS if spread(rule, dtype) <= 1 else 2 * _POINTS
+    points = chebyshev.chebpts1(n)
+    weights = chebyshev.chebvander(points, n - 1) * (2 - (np.arange(n) == 0)) / n
+    return points.tolist(), weights.tolist()
+
+
 def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
     """By how much the missed steps move the parameters."""
     rule, real, last = plan.rule, v.dtype, rows.last
     window = jnp.minimum(missed, horizon(rule, real))
+    points, interpolation = _points(rule, real)
 
     def quiet_at(j: Times) -> Quiet:
         return quiet(rule, (last + j).astype(real), j.astype(real))
@@ -225,7 +244,7 @@ def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
         weight, scale, plain = quiet_at((i + 1) * ones)
         z = jnp.clip((scale - centre) / (scale + centre) / span, -1, 1)
         polynomials = [jnp.ones_like(z), z]
-        while len(polynomials) < _NODES:
+        while len(polynomials) < len(points):
             polynomials.append(2 * z * polynomials[-1] - polynomials[-2])
         rate = jnp.where(is_missed, plan.learning_rates_at(made, real), 0)
         if plan.decays:
@@ -239,15 +258,16 @@ def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
         )
 
     zeros = jnp.zeros(last.shape, real)
-    start = _Sums(jnp.zeros((_NODES, *last.shape), real), zeros, zeros)
+    start = _Sums(jnp.zeros((len(points), *last.shape), real), zeros, zeros)
     sums = lax.fori_loop(0, jnp.max(window, initial=0), body, start)
 
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
     total = _across(sums.plain, v)
-    for x, polynomials in zip(_POINTS, _POLYNOMIALS, strict=True):
-        # Interpolation at Chebyshev's points: Σ_q T_q(x)·(Σⱼ wⱼ·T_q(zⱼ))·2/n, halved at q = 0.
-        weight = jnp.tensordot(jnp.asarray(polynomials, real), sums.chebyshev, 1)
+    for x, weights in zip(points, interpolation, strict=True):
+        weight = jnp.zeros_like(centre)
+        for factor, row in zip(weights, sums.chebyshev, strict=True):
+            weight += factor * row
         node = _across(centre * (1 + x * span) / (1 - x * span), v)
         root = jnp.sqrt(jnp.maximum(v + eps_root * node**2, least * node**2))
         total += _across(weight, v) / (root + eps * node)

@@ -77,7 +77,7 @@ def _radam(
     **_: Any,
 ) -> Quiet:
     d2 = _math.Decay.of(b2, t.dtype)
-    weight, scale, _unused = (
+    weight, scale, _none = (
         _nadam(t, j, b1=b1, b2=b2, momentum_decay=None) if nesterov else _adam(t, j, b1=b1, b2=b2)
     )
     rho = _math.sma_length(d2, t)
@@ -136,6 +136,13 @@ def horizon(rule: Rule, dtype: Any) -> int:
     bound = (1 - b1) / math.sqrt((1 - b2) * (1 - rho**2))
     least = float(jnp.finfo(dtype).eps) / 2 * (1 - rho) / max(bound, 1.0)
     return max(1, math.ceil(math.log(least) / math.log(max(rho, 1e-30))))
+
+
+def spread(rule: Rule, dtype: Any) -> float:
+    """The logarithm of how much larger the scales are at the horizon, late in a training."""
+    if rule.member is AMSGRAD:
+        return 0.0
+    return -0.5 * horizon(rule, dtype) * math.log(rule.hyperparameters["b2"])
 
 
 def faded(

@@ -1,0 +1,418 @@
+"""jadam.rows: a table by its touched rows is the table of the dense transformation."""
+
+import functools
+import importlib.util
+import json
+import re
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from fixtures import sparse_adam
+from helpers import FAMILY
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+
+SIZE, WIDTH, BATCH, STEPS = 12, 5, 3, 320
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 50, STEPS)
+CASES = {case.name: case for case in FAMILY if not case.name.startswith("ademamix")}
+
+
+def sgd_noise(seed, *, scale=1.0):
+    """A table, and the ids and gradients of a history in which rows are absent for long."""
+    rng = np.random.default_rng(seed)
+    # After step 60 the rows from 4 on are touched rarely; the last row never is.
+    often = np.where(np.arange(STEPS)[:, None] < 60, SIZE - 1, 4)
+    high = np.where(rng.random((STEPS, 1)) < 0.02, SIZE - 1, often)
+    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32)
+    grads = scale * rng.standard_normal((STEPS, BATCH, WIDTH))
+    table = 0.1 * rng.standard_normal((SIZE, WIDTH))
+    return table.astype(np.float32), ids, grads.astype(np.float32)
+
+
+def dense_gradients(ids, grads):
+    whole = np.zeros((len(ids), SIZE, grads.shape[-1]), np.float32)
+    for g, row, rows in zip(whole, ids, grads, strict=True):
+        np.add.at(g, row, rows)
+    return whole
+
+
+def run_lazy(rows, table, ids, grads):
+    """A history in one `lax.scan`, and all rows brought up to date."""
+
+    def body(carry, batch):
+        return rows.scatter(batch[1], batch[0], *carry), None
+
+    carry, _ = jax.lax.scan(body, (table, rows.init(table)), (ids, grads))
+    return rows.flush(*carry)
+
+
+def run_dense(tx, table, gradients):
+    def body(carry, g):
+        return tx.step(g, carry[1], carry[0]), None
+
+    return jax.lax.scan(body, (table, tx.init(table)), gradients)[0]
+
+
+@functools.cache
+def both(name, catch_up, scheduled=False, dtype=None):
+    """The compiled histories of a member: by rows, and dense."""
+    codes = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+    storage = codes if dtype == "codes" else {"mu_dtype": dtype, "nu_dtype": dtype}
+    tx = CASES[name](SCHEDULE if scheduled else 1e-2, kernel="xla", **storage)
+    rows = jadam.rows.lazy(tx, catch_up=catch_up)
+    lazily = jax.jit(functools.partial(run_lazy, rows))
+    return lazily, jax.jit(functools.partial(run_dense, tx))
+
+
+def exact_table(case, table, gradients, scheduled):
+    """The same in NumPy's float64."""
+    p = table.astype(np.float64)
+    decay = case.weight_decay
+    for t, direction in enumerate(reference.directions(gradients, **case.reference)):
+        rate = float(SCHEDULE(t)) if scheduled else 1e-2
+        p -= rate * (direction + decay * p)
+    return p
+
+
+HISTORIES = hypothesis.settings(max_examples=5)
+SUMMED = [(name, False) for name in CASES if "adamax" not in name] + [("adamw", True)]
+
+
+@pytest.mark.parametrize(("name", "scheduled"), SUMMED)
+def test_summed_steps_are_those_of_float64(name, scheduled, standard_promotion):
+    """Any history, then flush: parameters to a few ulps of float64, moments of dense."""
+    lazily, densely = both(name, "sum", scheduled)
+
+    @HISTORIES
+    @hypothesis.given(seed=st.integers(0, 2**16), scale=st.sampled_from([1.0, 1e-4, 3e-8]))
+    def check(seed, scale):
+        table, ids, grads = sgd_noise(seed, scale=scale)
+        got, state = lazily(table, ids, grads)
+        whole = dense_gradients(ids, grads)
+        expected = exact_table(CASES[name], table, whole, scheduled)
+        # Each touch rounds p by half an ulp and makes a step that is some ulps of 7 learning rates
+        # off, an absence 1e-5 of a learning rate. Dense steps round p in every step.
+        ulp = np.spacing(np.float32(np.abs(expected).max()))
+        assert np.abs(np.asarray(got) - expected).max() <= 8 * ulp + 2e-5 * 1e-2
+        _, dense = densely(table, whole)
+        for x, y in zip(jax.tree.leaves(state.dense), jax.tree.leaves(dense), strict=True):
+            # Dense v is dithered by an ulp in each step, m rounded: after 260 of them, 3e-5 of the
+            # largest moment is 500 ulps of itself.
+            np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(np.asarray(y)).max())
+
+    check()
+
+
+STEPPED = [
+    ("adam", False, None),
+    ("adamw", True, None),
+    ("adam_eps_root", False, None),
+    ("nadam", False, None),
+    ("amsgrad_corrected", False, None),
+    ("adamaxw", True, None),
+    ("radam", False, None),
+    ("adamw", False, jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "scheduled", "dtype"), STEPPED)
+def test_missed_steps_one_by_one_have_the_bits_of_dense(name, scheduled, dtype, standard_promotion):
+    """Moments bit for bit, dithers and all; parameters to an ulp or two."""
+    lazily, densely = both(name, "steps", scheduled, dtype)
+    for seed in range(3):
+        table, ids, grads = sgd_noise(seed)
+        # No absence is longer than the horizon, 200 steps with these b1 and b2.
+        ids[150::100] = np.arange(BATCH)
+        for row in range(SIZE):
+            ids[row % 4 :: 97, row % BATCH] = row
+        got, state = lazily(table, ids, grads)
+        expected, dense = densely(table, dense_gradients(ids, grads))
+        jax.tree.map(np.testing.assert_array_equal, state.dense, dense)
+        # A multiplication that XLA fuses with an addition in one of the programs alone.
+        ulp = np.spacing(np.float32(np.abs(np.asarray(expected)).max()))
+        assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 2 * ulp
+
+
+def test_codes_of_8_bits_have_the_bits_of_dense():
+    """Blocks lie along a row, and the dither depends on count and lane."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((6, 160)), jnp.float32)
+    tx = jadam.adam(1e-2, mu_dtype="int8", nu_dtype="uint8", min_size=0, kernel="xla")
+    rows = jadam.rows.lazy(tx)
+    scatter, step = jax.jit(rows.scatter), jax.jit(tx.step)
+    p, state, lazy_state = table, tx.init(table), rows.init(table)
+    for _ in range(40):
+        ids = jnp.asarray(rng.choice(6, 2, replace=False))
+        g = jnp.asarray(rng.standard_normal((2, 160)), jnp.float32)
+        p, state = step(jnp.zeros_like(p).at[ids].set(g), state, p)
+        table, lazy_state = scatter(g, ids, table, lazy_state)
+    table, lazy_state = jax.jit(rows.flush)(table, lazy_state)
+    jax.tree.map(np.testing.assert_array_equal, lazy_state.dense, state)
+    np.testing.assert_allclose(table, p, rtol=0, atol=2 * np.spacing(np.float32(3)))
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.95, 0.999), (0.9, 0.99), (0.9, 0.98)])
+def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
+    """After 1, 2, 20 or 1000 updates, for gradients around eps and far above."""
+    sizes = (10.0 ** np.arange(-10, 1, 0.5)).astype(np.float32)
+    rows = jadam.rows.lazy(jadam.adam(1.0, b1=b1, b2=b2), catch_up="sum")
+    table = jnp.zeros((2, sizes.size), jnp.float32)
+    scatter, flush = jax.jit(rows.scatter), jax.jit(rows.flush)
+    start = rows.init(table)
+
+    def at(state, count, last):
+        moments = state.dense[0]._replace(count=jnp.int32(count))
+        return state._replace(dense=(moments, *state.dense[1:]), last=jnp.full(2, last, jnp.int32))
+
+    for touch in (1, 2, 20, 1000):
+        moved, state = scatter(sizes[None], jnp.array([1]), table, at(start, touch - 1, touch - 1))
+        for absence in (1, 30, 1000):
+            got, _ = flush(moved, at(state, touch + absence, touch))
+            member = reference.Member(b1=b1, b2=b2, t=touch - 1)
+            member(sizes)
+            expected = moved[1] - sum(member(np.zeros(sizes.size)) for _ in range(absence))
+            # 1e-5 learning rates, as the docstring says, and the last rounding of p.
+            error = np.abs(np.asarray(got[1], np.float64) - expected)
+            assert (error <= 1e-5 + np.spacing(np.abs(np.asarray(got[1])))).all()
+
+
+def test_a_gathered_row_is_the_flushed_one():
+    """`gather` gives what dense has, `flush` changes nothing of it, also when made twice."""
+    table, ids, grads = sgd_noise(3)
+    rows = jadam.rows.lazy(jadam.adamw(1e-2, weight_decay=0.1))
+    scatter, flush = jax.jit(rows.scatter), jax.jit(rows.flush)
+    table, state = jnp.asarray(table), rows.init(jnp.asarray(table))
+    for row, g in zip(ids[:20], grads[:20], strict=True):
+        table, state = scatter(g, row, table, state)
+    every = jnp.arange(SIZE).reshape(3, 4)
+    gathered = jax.jit(rows.gather)(table, state, every)
+    flushed, after = flush(table, state)
+    assert gathered.shape == (3, 4, WIDTH)
+    # The two programs may fuse differently.
+    np.testing.assert_allclose(gathered.reshape(table.shape), flushed, rtol=2e-7, atol=1e-9)
+    jax.tree.map(np.testing.assert_array_equal, flush(flushed, after), (flushed, after))
+    assert (after.last == 20).all()
+
+
+def test_equal_ids_sum_and_ids_of_no_row_count_for_nothing():
+    """In a batch: 3 twice is the sum of both; -1 and 99 are padding inside of jit."""
+    rows = jadam.rows.lazy(jadam.adam(1e-2))
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
+    state, scatter = rows.init(table), jax.jit(rows.scatter)
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4)), jnp.float32)
+    for dtype in (jnp.int8, jnp.uint32, jnp.int32):
+        ids = jnp.asarray([3, 99, 3, 127 if dtype == jnp.uint32 else -1], dtype)
+        got = scatter(g, ids, table, state)
+        expected = scatter((g[0] + g[2])[None], jnp.array([3]), table, state)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        assert (jax.jit(rows.gather)(table, state, ids)[1::2] == 0).all()
+    none = scatter(g[:0], jnp.zeros(0, jnp.int32), table, state)
+    np.testing.assert_array_equal(none[0], table)
+    assert none[1].dense[0].count == 1
+
+
+def compiled_step(rows, size, width=64):
+    def train_step(table, state, ids, targets):
+        gathered = rows.gather(table, state, ids)
+        grads = jax.grad(lambda x: jnp.sum((x - targets) ** 2))(gathered)
+        return rows.scatter(grads, ids, table, state)
+
+    table = jax.ShapeDtypeStruct((size, width), jnp.float32)
+    state = jax.eval_shape(rows.init, table)
+    ids = jax.ShapeDtypeStruct((32,), jnp.int32)
+    targets = jax.ShapeDtypeStruct((32, width), jnp.float32)
+    return jax.jit(train_step, donate_argnums=(0, 1)).lower(table, state, ids, targets).compile()
+
+
+@pytest.mark.parametrize("catch_up", ["sum", "steps", False])
+def test_a_step_costs_the_same_for_any_table(catch_up):
+    """All of the table is donated, no temporary grows with it, and nothing of its size is made."""
+    rows = jadam.rows.lazy(jadam.adam(1e-3), catch_up=catch_up)
+    small, large = (compiled_step(rows, size) for size in (1_000, 1_000_000))
+    memory = [x.memory_analysis() for x in (small, large)]
+    assert memory[0].temp_size_in_bytes == memory[1].temp_size_in_bytes
+    # The count is not aliased by some platforms.
+    table_bytes = 1_000_000 * (3 * 64 + 1) * 4
+    assert memory[1].alias_size_in_bytes >= table_bytes
+    made = re.findall(r"= \w+\[1000000[^ ]* ([\w-]+)\(", large.as_text())
+    # What has the table's size is an argument, or written to in place.
+    in_place = {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "bitcast"}
+    assert set(made) <= in_place | {"while", "fusion", "call", "select", "conditional"}
+    assert "copy" not in made
+
+
+def test_a_table_that_is_sharded_by_rows_stays_so():
+    """Each of eight devices steps its own rows; what is exchanged is of the batch's size."""
+    mesh = jax.make_mesh((8,), ("data",))
+    by_rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    rows = jadam.rows.lazy(jadam.adamw(1e-2, weight_decay=0.1))
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((8 * 512, 16)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, len(table), 24))
+    g = jnp.asarray(rng.standard_normal((24, 16)), jnp.float32)
+
+    def two_steps(table, state, ids, g):
+        for _ in range(2):
+            grads = g + rows.gather(table, state, ids)
+            table, state = rows.scatter(grads, ids, table, state)
+            ids = ids[::2]
+            g = g[::2]
+        return table, state
+
+    expected = jax.jit(two_steps)(table, rows.init(table), ids, g)
+    sharded = jax.device_put(table, by_rows)
+    state = rows.init(sharded)
+    assert state.last.sharding.is_equivalent_to(by_rows, 1)
+    args = (sharded, state, jax.device_put(ids, whole), jax.device_put(g, whole))
+    compiled = jax.jit(two_steps, donate_argnums=(0, 1)).lower(*args).compile()
+    got = compiled(*args)
+    assert got[0].sharding.is_equivalent_to(by_rows, 2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got, expected)
+    found = re.findall(
+        r"= \(?\w+\[([\d,]*)\][^=]* (?:all-[\w-]+|collective-permute|reduce-scatter)\(",
+        compiled.as_text(),
+    )
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in found]
+    assert sizes
+    assert max(sizes) <= ids.size * 16
+
+
+def test_it_goes_with_a_dense_transformation_in_one_step():
+    """An embedding by rows and the layer above it dense learn as both dense do."""
+    rng = np.random.default_rng(0)
+    params = {
+        "embedding": jnp.asarray(rng.standard_normal((50, 8)), jnp.float32),
+        "layer": jnp.asarray(rng.standard_normal((8, 1)), jnp.float32),
+    }
+    schedule = optax.cosine_decay_schedule(1e-2, 100)
+    tx = jadam.adamw(schedule, weight_decay=0.1)
+    rows = jadam.rows.lazy(tx)
+
+    def loss(vectors, layer, targets):
+        return jnp.mean((vectors @ layer - targets) ** 2)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def lazily(params, state, ids, targets):
+        vectors = rows.gather(params["embedding"], state["embedding"], ids)
+        grads = jax.grad(loss, argnums=(0, 1))(vectors, params["layer"], targets)
+        table, rows_state = rows.scatter(grads[0], ids, params["embedding"], state["embedding"])
+        layer, layer_state = tx.step(grads[1], state["layer"], params["layer"])
+        params = {"embedding": table, "layer": layer}
+        return params, {"embedding": rows_state, "layer": layer_state}
+
+    @jax.jit
+    def densely(params, state, ids, targets):
+        def whole(params):
+            return loss(params["embedding"][ids], params["layer"], targets)
+
+        return tx.step(jax.grad(whole)(params), state, params)
+
+    expected, dense = params, tx.init(params)
+    got = jax.tree.map(jnp.array, params)
+    state = {"embedding": rows.init(got["embedding"]), "layer": tx.init(got["layer"])}
+    for _ in range(60):
+        ids = jnp.asarray(rng.integers(0, 50, 6))
+        targets = jnp.asarray(rng.standard_normal((6, 1)), jnp.float32)
+        got, state = lazily(got, state, ids, targets)
+        expected, dense = densely(expected, dense, ids, targets)
+    table, flushed = rows.flush(got["embedding"], state["embedding"])
+    # Roundings of 60 steps, which Adam's division magnifies where a gradient is small.
+    np.testing.assert_allclose(table, expected["embedding"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got["layer"], expected["layer"], rtol=0, atol=1e-5)
+    # And on, dense from rows and rows from dense.
+    report = jadam.diagnostics(flushed.dense, table, table)
+    assert np.isfinite(report["whole"]["v_rms"])
+    again = rows.init(table, flushed.dense)
+    assert (again.last == 60).all()
+
+
+def by_rows_as_torch():
+    start, ids, grads = sparse_adam.problem()
+    tx = jadam.adam(1e-2, eps=1e-4)
+    rows = jadam.rows.lazy(tx, catch_up=False)
+    table, state, scatter = jnp.asarray(start), rows.init(jnp.asarray(start)), jax.jit(rows.scatter)
+    for row, g in zip(ids, grads, strict=True):
+        table, state = scatter(g, row, table, state)
+    return np.asarray(table, np.float64)
+
+
+def test_without_catching_up_it_is_torchs_sparse_adam():
+    """As recorded, and live where torch is installed."""
+    recorded = np.array(json.loads(sparse_adam.FILE.read_text())["table"])
+    # Some 25 touches a row, each rounds p of up to 3 by half an ulp of 2.4e-7.
+    np.testing.assert_allclose(by_rows_as_torch(), recorded, rtol=0, atol=1e-6)
+    # It is another algorithm.
+    tx = jadam.adam(1e-2, eps=1e-4)
+    start, ids, grads = sparse_adam.problem()
+    scatter = jax.jit(jadam.rows.lazy(tx).scatter)
+    table, state = jnp.asarray(start), jadam.rows.lazy(tx).init(jnp.asarray(start))
+    for row, g in zip(ids, grads, strict=True):
+        table, state = scatter(g, row, table, state)
+    assert np.abs(np.asarray(table) - recorded).max() > 1e-2
+    if importlib.util.find_spec("torch"):
+        np.testing.assert_allclose(sparse_adam.by_torch(), recorded, rtol=0, atol=1e-12)
+
+
+ROWS = jadam.rows.lazy(jadam.adam(1e-3))
+TABLE = np.ones((6, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: jadam.rows.lazy(optax.adam(1e-3)), TypeError, "tx: .*jadam's family"),
+        (lambda: jadam.rows.lazy(jadam.ademamix(1e-3)), ValueError, "tx: .*ademamix"),
+        (lambda: jadam.rows.lazy(jadam.adamw(1e-3, mask=True)), ValueError, "tx: expected no mask"),
+        (lambda: jadam.rows.lazy(jadam.adam(1e-3, b2=0.8)), ValueError, "b1, b2: .*√b2"),
+        (lambda: jadam.rows.lazy(jadam.adam(1e-3, b1=jnp.float32(0.9))), TypeError, "b1: .*Python"),
+        (
+            lambda: jadam.rows.lazy(jadam.adam(1e-3), catch_up="all"),
+            ValueError,
+            "catch_up: .*'all'",
+        ),
+        (lambda: jadam.rows.lazy(jadam.radam(1e-3), catch_up=False), ValueError, "SparseAdam"),
+        (lambda: ROWS.init(np.ones(3, np.float32)), ValueError, r"table: .*\(3,\)"),
+        (lambda: ROWS.init(np.ones((3, 2), int)), TypeError, "table: .*int"),
+        (lambda: ROWS.init(TABLE.astype(complex)), TypeError, "table: .*complex"),
+        (lambda: ROWS.init(TABLE, ROWS.init(TABLE[1:]).dense), ValueError, "mu: .*6, 4.*5, 4"),
+        (lambda: ROWS.gather(TABLE, jadam.init(TABLE), [0]), TypeError, "state: .*AdamState"),
+        (lambda: ROWS.gather(TABLE, ROWS.init(TABLE[1:]), [0]), ValueError, "mu: .*6, 4"),
+        (lambda: ROWS.gather(TABLE, ROWS.init(TABLE), [6]), ValueError, "ids: .*0 to 5 .*got 6"),
+        (lambda: ROWS.gather(TABLE, ROWS.init(TABLE), [-1]), ValueError, "ids: .*got -1"),
+        (lambda: ROWS.gather(TABLE, ROWS.init(TABLE), [0.5]), TypeError, "ids: .*float"),
+        (
+            lambda: ROWS.scatter(TABLE, [0, 1], TABLE, ROWS.init(TABLE)),
+            ValueError,
+            r"grads: expected shape \(2, 4\)",
+        ),
+        (
+            lambda: jadam.rows.lazy(jadam.adamax(1e-3), catch_up="sum").flush(
+                TABLE, jadam.rows.lazy(jadam.adamax(1e-3)).init(TABLE)
+            ),
+            ValueError,
+            "catch_up: .*adamax",
+        ),
+        (
+            lambda: jadam.diagnostics({"rows": ROWS.init(TABLE)}, TABLE, TABLE),
+            TypeError,
+            r"state\['rows'\]: .*flush",
+        ),
+        (
+            lambda: jadam.migrate.to_optax({"rows": ROWS.init(TABLE)}),
+            TypeError,
+            r"state\['rows'\]: .*flush",
+        ),
+    ],
+)
+def test_what_is_refused(call, error, message):
+    """The argument's name, what was expected, and what came."""
+    with pytest.raises(error, match=message):
+        call()
