@@ -479,3 +479,14 @@ def test_the_committed_figures_on_scale_are_what_the_code_computes():
         "Llama 3 405B": 405_853_388_800,
         "Kimi K2 1T": pytest.approx(1.03e12, rel=0.005),
     }
+
+
+def test_parameters_on_one_device_are_whole_on_a_mesh_that_is_given():
+    """`divided(params, mesh=mesh, axis=...)` of a model that was just made needs no shardings."""
+    mesh, params = mesh_of(), {"w": jnp.ones((64, 1024)), "b": jnp.ones(8)}
+    zero = jadam.sharding.divided(params, mesh=mesh, axis="data")
+    expected = jadam.sharding.divided(params, P(), mesh=mesh, axis="data")
+    assert zero == expected
+    assert zero["w"].spec == P("data")
+    with pytest.raises(TypeError, match=r"params\['b'\]: .*pass shardings or a mesh"):
+        jadam.sharding.divided(params, axis="data")

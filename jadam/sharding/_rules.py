@@ -136,7 +136,10 @@ def divided(
     def divide(path: Path, shape: Shape, sharding: Sharding) -> Sharding:
         if not _is_named(sharding):
             where = jax.tree_util.keystr(path)
-            raise TypeError(f"params{where}: expected a NamedSharding to divide, got {sharding}")
+            raise TypeError(
+                f"params{where}: expected a NamedSharding to divide, got {sharding}; pass "
+                "shardings or a mesh"
+            )
         for name in names:
             if name not in sharding.mesh.shape:
                 raise ValueError(
@@ -171,13 +174,20 @@ def _owners(params: PyTree, shardings: PyTree, mesh: Mesh | AbstractMesh | None)
     """Each parameter's shape and sharding by its path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     if shardings is None:
-        name, given = "params", [getattr(p, "sharding", None) for _, p in flat]
+        name, given = "params", [_own(p, mesh) for _, p in flat]
     else:
         name, given = "shardings", _spread(shardings, params)
     return {
         path: (np.shape(p), _checked(name + jax.tree_util.keystr(path), s, np.shape(p), mesh))
         for (path, p), s in zip(flat, given, strict=True)
     }
+
+
+def _own(p: Any, mesh: Mesh | AbstractMesh | None) -> Any:
+    """A parameter's own sharding; whole on a mesh that is given where it lies on one device."""
+    sharding = getattr(p, "sharding", None)
+    on_one = sharding is None or (not _is_named(sharding) and sharding.is_fully_replicated)
+    return PartitionSpec() if on_one and mesh is not None else sharding
 
 
 def _spread(shardings: PyTree, params: PyTree) -> list[Any]:
