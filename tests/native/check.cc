@@ -157,6 +157,7 @@ Numbers step_of(const Hyper& h, bool nesterov) {
   s.before_s = float(before.s);
   s.now_a = float(now.a);
   s.now_s = float(now.s);
+  s.bound = 0x1p100f;  // the reference does not cut m
   return s;
 }
 

@@ -101,7 +101,7 @@ def _ffi_api_version() -> int:
 class Numbers(NamedTuple):
     """`Numbers` of step.h, field by field: the numbers of one step, for all its leaves.
 
-    The last four are the curve of m's code (`Curve`) in the step before and in this one.
+    Before the last are four of the curve of m's code (`Curve`) in the step before and in this one.
     """
 
     complement1: Scalar
@@ -119,17 +119,19 @@ class Numbers(NamedTuple):
     before_s: Scalar
     now_a: Scalar
     now_s: Scalar
+    bound: Scalar
 
-    def packed(self) -> Float[Array, "15"]:
+    def packed(self) -> Float[Array, "16"]:
         """As one array, in which the library finds its struct."""
         return jnp.stack([jnp.asarray(x, jnp.float32) for x in self])
 
 
 def numbers_of(
     rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
-) -> Float[Array, "15"]:
+) -> Float[Array, "16"]:
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
+    (ratio,) = rule.relation_at(now).ratios
     (before,), (after,) = (map(Curve.of, rule.relation_at(time).ratios) for time in (then, now))
     coefficients: Coefficients = rule.coefficients_at(now)
     return Numbers(
@@ -140,6 +142,7 @@ def numbers_of(
         before_s=before.s,
         now_a=after.a,
         now_s=after.s,
+        bound=ratio.bound,
     ).packed()
 
 

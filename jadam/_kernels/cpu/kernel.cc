@@ -443,20 +443,32 @@ void run_codes(const Leaf& leaf, Range range, const Numbers& s, const Tables& ta
 // Both moments, rounded where their memory is narrower. One branch for both.
 template <class M, class V>
 JADAM_INLINE void store_moments(M* m_out, V* v_out, F32 m, F32 v, const Dithers& dithers,
-                                int64_t lane) {
+                                int64_t lane, float bound) {
   const U32 dither_m = load_vector<U32>(dithers.upper[0] + lane);
   const U32 dither_v = load_vector<U32>(dithers.upper[1] + lane);
   constexpr bool kRoundsM = std::is_same_v<M, BF16>, kRoundsV = std::is_same_v<V, BF16>;
   const bool is_careful = (kRoundsM || kRoundsV) && any_careful(kRoundsM ? m : v, kRoundsV ? v : m);
-  const auto store_one = [&](auto* out, F32 x, U32 dither) {
-    if constexpr (std::is_same_v<decltype(out), BF16*>) {
-      store_u16(&out->bits, is_careful ? round_to_bf16(x, dither) : carried_to_bf16(x, dither));
-    } else {
-      store(out, x);
-    }
+  const auto rounded_up = [&](F32 x, U32 dither) {
+    return is_careful ? round_to_bf16(x, dither) : carried_to_bf16(x, dither);
   };
-  store_one(m_out, m, dither_m);
-  store_one(v_out, v, dither_v);
+  if constexpr (kRoundsV) {
+    const I32 kept = rounded_up(v, dither_v);
+    store_u16(&v_out->bits, kept);
+    v = bits<F32>(bits<U32>(kept) << 16);
+  } else {
+    store(v_out, v);
+  }
+  if constexpr (kRoundsM) {
+    // No rounding takes m past its bound beside the v that is stored: then it is cut.
+    const I32 kept = rounded_up(m, dither_m);
+    const F32 most = bound * sqrt(at_least(v, all(0x1p-116f)));
+    const U32 sign = bits<U32>(m) & 0x80000000u;
+    const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
+    const F32 size = abs(bits<F32>(bits<U32>(kept) << 16));
+    store_u16(&m_out->bits, select(size > most, bits<I32>(cut), kept));
+  } else {
+    store(m_out, m);
+  }
 }
 
 template <class Member, class G, class P, bool kWritesParams, class M, class V>
@@ -474,7 +486,7 @@ void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& 
                           for (int64_t i = 0; i < n; i += kLanes) {
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
-                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i);
+                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i, s.bound);
                           }
                         };
 

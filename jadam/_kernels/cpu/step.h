@@ -27,6 +27,7 @@ struct Numbers {
   float before_s;
   float now_a;  // and in this one
   float now_s;
+  float bound;  // of |m| beside the root of v, after this step
 };
 
 // Powers of two and 16 times logarithms on [1, 2), made by cpu.tables. AVX-512 has them at the
