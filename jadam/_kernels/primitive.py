@@ -20,7 +20,7 @@ from jadam._kernels.partitioning import partitioned
 from jadam._leaf import Options, Stepped, increment, leaf_step
 from jadam._members import Rule
 from jadam._storage import BLOCK
-from jadam._types import Count, Number, Scalar
+from jadam._types import Count, Scalar
 
 # More leaves in one call compile slowly, fewer cost a call each.
 GROUP = 32
@@ -148,7 +148,7 @@ def _varying_alike(*operands: Array) -> list[Array]:
     ]
 
 
-def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
+def _in_xla(*operands: Any, plan: Plan) -> list[Any]:
     """The same step as XLA's operations."""
     numbers, leaves = _numbers_and_leaves(plan, operands)
     step = leaf_step(*numbers)
@@ -158,7 +158,7 @@ def _in_xla(*operands: Any, plan: Plan) -> list[Number]:
     )
 
 
-def _in_pallas(*operands: Any, plan: Plan) -> list[Number]:
+def _in_pallas(*operands: Any, plan: Plan) -> list[Any]:
     """The same step by the kernel for TPUs, of each leaf that it has.
 
     Where `jax.shard_map` checks how arrays vary, it makes what Pallas does not lower: XLA's form.
@@ -186,7 +186,7 @@ def _numbers_and_leaves(plan: Plan, operands: Sequence[Any]) -> tuple[tuple[Any,
     return (rule, learning_rate, weight_decay, count), plan.leaves(others[plan.arrays :])
 
 
-def _flat(results: Iterable[Stepped]) -> list[Number]:
+def _flat(results: Iterable[Stepped]) -> list[Any]:
     """The results as the primitive has them."""
     return [x for moved, stored, extra in results for x in (moved, *stored, *extra)]
 

@@ -5,6 +5,7 @@ was. The direction is m·w/(√(v + eps_root·s²) + eps·s) + plain·m with num
 depend on the time alone: s/√v is 1/√v̂, and w is s·b1ʲ over the bias correction.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jadam import _math
-from jadam._members import ADAM, ADAMAX, AMSGRAD, NADAM, RADAM, Member, Rule
+from jadam._members import (
+    ADAM,
+    ADAMAX,
+    AMSGRAD,
+    CORRECTED_AMSGRAD,
+    NADAM,
+    RADAM,
+    Member,
+    Rule,
+)
 from jadam._state import Role
 
 Numbers = Float[Array, "rows"]
@@ -89,7 +99,8 @@ def _radam(
 QUIET: Mapping[Member, Callable[..., Quiet]] = {
     ADAM: _adam,
     NADAM: _nadam,
-    AMSGRAD: _amsgrad,
+    AMSGRAD: functools.partial(_amsgrad, maximum="raw"),
+    CORRECTED_AMSGRAD: functools.partial(_amsgrad, maximum="corrected"),
     RADAM: _radam,
 }
 
@@ -116,7 +127,7 @@ def fade(rule: Rule) -> float:
         if not isinstance(numbers[name], float):
             raise TypeError(f"{name}: expected a Python number for rows, got {numbers[name]!r}")
     b1, b2 = numbers["b1"], numbers["b2"]
-    below = 1.0 if member is AMSGRAD else b2 ** (1 / member.power)
+    below = 1.0 if member in (AMSGRAD, CORRECTED_AMSGRAD) else b2 ** (1 / member.power)
     if b1 >= below:
         raise ValueError(
             f"b1, b2: expected b1 < {'b2' if member.power == 1 else '√b2'} for rows, since the "
@@ -140,7 +151,7 @@ def horizon(rule: Rule, dtype: Any) -> int:
 
 def spread(rule: Rule, dtype: Any) -> float:
     """The logarithm of how much larger the scales are at the horizon, late in a training."""
-    if rule.member is AMSGRAD:
+    if rule.member in (AMSGRAD, CORRECTED_AMSGRAD):
         return 0.0
     return -0.5 * horizon(rule, dtype) * math.log(rule.hyperparameters["b2"])
 
