@@ -265,8 +265,9 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
 
     An integer for each row says after which update it stands. When a batch touches a row again,
     the steps that it has missed are made up for, as the dense transformation would have made them
-    with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step costs
-    what the touched rows cost, whatever the size of the table.
+    with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step
+    computes for the touched rows alone. Not held yet: `gather` and `scatter` in one step may hold a
+    temporary of 4 bytes a row of the table, and tables that are divided over devices.
 
     Equal to dense: the same bits for a row that missed nothing. Missed steps of `adam`, `nadam`,
     `amsgrad`, `radam` and those with decay, with float32 moments and b2 over 0.97, are summed in
