@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt32
 
 from jadam._rounding import elements_before, grid, weyl
+from jadam._types import DType
 
 _LARGEST = 0x7F7F  # the upper half of the bits of bfloat16's largest finite number
 _SIGN = np.int32(-(2**31))
@@ -156,7 +157,7 @@ def difference(
 def split(
     master: Float32[Array, "*shape"],
     p: Float[Array, "*shape"],
-    dtype: jnp.dtype,
+    dtype: DType,
     dither: UInt32[Array, "*shape"] | None = None,
 ) -> tuple[Float32[Array, "*shape"], Integer[Array, "*shape"]]:
     """The update that takes p to the bfloat16 number nearest to `master`, and the residual there.

@@ -41,8 +41,8 @@ def moments(
     >>> tx = jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8")
     >>> params = jnp.ones((64, 64))
     >>> _, state = tx.update(params, tx.init(params))
-    >>> round(float(optax.global_norm(jadam.moments(state)[0].mu)), 1)  # 0.1·64
-    6.4
+    >>> round(float(optax.tree.norm(jadam.moments(state)[0].mu)), 1)  # 0.1·64 within a code
+    6.3
     """
     rates |= {"b1": _validate.decay_rate("b1", b1), "b2": _validate.decay_rate("b2", b2)}
 

@@ -26,7 +26,7 @@ RULES = {
     "adam": ADAM.with_hyperparameters(**OPTIONS),
     "nadam": NADAM.with_hyperparameters(**OPTIONS, momentum_decay=0.004),
     "amsgrad": AMSGRAD.with_hyperparameters(
-        **OPTIONS, maximum="raw", bias_correction_mu=True, bias_correction_nu=True
+        **OPTIONS, bias_correction_mu=True, bias_correction_nu=True
     ),
     "ademamix": ADEMAMIX.with_hyperparameters(**OPTIONS, b3=0.9999, warmup=None, alpha=5.0),
 }

@@ -176,7 +176,7 @@ def _wanted(choice: Choice) -> frozenset[str]:
     return frozenset(x for x in asked if x in reasons and reasons[x]() is None)
 
 
-def checked(choice: Choice) -> Choice:
+def checked(choice: Any) -> Choice:
     """The argument `kernel`, which is checked.
 
     Raises:

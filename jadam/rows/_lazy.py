@@ -306,8 +306,8 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
     >>> table = jnp.ones((1000, 4))
     >>> table, state = train_step(table, embeddings.init(table), jnp.array([3, 500, 3]))
     >>> table, state = embeddings.flush(table, state)
-    >>> table[2:5, 0].tolist()
-    [0.9999899864196777, 0.9989900588989258, 0.9999899864196777]
+    >>> [round(x, 5) for x in table[2:5, 0].tolist()]
+    [0.99999, 0.99899, 0.99999]
     """
     recipe = recipe_of(tx)
     if recipe is None:
