@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import digamma
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jadam._rounding import spacing, weyl
 from jadam._types import Number, Real, Scalar
@@ -389,9 +389,18 @@ def sma_length(b2: Decay, t: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(y < 0.25, small, limit - 2 * t / jnp.expm1(jnp.maximum(y, 0.25)))
 
 
-def rectification(rho: Float[Array, "..."], limit: Scalar) -> Float[Array, "..."]:
-    """rₜ² = (ρₜ-4)(ρₜ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρₜ), Liu et al. (2020), Algorithm 2."""
-    return (rho - 4) / (limit - 4) * ((rho - 2) / (limit - 2)) * (limit / rho)
+def rectification(
+    b2: Decay, t: Float[Array, "..."], threshold: Scalar
+) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
+    """Whether ρₜ >= threshold, and then rₜ, else 1, Liu et al. (2020), Algorithm 2.
+
+    rₜ² = (ρₜ-4)(ρₜ-2)ρ∞ / ((ρ∞-4)(ρ∞-2)ρₜ)
+    """
+    rho, limit = sma_length(b2, t), 2 / b2.complement - 1
+    # For b2 <= 0.6 ρ∞ is not above 4, where no variance is defined; ρₜ may be rounded up to it.
+    tractable = jnp.logical_and(rho >= jnp.asarray(threshold, t.dtype), limit > 4)
+    squared = (rho - 4) / (limit - 4) * ((rho - 2) / (limit - 2)) * (limit / rho)
+    return tractable, jnp.sqrt(jnp.where(tractable, squared, 1))
 
 
 def radam(
@@ -412,11 +421,7 @@ def radam(
     d1, d2 = Decay.of(b1, t.dtype), Decay.of(b2, t.dtype)
     c1, c2 = bias_correction(d1, t), bias_correction(d2, t)
     look_ahead = momentum(d1, t, None)
-    rho = sma_length(d2, t)
-    limit = 2 / d2.complement - 1
-    # For b2 <= 0.6 ρ∞ is not above 4, where no variance is defined; ρₜ may be rounded up to it.
-    tractable = jnp.logical_and(rho >= jnp.asarray(threshold, t.dtype), limit > 4)
-    r = jnp.sqrt(jnp.where(tractable, rectification(rho, limit), 1))
+    tractable, r = rectification(d2, t, threshold)
 
     def equations(g: Number, m: Number, v: Real) -> tuple[Number, tuple[Number, Real]]:
         m = average(m, g, d1)

@@ -4,6 +4,7 @@ A member's equations are in `_math`, its state in `_state`. Here stands what els
 of it. A new member needs an entry in `MEMBERS`; the rest of the package follows from that.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,10 +151,6 @@ NADAM = Member(
     options=_EPS | {"momentum_decay": _validate.optional(_POSITIVE)},
     coefficients=coefficients.nadam,
 )
-_AMSGRAD_OPTIONS = _EPS | {
-    "bias_correction_mu": _validate.flag,
-    "bias_correction_nu": _validate.flag,
-}
 AMSGRAD = Member(
     name="amsgrad",
     state=AmsgradState,
@@ -161,16 +158,13 @@ AMSGRAD = Member(
     equations=functools.partial(_math.amsgrad, maximum="raw"),
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_AMSGRAD_OPTIONS,
+    options=_EPS | {"bias_correction_mu": _validate.flag, "bias_correction_nu": _validate.flag},
 )
-CORRECTED_AMSGRAD = Member(
+CORRECTED_AMSGRAD = dataclasses.replace(
+    AMSGRAD,
     name="corrected amsgrad",
     state=CorrectedAmsgradState,
-    moments=(_M, _V, _V_MAX),
     equations=functools.partial(_math.amsgrad, maximum="corrected"),
-    ratios=_math.moment_ratios,
-    rates=_RATES,
-    options=_AMSGRAD_OPTIONS,
 )
 ADAMAX = Member(
     name="adamax",
@@ -194,6 +188,7 @@ RADAM = Member(
         "threshold": functools.partial(_validate.in_range, at_least=4.0),
         "nesterov": _validate.flag,
     },
+    coefficients=coefficients.radam,
 )
 _SCHEDULED_RATE = _validate.scheduled(_validate.decay_rate)
 ADEMAMIX = Member(

@@ -31,6 +31,7 @@ def has_kernel(function, *args):
 PROGRAMS = {
     "member adam": lambda: (jadam.adam(1e-2, kernel="native"), "float32", "float32", "update"),
     "member nadam": lambda: (jadam.nadam(1e-2, kernel="native"), "float32", "float32", "update"),
+    "member radam": lambda: (jadam.radam(1e-2, kernel="native"), "float32", "float32", "update"),
     "gradients float32, parameters float32": lambda: (
         *(jadam.adam(1e-2, kernel="native"), "float32", "float32", "step"),
     ),

@@ -16,7 +16,7 @@ import numpy as np
 from jadam import _validate
 from jadam._leaf import Options
 from jadam._masters import Stochastic
-from jadam._members import MEMBERS, Rule
+from jadam._members import MEMBERS, Member, Rule
 from jadam._rounding import is_slice
 from jadam._storage import BLOCK, storage_of
 from jadam._types import Shape
@@ -55,25 +55,33 @@ class Kernel:
         return gains and not (is_update and features & self.slow_updates)
 
 
+_DTYPES_AND_OPTIONS = frozenset(
+    [
+        "gradients float32, parameters float32",
+        "gradients bfloat16, parameters float32",
+        "gradients bfloat16, parameters bfloat16",
+        "moments float32 float32",
+        "moments bfloat16 float32",
+        "moments bfloat16 bfloat16",
+        "moments 8-bit codes",
+        "decays",
+        "to_params",
+        "weights compensated int8",
+        "weights compensated int16",
+    ]
+)
+
+
+def _members(those: Callable[[Member], bool]) -> frozenset[str]:
+    return frozenset(f"member {member.name}" for member in MEMBERS if those(member))
+
+
 CPU = Kernel(
     platform="cpu",
-    features=frozenset(
-        [
-            *(f"member {member.name}" for member in MEMBERS if member.coefficients is not None),
-            "gradients float32, parameters float32",
-            "gradients bfloat16, parameters float32",
-            "gradients bfloat16, parameters bfloat16",
-            "moments float32 float32",
-            "moments bfloat16 float32",
-            "moments bfloat16 bfloat16",
-            "moments 8-bit codes",
-            "decays",
-            "to_params",
-            "weights compensated int8",
-            "weights compensated int16",
-            "weights stochastic bfloat16",
-        ]
-    ),
+    # AMSGrad and AdEMAMix have a third moment, AdaMax an equation of u that no other member has.
+    features=_members(lambda member: member.coefficients is not None)
+    | _DTYPES_AND_OPTIONS
+    | {"weights stochastic bfloat16"},
     # An update alone leaves as much memory to read again in either form, and XLA can fuse its own
     # loops with what is around them.
     slow_updates=frozenset({"moments float32 float32"}),
@@ -94,22 +102,7 @@ def _lies_in_blocks(shape: Shape) -> bool:
 
 TPU = Kernel(
     platform="tpu",
-    features=frozenset(
-        [
-            *(f"member {member.name}" for member in MEMBERS),
-            "gradients float32, parameters float32",
-            "gradients bfloat16, parameters float32",
-            "gradients bfloat16, parameters bfloat16",
-            "moments float32 float32",
-            "moments bfloat16 float32",
-            "moments bfloat16 bfloat16",
-            "moments 8-bit codes",
-            "decays",
-            "to_params",
-            "weights compensated int8",
-            "weights compensated int16",
-        ]
-    ),
+    features=_members(lambda member: True) | _DTYPES_AND_OPTIONS,
     suits=_lies_in_blocks,
     # XLA makes one pass of all others.
     gains_by=frozenset(

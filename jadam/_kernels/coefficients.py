@@ -9,12 +9,13 @@ from jadam._types import Scalar
 
 
 class Coefficients(NamedTuple):
-    """One step of Adam or NAdam as numbers.
+    """One step of Adam, NAdam or RAdam as numbers.
 
     m = m + complement1·(g - m),  v = v + complement2·(g² - v + dither·spacing(v)),
-    direction = m̂/(c1·(√(v/c2 + eps_root) + eps)),  m̂ = m_weight·m + g_weight·g
+    direction = m̂/(c1·(√min(v/c2 + eps_root, most) + eps)),  m̂ = m_weight·m + g_weight·g
 
-    Without Nesterov's look-ahead both weights are 0, and m̂ is m.
+    Without Nesterov's look-ahead both weights are 0, and m̂ is m. With most = 0 and eps = 1 nothing
+    is divided by the root, of which 2⁻⁵¹ is left.
     """
 
     complement1: Scalar
@@ -26,6 +27,7 @@ class Coefficients(NamedTuple):
     c2: Scalar
     eps: Scalar
     eps_root: Scalar
+    most: Scalar = jnp.inf
 
 
 def adam(
@@ -50,6 +52,33 @@ def nadam(
     d1, d2 = _math.Decay.of(b1, time.t.dtype), _math.Decay.of(b2, time.t.dtype)
     look_ahead = _math.momentum(d1, time.t, momentum_decay)
     return _of(d1, d2, time, look_ahead, jnp.ones_like(time.t), eps, eps_root)
+
+
+def radam(
+    time: _math.Time,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    threshold: Scalar,
+    nesterov: bool,
+) -> Coefficients:
+    """Those of `_math.radam`: r is within c1 or the look-ahead."""
+    d2 = _math.Decay.of(b2, time.t.dtype)
+    tractable, r = _math.rectification(d2, time.t, threshold)
+    plain = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    if nesterov:
+        found = nadam(time, **plain, momentum_decay=None)
+        found = found._replace(m_weight=r * found.m_weight, g_weight=r * found.g_weight)
+    else:
+        found = adam(time, **plain)
+        found = found._replace(c1=found.c1 / r)
+    one, infinity = jnp.ones_like(r), jnp.full_like(r, jnp.inf)
+    return found._replace(
+        eps=jnp.where(tractable, jnp.asarray(eps, r.dtype), one),
+        most=jnp.where(tractable, infinity, 0),
+    )
 
 
 def _of(

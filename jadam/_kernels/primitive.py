@@ -115,7 +115,7 @@ def through_kernel(
     known = tuple(None if isinstance(x, jax.Array) else x for x in numbers)
     # What the library for CPUs takes; of members that it has not, no leaf is lowered to it.
     packed = (
-        jnp.zeros(len(cpu.Numbers._fields))
+        jnp.zeros(len(cpu.NAMES))
         if rule.member.coefficients is None
         else cpu.numbers_of(rule, learning_rate, weight_decay, count)
     )

@@ -90,10 +90,8 @@ def _radam(
     weight, scale, _none = (
         _nadam(t, j, b1=b1, b2=b2, momentum_decay=None) if nesterov else _adam(t, j, b1=b1, b2=b2)
     )
-    rho = _math.sma_length(d2, t)
-    tractable = rho >= jnp.asarray(threshold, t.dtype)
-    r = jnp.sqrt(jnp.where(tractable, _math.rectification(rho, 2 / d2.complement - 1), 0))
-    return Quiet(r * weight, scale, jnp.where(tractable, 0, weight / scale))
+    tractable, r = _math.rectification(d2, t, threshold)
+    return Quiet(jnp.where(tractable, r * weight, 0), scale, jnp.where(tractable, 0, weight / scale))
 
 
 QUIET: Mapping[Member, Callable[..., Quiet]] = {

@@ -151,6 +151,7 @@ Numbers step_of(const Hyper& h, bool nesterov) {
   s.c2 = float(correction(h.b2, h.t));
   s.eps = float(h.eps);
   s.eps_root = float(h.eps_root);
+  s.most = std::numeric_limits<float>::infinity();
   s.learning_rate = 1e-3f;
   s.weight_decay = 0.1f;
   s.before_a = float(before.a);

@@ -104,15 +104,7 @@ class Numbers(NamedTuple):
     Before the last are four of the curve of m's code (`Curve`) in the step before and in this one.
     """
 
-    complement1: Scalar
-    complement2: Scalar
-    dither: Scalar
-    m_weight: Scalar
-    g_weight: Scalar
-    c1: Scalar
-    c2: Scalar
-    eps: Scalar
-    eps_root: Scalar
+    coefficients: Coefficients
     learning_rate: Scalar
     weight_decay: Scalar
     before_a: Scalar
@@ -121,21 +113,24 @@ class Numbers(NamedTuple):
     now_s: Scalar
     bound: Scalar
 
-    def packed(self) -> Float[Array, "16"]:
+    def packed(self) -> Float[Array, "numbers"]:
         """As one array, in which the library finds its struct."""
-        return jnp.stack([jnp.asarray(x, jnp.float32) for x in self])
+        return jnp.stack([jnp.asarray(x, jnp.float32) for x in (*self.coefficients, *self[1:])])
+
+
+NAMES = (*Coefficients._fields, *Numbers._fields[1:])
+"""Of all numbers, in the order in which they are packed."""
 
 
 def numbers_of(
     rule: Rule, learning_rate: Scalar, weight_decay: Scalar, count: Count
-) -> Float[Array, "16"]:
+) -> Float[Array, "numbers"]:
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
     (ratio,) = rule.relation_at(now).ratios
     (before,), (after,) = (map(Curve.of, rule.relation_at(time).ratios) for time in (then, now))
-    coefficients: Coefficients = rule.coefficients_at(now)
     return Numbers(
-        **coefficients._asdict(),
+        rule.coefficients_at(now),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         before_a=before.a,

@@ -28,9 +28,9 @@ bool float_of(ffi::DataType dtype, Float& found) {
   return dtype == ffi::DataType::F32 || dtype == ffi::DataType::BF16;
 }
 
-// Operands: numbers, tables, count, the lane at which rows begin, then of each leaf g, m, v, where it is needed p, and where its
-// weights say so the residual and its dither's count, or two words of random bits. Results: of each
-// leaf p or the update, m, v and the residual.
+// Operands: numbers, tables, count, the lane at which rows begin, then of each leaf g, m, v, where
+// it is needed p, and where its weights say so the residual and its dither's count, or two words of
+// random bits. Results: of each leaf p or the update, m, v and the residual.
 ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Span<const int32_t> decays, bool writes_params,
                        ffi::Span<const int32_t> weights, ffi::Span<const int32_t> salts) {

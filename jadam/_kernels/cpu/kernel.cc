@@ -97,7 +97,8 @@ struct Adam {
   JADAM_INLINE F32 operator()(F32 g, F32& m, F32& v) const {
     m = m + s.complement1 * (g - m);
     v = second_moment(v, g, s);
-    F32 root = sqrt(at_least(v * inverse_c2 + s.eps_root, all(0x1p-103f)));
+    const F32 v_hat = at_most(v * inverse_c2 + s.eps_root, all(s.most));
+    const F32 root = sqrt(at_least(v_hat, all(0x1p-103f)));
     if constexpr (kNesterov) {
       return (s.m_weight * m + s.g_weight * g) / (root + s.eps);
     } else {

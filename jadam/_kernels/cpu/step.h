@@ -10,7 +10,7 @@ constexpr int64_t kBlock = 128;  // as codes.BLOCK
 // Of the dithers, as _rounding.STEP and beside it.
 constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
 
-// One step's numbers, by the names in cpu.Numbers.
+// One step's numbers, by cpu.NAMES.
 struct Numbers {
   float complement1;  // 1 - b1
   float complement2;  // 1 - b2
@@ -21,6 +21,7 @@ struct Numbers {
   float c2;
   float eps;
   float eps_root;
+  float most;  // of v / c2 + eps_root
   float learning_rate;
   float weight_decay;
   float before_a;  // the curve of m's code in the step before
