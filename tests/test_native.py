@@ -47,11 +47,7 @@ def kernel_library():
 
 def instruction_sets():
     """The names of those that the library has and this processor too, the best first."""
-    if cpu.library().instruction_set is None:
-        return []
-    names = kernel_library().jadam_instruction_sets
-    names.restype = ctypes.c_char_p
-    return names().decode().split()
+    return cpu.library().available
 
 
 def use(name):

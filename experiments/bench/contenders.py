@@ -5,16 +5,19 @@ training program would donate are donated. One call is one step on given gradien
 
 - step: `tx.step(grads, state, params)`, jadam's fused step.
 - update: `tx.update` and `optax.apply_updates` in one jit.
+- avx2, baseline: the same step by the kernel of an instruction set that the processor has beside
+  its best, forced by JADAM_INSTRUCTION_SET in a process of its own.
 - buffers alone: a call that takes and returns a step's arrays, donated, and computes nothing.
 - in a scan: 20 steps in one `jax.lax.scan`, the time of one.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ import jadam
 from experiments.bench import limit, program
 from experiments.bench.trials import Trial, cores
 from experiments.bench.workloads import Shapes
+from jadam._kernels import cpu
 
 OPTIONS = {"learning_rate": 1e-3, "weight_decay": 0.1}
 SCANNED = 20
@@ -91,8 +95,8 @@ def _jadam(shapes: Shapes, kernel: Any = "auto", **options: Any) -> Trial:
     return _step(jadam.adamw(**OPTIONS, kernel=kernel, **options), shapes)
 
 
-def _jadam_update(shapes: Shapes) -> Trial:
-    return _update(jadam.adamw(**OPTIONS), shapes)
+def _jadam_update(shapes: Shapes, kernel: Any = "auto") -> Trial:
+    return _update(jadam.adamw(**OPTIONS, kernel=kernel), shapes)
 
 
 def _jadam_packed(shapes: Shapes) -> Trial:
@@ -104,9 +108,9 @@ def _jadam_scan(shapes: Shapes) -> Trial:
     return _scan(tx, shapes, lambda params, state, grads: tx.step(grads, state, params))
 
 
-def _compensated(shapes: Shapes, **options: Any) -> Trial:
-    tx = jadam.compensated_weights(jadam.adamw(**OPTIONS, **options))
-    return _update(tx, shapes, dtype=jnp.bfloat16)
+def _compensated(shapes: Shapes, kernel: Any = "auto", **options: Any) -> Trial:
+    tx = jadam.compensated_weights(jadam.adamw(**OPTIONS, kernel=kernel, **options))
+    return _step(tx, shapes, dtype=jnp.bfloat16)
 
 
 def _optax(shapes: Shapes, donate: tuple[int, ...] = (0, 1)) -> Trial:
@@ -179,6 +183,7 @@ class Contender:
     Attributes:
         name: as the tables show it.
         process: the runtime whose threads it uses; contenders of one process share its threads.
+            "jax avx2" is a JAX whose kernel is that of AVX2.
         make: its arrays and its step for given shapes.
         bytes: the most that it holds for a parameter, temporaries included.
         module: what must be installed.
@@ -187,23 +192,30 @@ class Contender:
     """
 
     name: str
-    process: Literal["limit", "jax", "torch"]
+    process: str
     make: Callable[[Shapes], Trial]
     bytes: int
     module: str = "jadam"
     where: tuple[str, ...] = ("cpu", "gpu", "tpu")
     many_leaves: bool = False
 
+    @property
+    def instruction_set(self) -> str:
+        """That which is forced; empty where nothing is."""
+        return self.process.partition("jax ")[2]
+
     def missing(self, backend: str) -> str | None:
         """Why it cannot be timed, if it cannot."""
         if backend not in self.where:
             return f"not on a {backend.upper()}"
+        if self.instruction_set and self.instruction_set not in cpu.library().available[1:]:
+            return "not beside this processor's best"
         if importlib.util.find_spec(self.module) is None:
             return "not installed"
         return None
 
 
-CPU_GPU, GPU = ("cpu", "gpu"), ("gpu",)
+CPU_GPU, CPU, GPU = ("cpu", "gpu"), ("cpu",), ("gpu",)
 _8_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 _16_BITS = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
 _BF16 = "bfloat16"
@@ -217,6 +229,17 @@ JADAM = Contender("jadam step", "jax", _jadam, 20)
 JADAM_UPDATE = Contender("jadam update", "jax", _jadam_update, 22)
 JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_16_BITS), 19)
 JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
+COMPENSATED = Contender("jadam compensated bf16 weights", "jax", _compensated, 18)
+COMPENSATED_8 = Contender(
+    "jadam compensated, 8-bit moments", "jax", functools.partial(_compensated, **_8_BITS), 12
+)
+FORCED = tuple(
+    dataclasses.replace(
+        contender, name=f"{contender.name}, {name}", process=f"jax {name}", where=CPU
+    )
+    for name in ("avx2", "baseline")
+    for contender in (JADAM, JADAM_16, JADAM_8, COMPENSATED_8)
+)
 JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, many_leaves=True)
 BUFFERS = Contender("buffers alone", "jax", _buffers, 16)
 JADAM_PACKED = Contender(
@@ -235,13 +258,20 @@ CONTENDERS = (
     JADAM,
     JADAM_UPDATE,
     OPTAX,
+    Contender("jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=CPU),
     Contender(
-        "jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=("cpu",)
+        "jadam update, native",
+        "jax",
+        functools.partial(_jadam_update, kernel="native"),
+        26,
+        where=CPU,
     ),
     Contender("optax, not donated", "jax", functools.partial(_optax, donate=()), 28),
     JADAM_16,
     JADAM_8,
-    Contender("jadam compensated bf16 weights", "jax", _compensated, 26),
+    COMPENSATED,
+    COMPENSATED_8,
+    *FORCED,
     FLASHOPTIM_JAX,
     Contender(
         "flashoptim-jax 8-bit, bf16 weights",
@@ -279,7 +309,7 @@ CONTENDERS = (
         functools.partial(_torch_peer, module="bitsandbytes.optim", name="AdamW8bit"),
         16,
         "bitsandbytes",
-        GPU,
+        CPU_GPU,
     ),
     Contender(
         "torchao 8-bit (torch)",

@@ -40,6 +40,7 @@ from experiments.bench.publish import README, RESULTS
 from experiments.bench.rounds import measure, targets
 from experiments.bench.workloads import QUICK, WORKLOADS, Workload
 from experiments.common import picture, report
+from jadam._kernels import cpu
 
 PARTS = Path("runs", "bench", "parts")
 """The folder of finished workloads, until all are finished."""
@@ -212,6 +213,7 @@ def measured(config: Config) -> dict[str, Any]:
         "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
         "backend": backend,
         "kernels": jadam.kernels()[backend],
+        "instruction_set": cpu.library().instruction_set if backend == "cpu" else None,
         "load_average_before": load,
         "workloads": workloads,
     }
@@ -223,7 +225,8 @@ def main(config: Config = Config()) -> None:
     kept = out / "speed.json"
     results = json.loads(kept.read_text()) if config.redraw else measured(config)
     on_cpu = results.get("backend", "cpu") == "cpu"
-    results["targets"] = targets(results["workloads"]) if on_cpu else []
+    in_use = results["instruction_set"]
+    results["targets"] = targets(results["workloads"], in_use) if on_cpu else []
 
     console = Console()
     for name, workload in results["workloads"].items():

@@ -50,6 +50,12 @@ _trials: dict[str, Trial] = {}
 PAUSE = 0.02
 
 
+def force(instruction_set: str) -> None:
+    """Jadam's kernel is that of an instruction set in this process, which has not loaded it yet."""
+    if instruction_set:
+        os.environ["JADAM_INSTRUCTION_SET"] = instruction_set
+
+
 def build(name: str, make: Callable[..., Trial], shapes: Any) -> dict[str, float]:
     """Builds a trial; returns the figures of its program."""
     _trials[name] = make(shapes)

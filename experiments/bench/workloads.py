@@ -48,13 +48,15 @@ ONE_LEAF = Workload("1 leaf of 50M", ((50_000_000,),))
 GPT2 = Workload("GPT-2 124M", gpt2())
 MANY_LEAVES = Workload("300 leaves of 100k", ((100_000,),) * 300, many_leaves=True)
 TINY_LEAVES = Workload("2,000 leaves of 2k", ((2_000,),) * 2_000, many_leaves=True)
+LLAMA3_LAYER = Workload("Llama 3 8B, a layer", llama3_layer())
+IN_CACHE = Workload("1 leaf of 1M, in cache", ((1_000_000,),))
 WORKLOADS = (
     ONE_LEAF,
     GPT2,
-    Workload("Llama 3 8B, a layer", llama3_layer()),
+    LLAMA3_LAYER,
     MANY_LEAVES,
     TINY_LEAVES,
-    Workload("1 leaf of 1M, in cache", ((1_000_000,),)),
+    IN_CACHE,
     Workload("1 leaf of 1B", ((1_000_000_000,),), gpu_only=True),
 )
 QUICK = (

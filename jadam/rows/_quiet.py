@@ -91,7 +91,9 @@ def _radam(
         _nadam(t, j, b1=b1, b2=b2, momentum_decay=None) if nesterov else _adam(t, j, b1=b1, b2=b2)
     )
     tractable, r = _math.rectification(d2, t, threshold)
-    return Quiet(jnp.where(tractable, r * weight, 0), scale, jnp.where(tractable, 0, weight / scale))
+    return Quiet(
+        jnp.where(tractable, r * weight, 0), scale, jnp.where(tractable, 0, weight / scale)
+    )
 
 
 QUIET: Mapping[Member, Callable[..., Quiet]] = {

@@ -34,10 +34,17 @@ _FORCED = "JADAM_INSTRUCTION_SET"
 
 
 class Library(NamedTuple):
-    """The loaded library, or why there is none."""
+    """The loaded library, or why there is none.
+
+    Attributes:
+        instruction_set: that which is in use.
+        reason: of it, or why there is none.
+        available: all that the library and the processor have, the best first.
+    """
 
     instruction_set: str | None
     reason: str
+    available: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -68,7 +75,7 @@ def library() -> Library:
     chosen = forced or sets[0]
     use(chosen.encode())
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
-    return Library(chosen, f"loaded, forced by {_FORCED}" if forced else "loaded")
+    return Library(chosen, f"loaded, forced by {_FORCED}" if forced else "loaded", tuple(sets))
 
 
 def _is_whole(path: Path) -> bool:
