@@ -461,12 +461,16 @@ JADAM_INLINE void store_moments(M* m_out, V* v_out, F32 m, F32 v, const Dithers&
   }
   if constexpr (kRoundsM) {
     // No rounding takes m past its bound beside the v that is stored: then it is cut.
-    const I32 kept = rounded_up(m, dither_m);
-    const F32 most = bound * sqrt(at_least(v, all(0x1p-116f)));
-    const U32 sign = bits<U32>(m) & 0x80000000u;
-    const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
-    const F32 size = abs(bits<F32>(bits<U32>(kept) << 16));
-    store_u16(&m_out->bits, select(size > most, bits<I32>(cut), kept));
+    I32 kept = rounded_up(m, dither_m);
+    const F32 size = abs(bits<F32>(bits<U32>(kept) << 16)), second = at_least(v, all(0x1p-116f));
+    // The squares say by themselves where it is far from that.
+    if (any(size * size > bound * bound * 0.999f * second)) {
+      const F32 most = bound * sqrt(second);
+      const U32 sign = bits<U32>(m) & 0x80000000u;
+      const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
+      kept = select(size > most, bits<I32>(cut), kept);
+    }
+    store_u16(&m_out->bits, kept);
   } else {
     store(m_out, m);
   }
@@ -555,95 +559,173 @@ void run_plain(const Leaf& leaf, Range range, const Numbers& s, const Tables& ta
                                                                        dithers);
 }
 
-// ---- _masters.py, number by number: the compiler makes vectors of these loops
+// ---- _masters.py
 
 constexpr int32_t kSign = INT32_MIN, kLargest = 0x7F7F;
 
-inline float float_of(int32_t b) { return bits<float>(b); }
-inline int32_t bits_of(float x) { return bits<int32_t>(x); }
-inline bool is_finite(int32_t b) { return (b & 0x7F800000) != 0x7F800000; }
-inline int32_t size_of(int32_t order) { return order < 0 ? -order : order; }
+JADAM_INLINE I32 is_finite(F32 x) { return abs(x) < __builtin_inff(); }
+JADAM_INLINE I32 size_of(I32 order) { return max(order, -order); }
 
 // float32's numbers in their order.
-inline int32_t ordered(int32_t b) {
-  const int32_t sign = b >> 31;
+JADAM_INLINE I32 ordered(F32 x) {
+  const I32 b = bits<I32>(x), sign = b >> 31;
   return ((b & ~kSign) ^ sign) - sign;
 }
 
-// The bits of the bfloat16 nearest to x, in the upper half.
-inline int32_t nearest(float x) {
-  const uint32_t b = bits<uint32_t>(x);
-  const uint32_t near = b + (((b >> 16) & 1u) + 0x7FFFu);
-  return int32_t((x == x ? near : b | 0x400000u) & 0xFFFF0000u);
+// The nearest bfloat16.
+JADAM_INLINE F32 nearest(F32 x) {
+  const U32 b = bits<U32>(x);
+  const U32 near = b + (((b >> 16) & 1u) + 0x7FFFu);
+  return bits<F32>(select(x == x, near, b | 0x400000u) & 0xFFFF0000u);
 }
 
 // u with x + u = target; -0 where nothing moves.
-inline float difference(float target, float x) {
-  const float max = 0x1.fffffep127f;
-  float moved = target - x;
-  moved = moved < -max ? -max : moved > max ? max : moved;
-  moved = is_finite(bits_of(target)) ? moved : target;
-  return bits_of(target) == bits_of(x) ? -0.0f : moved;
+JADAM_INLINE F32 difference(F32 target, F32 x) {
+  const float largest = 0x1.fffffep127f;
+  const F32 moved = at_most(at_least(target - x, all(-largest)), all(largest));
+  return select(bits<I32>(target) == bits<I32>(x), all(-0.0f),
+                select(is_finite(target), moved, target));
 }
 
+template <class R>
+JADAM_INLINE F32 join(F32 x, I32 residual) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  const I32 order = ordered(x) + (residual << kShift);
+  const I32 joined = size_of(order) | (select(order == 0, bits<I32>(x), order) & kSign);
+  return select(is_finite(x), bits<F32>(joined), x);
+}
+
+// A weight after its step: the update, the bfloat16 that x and the update give, the residual there.
+struct Narrowed {
+  F32 update, landed;
+  I32 residual;
+};
+
+// The bfloat16 nearest to the master, and what it leaves.
+template <class R>
+JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  const I32 sign = bits<I32>(master) & kSign;
+  I32 order = ordered(master);
+  if constexpr (kShift > 0) order += bits<I32>(dither >> (32 - kShift));
+  I32 upper = (order + 0x8000) >> 16;
+  // As nearly always: the numbers are finite and the sum is exact, so that it lands on the target.
+  const F32 near = bits<F32>((size_of(upper) << 16) | sign), moved = near - x;
+  const I32 is_usual = (abs(master) < 0x1p127f) & (x + moved == near);
+  if (__builtin_expect(!any(~is_usual), true)) {
+    const F32 update = select(bits<I32>(near) == bits<I32>(x), all(-0.0f), moved);
+    return {update, near, (order - (upper << 16)) >> kShift};
+  }
+  const I32 finite = is_finite(master);
+  upper = min(max(upper, I32{} - kLargest), I32{} + kLargest);
+  const I32 target = (size_of(upper) << 16) | sign;
+  const F32 update = difference(select(finite, bits<F32>(target), master), x);
+  const F32 landed = nearest(x + update);
+  const I32 place = ordered(landed);
+  order = min(max(order, place - 0x8000), place + 0x7FFF);
+  return {update, landed, finite & ((order - place) >> kShift)};
+}
+
+// One of the two neighbours of the master.
+JADAM_INLINE F32 round_randomly(F32 master, U32 random) {
+  const F32 size = abs(master), s = at_least(power(master) * 0x1p-7f, all(0x1p-126f));
+  const F32 steps = size / s, below = to_float(truncate(steps));
+  const F32 share = to_float(bits<I32>(random >> 8)) * 0x1p-24f;
+  const F32 rounded = (below + select(share < steps - below, all(1.0f), F32{})) * s;
+  const I32 with_sign = bits<I32>(rounded) | (bits<I32>(master) & kSign);
+  const I32 in_range = (bits<I32>(master) & ~kSign) <= (kLargest << 16);
+  return select(in_range, bits<F32>(with_sign), nearest(master));
+}
+
+// _masters.random_bits of these places.
+JADAM_INLINE U32 random_bits(U32 place, const uint32_t (&words)[2]) {
+  for (const uint32_t word : words) {
+    place ^= word;
+    place = (place ^ (place >> 16)) * 0x7FEB352Du;
+    place = (place ^ (place >> 15)) * 0x846CA68Bu;
+    place ^= place >> 16;
+  }
+  return place;
+}
+
+// `weyl` of a block's lanes without its phase, twice: from any lane on a vector can be read.
+struct Lanes {
+  uint32_t weyl[2 * kBlock];
+
+  constexpr Lanes() : weyl{} {
+    for (uint32_t i = 0; i < 2 * kBlock; ++i) weyl[i] = i % kBlock * kLane;
+  }
+};
+constexpr Lanes kLanesOfBlock;
+
+// Some blocks' weights as float32, from those in memory and their residuals.
 template <class R>
 void expand(const BF16* p, const R* residual, int64_t n, float* master) {
-  constexpr int kShift = 16 - 8 * int(sizeof(R));
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t b = int32_t(uint32_t(p[i].bits) << 16);
-    const int32_t order = ordered(b) + int32_t(residual[i]) * (1 << kShift);
-    const int32_t joined = size_of(order) | ((order == 0 ? b : order) & kSign);
-    master[i] = float_of(is_finite(b) ? joined : b);
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    store(master + i, join<R>(load(p + i), load_integers(residual + i)));
+  }
+  if (whole == n) return;
+  Padded<BF16> last;
+  Padded<R> rest;
+  last.copy(p + whole, n - whole);
+  rest.copy(residual + whole, n - whole);
+  store(master + whole, join<R>(load(last.values), load_integers(rest.values)));
+}
+
+// Float32 weights as they lie in memory: the parameter, or the update to it, and the residual.
+// `step(master, x, i)` is that of the vector at i.
+template <class R, class Out, class Step>
+JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* residual, Out* out,
+                         const Step& step) {
+  const auto vector = [&](int64_t i, const BF16* from, R* residual_out, Out* to) {
+    const Narrowed found = step(load(master + i), load(from), i);
+    if constexpr (std::is_same_v<Out, BF16>) {
+      store_u16(&to->bits, bits<I32>(bits<U32>(found.landed) >> 16));
+    } else {
+      store(to, found.update);
+    }
+    if (residual_out != nullptr) store_integers(residual_out, found.residual);
+  };
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) vector(i, p + i, shifted(residual, i), out + i);
+  if (whole == n) return;
+  Padded<BF16> last;
+  Padded<R> rest;
+  Padded<Out> written;
+  vector(whole, last.copy(p + whole, n - whole), residual == nullptr ? nullptr : rest.values,
+         written.values);
+  if (residual != nullptr) copy_back(residual + whole, rest, n - whole);
+  copy_back(out + whole, written, n - whole);
+}
+
+// The same by the leaf's kind of weights; its numbers begin at `first`, `out` is theirs.
+template <class Out>
+void narrow_leaf(const Leaf& leaf, const float* master, int64_t first, int64_t n, Out* out) {
+  const BF16* p = static_cast<const BF16*>(leaf.p) + first;
+  if (leaf.weights == Weights::kCompensated8) {
+    const auto step = [&](F32 to, F32 x, int64_t i) {
+      const uint32_t lane = (leaf.first_lane + uint32_t(i)) % kBlock;
+      return split<int8_t>(to, x, load_vector<U32>(kLanesOfBlock.weyl + lane) + leaf.phase);
+    };
+    narrow(master, p, n, static_cast<int8_t*>(leaf.residual_out) + first, out, step);
+  } else if (leaf.weights == Weights::kCompensated16) {
+    const auto step = [](F32 to, F32 x, int64_t) { return split<int16_t>(to, x, U32{}); };
+    narrow(master, p, n, static_cast<int16_t*>(leaf.residual_out) + first, out, step);
+  } else {
+    U32 lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = uint32_t(i);
+    const auto step = [&](F32 to, F32 x, int64_t i) -> Narrowed {
+      const U32 random = random_bits(lane + uint32_t(first + i), leaf.words);
+      const F32 update = difference(round_randomly(to, random), x);
+      return {update, nearest(x + update), I32{}};
+    };
+    narrow(master, p, n, static_cast<int8_t*>(nullptr), out, step);
   }
 }
 
-// The update that takes p to the bfloat16 nearest to the master, and the residual there.
-template <class R>
-void split(const float* master, const BF16* p, R* residual, int64_t n, uint32_t phase,
-           uint32_t first_lane, float* update) {
-  constexpr int kShift = 16 - 8 * int(sizeof(R));
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t b = bits_of(master[i]);
-    const float x = float_of(int32_t(uint32_t(p[i].bits) << 16));
-    const bool finite = is_finite(b);
-    int32_t order = ordered(b);
-    if (kShift > 0) {
-      const uint32_t lane = (first_lane + uint32_t(i)) % kBlock;
-      order += int32_t((lane * kLane + phase) >> (kShift > 0 ? 32 - kShift : 0));
-    }
-    int32_t upper = (order + 0x8000) >> 16;
-    upper = upper < -kLargest ? -kLargest : upper > kLargest ? kLargest : upper;
-    const int32_t target = int32_t(uint32_t(size_of(upper)) << 16) | (b & kSign);
-    update[i] = difference(float_of(finite ? target : b), x);
-    const int32_t landed = ordered(nearest(x + update[i]));
-    const int32_t low = landed - 0x8000, high = landed + 0x7FFF;
-    order = order < low ? low : order > high ? high : order;
-    residual[i] = R(finite ? (order - landed) >> kShift : 0);
-  }
-}
-
-// The update to one of the two neighbours of the master; `first` is the place of the first number.
-inline void round_randomly(const float* master, const BF16* p, int64_t n, uint32_t first,
-                           const uint32_t (&words)[2], float* update) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t random = first + uint32_t(i);
-    for (const uint32_t word : words) {
-      random ^= word;
-      random = (random ^ (random >> 16)) * 0x7FEB352Du;
-      random = (random ^ (random >> 15)) * 0x846CA68Bu;
-      random ^= random >> 16;
-    }
-    const int32_t b = bits_of(master[i]);
-    const float size = float_of(b & ~kSign);
-    const float step = float_of(b & 0x7F800000) * 0x1p-7f;
-    const float s = step > 0x1p-126f ? step : 0x1p-126f;
-    const float steps = size / s, below = __builtin_floorf(steps);
-    const float up = float(int32_t(random >> 8)) * 0x1p-24f < steps - below ? 1.0f : 0.0f;
-    const int32_t rounded = (bits_of((below + up) * s) & ~kSign) | (b & kSign);
-    const bool in_range = (b & ~kSign) <= (kLargest << 16);
-    const float target = float_of(in_range ? rounded : nearest(master[i]));
-    update[i] = difference(target, float_of(int32_t(uint32_t(p[i].bits) << 16)));
-  }
+inline void widen(const BF16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = bits<float>(uint32_t(from[i].bits) << 16);
 }
 
 // n numbers of a dtype from place i on.
@@ -660,7 +742,7 @@ void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& 
                  const Dithers& dithers) {
   const int64_t in_row = leaf.blocks_in_row();
   const auto* p = static_cast<const BF16*>(leaf.p);
-  alignas(64) float master[kGroup * kBlock], gradient[kGroup * kBlock], update[kGroup * kBlock];
+  alignas(64) float master[kGroup * kBlock], gradient[kGroup * kBlock];
   for (int64_t block = range.begin, count; block < range.end; block += count) {
     const int64_t row = block / in_row, in = block % in_row;
     count = range.end - block < kGroup ? range.end - block : kGroup;
@@ -672,19 +754,14 @@ void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& 
     } else if (leaf.weights == Weights::kCompensated16) {
       expand(p + i, static_cast<const int16_t*>(leaf.residual) + i, n, master);
     } else {
-      for (int64_t j = 0; j < n; ++j) {
-        master[j] = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
-      }
+      widen(p + i, n, master);
     }
     Leaf part = leaf;
     part.rows = 1;
     part.n = n;
     part.g = at(leaf.g, leaf.g_dtype, i);
     if (leaf.g_dtype == Float::kBF16) {
-      const auto* g = static_cast<const BF16*>(part.g);
-      for (int64_t j = 0; j < n; ++j) {
-        gradient[j] = float_of(int32_t(uint32_t(g[j].bits) << 16));
-      }
+      widen(static_cast<const BF16*>(part.g), n, gradient);
       part.g = gradient;
       part.g_dtype = Float::kF32;
     }
@@ -699,22 +776,10 @@ void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& 
     part.p_dtype = Float::kF32;
     part.writes_params = true;
     run_plain(part, {0, count}, s, tables, dithers);
-    if (leaf.weights == Weights::kCompensated8) {
-      split(master, p + i, static_cast<int8_t*>(leaf.residual_out) + i, n, leaf.phase,
-            leaf.first_lane, update);
-    } else if (leaf.weights == Weights::kCompensated16) {
-      split(master, p + i, static_cast<int16_t*>(leaf.residual_out) + i, n, 0, 0, update);
-    } else {
-      round_randomly(master, p + i, n, uint32_t(i), leaf.words, update);
-    }
     if (leaf.writes_params) {
-      auto* out = static_cast<BF16*>(leaf.out) + i;
-      for (int64_t j = 0; j < n; ++j) {
-        const float x = float_of(int32_t(uint32_t(p[i + j].bits) << 16));
-        out[j].bits = uint16_t(uint32_t(nearest(x + update[j])) >> 16);
-      }
+      narrow_leaf(leaf, master, i, n, static_cast<BF16*>(leaf.out) + i);
     } else {
-      std::memcpy(static_cast<float*>(leaf.out) + i, update, n * sizeof(float));
+      narrow_leaf(leaf, master, i, n, static_cast<float*>(leaf.out) + i);
     }
   }
 }

@@ -170,6 +170,21 @@ JADAM_INLINE bool any_above(U32 x, U32 y, uint32_t high) {
 #endif
 }
 
+// Whether a lane of a mask is set.
+JADAM_INLINE bool any(I32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(__m512i(mask)) != 0;
+#elif defined(__x86_64__)
+  return JADAM_X86_OF(movemask_ps)(Floats(mask)) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32(uint32x4_t(mask)) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
 JADAM_INLINE F32 sqrt(F32 x) {
 #if defined(__x86_64__)
   return F32(JADAM_X86_OF(sqrt_ps)(Floats(x)));
@@ -272,6 +287,36 @@ JADAM_INLINE void store_u16(uint16_t* p, I32 x) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = uint16_t(x[i]);
 #endif
+}
+
+// Signed numbers of 8 and 16 bits; what is stored is in their range.
+JADAM_INLINE I32 load_integers(const int8_t* p) {
+#if defined(__AVX512F__)
+  return I32(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return I32(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  I32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+JADAM_INLINE I32 load_integers(const int16_t* p) {
+  return (load_u16(reinterpret_cast<const uint16_t*>(p)) << 16) >> 16;
+}
+JADAM_INLINE void store_integers(int8_t* p, I32 x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x)));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128(__m256i(x));
+  const __m128i words = _mm_packs_epi32(low, _mm256_extracti128_si256(__m256i(x), 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x[i]);
+#endif
+}
+JADAM_INLINE void store_integers(int16_t* p, I32 x) {
+  store_u16(reinterpret_cast<uint16_t*>(p), x & 0xFFFF);
 }
 
 }  // namespace JADAM_ISA
