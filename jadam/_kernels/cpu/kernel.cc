@@ -491,13 +491,18 @@ void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& 
                           for (int64_t i = 0; i < n; i += kLanes) {
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
-                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i, s.bound);
+                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i % kBlock, s.bound);
                           }
                         };
 
-  for (int64_t block = range.begin; block < range.end; ++block) {
+  // A row's blocks at once, but for the last one where it does not fill its vectors.
+  for (int64_t block = range.begin, count; block < range.end; block += count) {
     const int64_t row = block / in_row, in = (block % in_row) * kBlock, i = row * leaf.n + in;
-    const int64_t n = leaf.n - in < kBlock ? leaf.n - in : kBlock;
+    const int64_t rest = leaf.n - in;
+    count = in_row - block % in_row;
+    if (range.end - block < count) count = range.end - block;
+    if (rest < count * kBlock && rest % kLanes != 0 && count > 1) --count;
+    const int64_t n = rest < count * kBlock ? rest : count * kBlock;
     const auto* g = static_cast<const G*>(leaf.g) + i;
     const auto* p = shifted(static_cast<const P*>(leaf.p), i);
     const auto* m = static_cast<const M*>(leaf.m) + i;
