@@ -5,8 +5,9 @@ training program would donate are donated. One call is one step on given gradien
 
 - step: `tx.step(grads, state, params)`, jadam's fused step.
 - update: `tx.update` and `optax.apply_updates` in one jit.
-- avx2, baseline: the same step by the kernel of an instruction set that the processor has beside
-  its best, forced by JADAM_INSTRUCTION_SET in a process of its own.
+- XLA: the step in XLA's operations, without jadam's kernel.
+- avx2, baseline: the same step by an instruction set that the processor has beside its best, in a
+  process of its own where it is forced on the kernel (JADAM_INSTRUCTION_SET) and on XLA alike.
 - buffers alone: a call that takes and returns a step's arrays, donated, and computes nothing.
 - in a scan: 20 steps in one `jax.lax.scan`, the time of one.
 """
@@ -189,6 +190,7 @@ class Contender:
         module: what must be installed.
         where: backends that it runs on.
         many_leaves: for hundreds of leaves and more.
+        few_leaves: for one leaf alone.
     """
 
     name: str
@@ -198,6 +200,7 @@ class Contender:
     module: str = "jadam"
     where: tuple[str, ...] = ("cpu", "gpu", "tpu")
     many_leaves: bool = False
+    few_leaves: bool = False
 
     @property
     def instruction_set(self) -> str:
@@ -233,12 +236,25 @@ COMPENSATED = Contender("jadam compensated bf16 weights", "jax", _compensated, 1
 COMPENSATED_8 = Contender(
     "jadam compensated, 8-bit moments", "jax", functools.partial(_compensated, **_8_BITS), 12
 )
+XLA = Contender("jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=CPU)
+XLA_16 = Contender(
+    "jadam bf16 moments, XLA",
+    "jax",
+    functools.partial(_jadam, kernel="xla", **_16_BITS),
+    20,
+    where=CPU,
+    few_leaves=True,
+)
 FORCED = tuple(
     dataclasses.replace(
-        contender, name=f"{contender.name}, {name}", process=f"jax {name}", where=CPU
+        contender,
+        name=f"{contender.name}, {name}",
+        process=f"jax {name}",
+        where=CPU,
+        few_leaves=True,
     )
     for name in ("avx2", "baseline")
-    for contender in (JADAM, JADAM_16, JADAM_8, COMPENSATED_8)
+    for contender in (JADAM, XLA, JADAM_16, XLA_16, JADAM_8, COMPENSATED_8)
 )
 JADAM_SCAN = Contender("jadam step, in a scan", "jax", _jadam_scan, 24, many_leaves=True)
 BUFFERS = Contender("buffers alone", "jax", _buffers, 16)
@@ -258,7 +274,8 @@ CONTENDERS = (
     JADAM,
     JADAM_UPDATE,
     OPTAX,
-    Contender("jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=CPU),
+    XLA,
+    XLA_16,
     Contender(
         "jadam update, native",
         "jax",

@@ -173,6 +173,8 @@ def measure(workload: Workload, rounds: int, pace: dict[str, float]) -> dict[str
         for contender in CONTENDERS:
             if contender.many_leaves and not workload.many_leaves:
                 continue
+            if contender.few_leaves and len(workload.shapes) > 1:
+                continue
             reason = measurement.missing(contender, jax.default_backend())
             measurement.found[contender.name] = {"missing": reason} if reason else {}
             if not reason:

@@ -50,10 +50,18 @@ _trials: dict[str, Trial] = {}
 PAUSE = 0.02
 
 
+XLAS_NAMES = {"avx512": "AVX512", "avx2": "AVX2", "baseline": "SSE4_2"}
+
+
 def force(instruction_set: str) -> None:
-    """Jadam's kernel is that of an instruction set in this process, which has not loaded it yet."""
+    """Jadam's kernel and XLA keep to an instruction set in this process, which has loaded neither.
+
+    The kernel's baseline is SSE2, for which XLA has no name.
+    """
     if instruction_set:
         os.environ["JADAM_INSTRUCTION_SET"] = instruction_set
+        flag = f"--xla_cpu_max_isa={XLAS_NAMES[instruction_set]}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
 def build(name: str, make: Callable[..., Trial], shapes: Any) -> dict[str, float]:
