@@ -1,6 +1,7 @@
 """The layers: what a module may import, and what the package may not need."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +114,22 @@ def test_importing_jadam_starts_no_backend_and_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("module", [name for name in ORDER if "._" not in name], ids=str)
+def test_a_public_module_shows_its_public_names_alone(module):
+    """`dir` and completion are a map of what there is, and each name has a docstring."""
+    shown = importlib.import_module(module)
+    names = dir(shown)
+    assert names == sorted(shown.__all__)
+    assert all(not name.startswith("_") and getattr(shown, name).__doc__ for name in names)
+
+
 EXPERIMENTS = PACKAGE.parent / "experiments"
 # Where an experiment reaches inside jadam: the module that is named, and why.
 INSIDE_JADAM = {
     # The dither of jadam's codes is one of the roundings that the bench of codes compares.
     "experiments/bench/codecs/blocks.py": {"jadam._rounding"},
+    # Which instruction sets can be forced has no public name.
+    "experiments/bench/contenders.py": {"jadam._kernels"},
     # jadam.diagnostics returns a histogram, and its edges have no public name.
     "experiments/mnist/diagnostics.py": {"jadam._diagnostics"},
 }

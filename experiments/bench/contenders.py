@@ -177,6 +177,11 @@ def _torch_peer(shapes: Shapes, module: str, name: str, dtype: str = "float32") 
     return _torch(shapes, make, dtype)
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Those that jadam's kernel and this processor have, the best first."""
+    return cpu.library().available
+
+
 @dataclass(frozen=True)
 class Contender:
     """A row of the tables.
@@ -211,7 +216,7 @@ class Contender:
         """Why it cannot be timed, if it cannot."""
         if backend not in self.where:
             return f"not on a {backend.upper()}"
-        if self.instruction_set and self.instruction_set not in cpu.library().available[1:]:
+        if self.instruction_set and self.instruction_set not in instruction_sets()[1:]:
             return "not beside this processor's best"
         if importlib.util.find_spec(self.module) is None:
             return "not installed"

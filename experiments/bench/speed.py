@@ -33,6 +33,7 @@ from experiments.bench.contenders import (
     OPTAX,
     TORCH_FUSED,
     Contender,
+    instruction_sets,
 )
 from experiments.bench.limit import COPY_BYTES, STEP_BYTES
 from experiments.bench.program import INSTRUCTIONS
@@ -40,7 +41,6 @@ from experiments.bench.publish import README, RESULTS
 from experiments.bench.rounds import measure, targets
 from experiments.bench.workloads import QUICK, WORKLOADS, Workload
 from experiments.common import picture, report
-from jadam._kernels import cpu
 
 PARTS = Path("runs", "bench", "parts")
 """The folder of finished workloads, until all are finished."""
@@ -213,7 +213,7 @@ def measured(config: Config) -> dict[str, Any]:
         "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
         "backend": backend,
         "kernels": jadam.kernels()[backend],
-        "instruction_set": cpu.library().instruction_set if backend == "cpu" else None,
+        "instruction_set": next(iter(instruction_sets()), None) if backend == "cpu" else None,
         "load_average_before": load,
         "workloads": workloads,
     }

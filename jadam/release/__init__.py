@@ -6,6 +6,16 @@ is one leaf. `scan` takes the place of `jax.lax.scan` in the model, and `train_s
 from the loss and the transformation.
 """
 
-from jadam.release._scan import scan as scan
-from jadam.release._step import train_step as train_step
-from jadam.release._survey import released as released
+from jadam.release._scan import scan
+from jadam.release._step import train_step
+from jadam.release._survey import released
+
+__all__ = [
+    "released",
+    "scan",
+    "train_step",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

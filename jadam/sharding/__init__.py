@@ -6,6 +6,15 @@ parameter lies: moments, codes, residuals and accumulated gradients along all ax
 device.
 """
 
-from jadam.sharding._rules import divided as divided
-from jadam.sharding._rules import state_shardings as state_shardings
-from jadam.sharding._streamed import streamed as streamed
+from jadam.sharding._rules import divided, state_shardings
+from jadam.sharding._streamed import streamed
+
+__all__ = [
+    "divided",
+    "state_shardings",
+    "streamed",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
