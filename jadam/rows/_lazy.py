@@ -81,8 +81,8 @@ class Lazy:
         """
         self._check(table, state)
         ids = checked_ids(ids, len(table))
-        rows = self._up_to_date(self._rows(table, state, ids.reshape(-1)), state)
-        return lax.stop_gradient(rows.p).reshape(ids.shape + table.shape[1:])
+        touched, rows = self._touched(table, state, ids)
+        return lax.stop_gradient(touched.spread(rows.p)).reshape(ids.shape + table.shape[1:])
 
     def scatter(
         self, grads: RowsOf, ids: Ids, table: Table, state: RowsState
@@ -108,10 +108,10 @@ class Lazy:
         """
         self._check(table, state)
         grads = _checked_grads(grads, np.shape(ids), table)
-        ids = checked_ids(ids, len(table)).reshape(-1)
-        touched = Touched.by(ids, len(table))
-        g = touched.sums(grads.reshape(ids.shape + table.shape[1:]))
-        rows = self._up_to_date(self._rows(table, state, touched.rows), state)
+        touched, rows = self._touched(table, state, checked_ids(ids, len(table)))
+        # All is read before any is written: then XLA writes in place.
+        touched, rows = lax.optimization_barrier((touched, rows))
+        g = touched.sums(grads.reshape((-1, *table.shape[1:])))
 
         moments = self._moments(state.dense, table)
         count, member = moments.count, self.plan.rule.member
@@ -124,7 +124,7 @@ class Lazy:
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
-        return table, self._after(state, touched, kept)
+        return table, self._after(state, touched, rows.last, kept)
 
     def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
@@ -201,6 +201,14 @@ class Lazy:
                 f"{table.shape}, got {state.last.shape}"
             )
 
+    def _touched(self, table: Table, state: RowsState, ids: Ids) -> tuple[Touched, Rows]:
+        """The distinct rows of a batch as they are now.
+
+        `gather` and `scatter` of one step ask for the same, which XLA computes once.
+        """
+        touched = Touched.by(ids.reshape(-1), len(table))
+        return touched, self._up_to_date(self._rows(table, state, touched.rows), state)
+
     def _rows(self, table: Table, state: RowsState, rows: Int[Array, "n"]) -> Rows:
         moments = self._moments(state.dense, table)
         stored = self.plan.rule.member.stored(moments)
@@ -245,7 +253,9 @@ class Lazy:
             )
         return can and self.catch_up != "steps"
 
-    def _after(self, state: RowsState, touched: Touched, stored: list[Array]) -> RowsState:
+    def _after(
+        self, state: RowsState, touched: Touched, last: Array, stored: list[Array]
+    ) -> RowsState:
         """The state after an update of the touched rows."""
         moments, *schedules = state.dense
         member = self.plan.rule.member
@@ -255,7 +265,8 @@ class Lazy:
             total = _add(decayed[0], self.plan.log_decay_at(moments.count))
             each = jnp.broadcast_to(total[None], (touched.rows.size, 2))
             decayed = (total, put(decayed[1], touched, each))
-        last = put(state.last, touched, jnp.full(touched.rows.shape, now))
+        # The maximum is `now`; it tells XLA that what is written in place has been read.
+        last = put(state.last, touched, jnp.maximum(last, now))
         moments = moments._replace(count=now, **_named(member, stored))
         return RowsState((moments, *jax.tree.map(increment, schedules)), last, decayed)
 

@@ -33,6 +33,11 @@ class Touched(NamedTuple):
         rows = rows.at[place].set(by_id, indices_are_sorted=True)
         return cls(rows, order, place)
 
+    def spread(self, x: Array) -> Array:
+        """What belongs to the rows, for each place of the batch."""
+        places = jnp.zeros_like(self.place).at[self.order].set(self.place, unique_indices=True)
+        return x[places]
+
     def sums(self, x: Array) -> Array:
         """The sum over the places of each row, in float32 or wider, in the dtype of x."""
         wide = x.astype(np.promote_types(x.dtype, np.float32))[self.order]
