@@ -82,7 +82,7 @@ class Lazy:
         self._check(table, state)
         ids = checked_ids(ids, len(table))
         touched, rows = self._touched(table, state, ids)
-        return lax.stop_gradient(touched.spread(rows.p)).reshape(ids.shape + table.shape[1:])
+        return lax.stop_gradient(rows.p[touched.place]).reshape(ids.shape + table.shape[1:])
 
     def scatter(
         self, grads: RowsOf, ids: Ids, table: Table, state: RowsState
@@ -216,7 +216,7 @@ class Lazy:
             take(jnp.asarray(table), rows),
             tuple(take(x, rows) for x in stored),
             # What is no row has missed nothing.
-            state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max),
+            take(state.last, rows, np.iinfo(np.int32).max),
             self._log_decay(state, rows),
         )
 

@@ -202,14 +202,13 @@ def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
     weights = _weights(plan, rows, missed, between)
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
+    # Of all rows at each node, made in one go.
+    j = jnp.repeat(jnp.asarray(between.nodes, real), len(missed))
+    last = jnp.tile(rows.last.astype(real), len(between.nodes))
+    each = (x.reshape(len(between.nodes), len(missed)) for x in quiet(rule, last + j, j))
     total = jnp.zeros_like(v)
-    for weight, node in zip(weights.T, between.nodes.tolist(), strict=True):
-        j = jnp.full(missed.shape, node, real)
-        quiet_row = quiet(rule, rows.last.astype(real) + j, j)
-        factor, scale, plain = (
-            _across(x, v)
-            for x in (weight * quiet_row.weight, quiet_row.scale, weight * quiet_row.plain)
-        )
+    for weight, *at in zip(weights.T, *each, strict=True):
+        factor, scale, plain = (_across(x, v) for x in (weight * at[0], at[1], weight * at[2]))
         root = jnp.sqrt(jnp.maximum(v + eps_root * scale**2, least * scale**2))
         total += factor / (root + eps * scale) + plain
     return m * total

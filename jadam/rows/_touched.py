@@ -13,36 +13,27 @@ class Touched(NamedTuple):
     """The distinct rows of a batch, in order, with room for as many as there are ids.
 
     Attributes:
-        rows: their ids, then the number of rows of the table for the rest of the room.
-        order: the places in the batch, by id.
-        place: of each of those, where its id is in `rows`.
+        rows: their ids, then numbers that are no rows of the table for the rest of the room.
+        place: where the id of each place of the batch is in `rows`.
     """
 
     rows: Int[Array, "n"]
-    order: Int[Array, "n"]
     place: Int[Array, "n"]
 
     @classmethod
     def by(cls, ids: Int[Array, "n"], size: int) -> "Touched":
         """The rows of ids in which `size` stands for no row."""
-        order = jnp.argsort(ids)
-        by_id = ids[order]
+        by_id = jnp.sort(ids)
         is_new = jnp.concatenate([jnp.zeros(1, bool), by_id[1:] != by_id[:-1]])[: ids.size]
         place = jnp.cumsum(is_new.astype(jnp.int32))
-        rows = jnp.full(ids.shape, size, jnp.int32)
-        rows = rows.at[place].set(by_id, indices_are_sorted=True)
-        return cls(rows, order, place)
-
-    def spread(self, x: Array) -> Array:
-        """What belongs to the rows, for each place of the batch."""
-        places = jnp.zeros_like(self.place).at[self.order].set(self.place, unique_indices=True)
-        return x[places]
+        none = size + jnp.arange(ids.size, dtype=jnp.int32)
+        rows = none.at[place].set(by_id, indices_are_sorted=True)
+        return cls(rows, place[jnp.searchsorted(by_id, ids)])
 
     def sums(self, x: Array) -> Array:
         """The sum over the places of each row, in float32 or wider, in the dtype of x."""
-        wide = x.astype(np.promote_types(x.dtype, np.float32))[self.order]
-        total = jax.ops.segment_sum(wide, self.place, self.rows.size, indices_are_sorted=True)
-        return total.astype(x.dtype)
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        return jax.ops.segment_sum(wide, self.place, self.rows.size).astype(x.dtype)
 
 
 def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
@@ -67,12 +58,23 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     return jnp.where(is_row, ids.astype(jnp.int32), size)
 
 
-def take(x: Array, rows: Int[Array, "n"]) -> Array:
-    """Some rows of an array; 0 where there is none."""
-    return x.at[rows].get(mode="fill", fill_value=0)
+def take(x: Array, rows: Int[Array, "n"], none: int = 0) -> Array:
+    """Some rows of an array; `none` where there is none."""
+    return x.at[rows].get(
+        mode="fill",
+        fill_value=none,
+        indices_are_sorted=True,
+        unique_indices=True,
+        wrap_negative_indices=False,
+    )
 
 
 def put(x: Array, touched: Touched, values: Array) -> Array:
     """The array with other values in the touched rows."""
-    # The rest of the room is not unique, but is dropped.
-    return x.at[touched.rows].set(values.astype(x.dtype), mode="drop", indices_are_sorted=True)
+    return x.at[touched.rows].set(
+        values.astype(x.dtype),
+        mode="drop",
+        indices_are_sorted=True,
+        unique_indices=True,
+        wrap_negative_indices=False,
+    )
