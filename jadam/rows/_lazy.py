@@ -18,6 +18,7 @@ from jadam._storage import storage_of
 from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
+from jadam.rows._divided import gathered, stepped
 from jadam.rows._missed import Plan, Rows
 from jadam.rows._quiet import fade
 from jadam.rows._touched import Touched, checked_ids, put, take
@@ -81,8 +82,11 @@ class Lazy:
         """
         self._check(table, state)
         ids = checked_ids(ids, len(table))
+        return lax.stop_gradient(gathered(self._gather, table, state, ids))
+
+    def _gather(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
         touched, rows = self._touched(table, state, ids)
-        return lax.stop_gradient(rows.p[touched.place]).reshape(ids.shape + table.shape[1:])
+        return rows.p[touched.place].reshape(ids.shape + table.shape[1:])
 
     def scatter(
         self, grads: RowsOf, ids: Ids, table: Table, state: RowsState
@@ -108,7 +112,12 @@ class Lazy:
         """
         self._check(table, state)
         grads = _checked_grads(grads, np.shape(ids), table)
-        touched, rows = self._touched(table, state, checked_ids(ids, len(table)))
+        return stepped(self._scatter, table, state, checked_ids(ids, len(table)), grads)
+
+    def _scatter(
+        self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
+    ) -> tuple[Table, RowsState]:
+        touched, rows = self._touched(table, state, ids)
         # All is read before any is written: then XLA writes in place.
         touched, rows = lax.optimization_barrier((touched, rows))
         g = touched.sums(grads.reshape((-1, *table.shape[1:])))
@@ -137,8 +146,9 @@ class Lazy:
             ValueError: the state is not the table's.
         """
         self._check(table, state)
-        if not self.catch_up:
-            return table, state
+        return stepped(self._flush, table, state) if self.catch_up else (table, state)
+
+    def _flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         moments = self._moments(state.dense, table)
         member = self.plan.rule.member
         every = Rows(
