@@ -118,8 +118,6 @@ class Lazy:
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
     ) -> tuple[Table, RowsState]:
         touched, rows = self._touched(table, state, ids)
-        # All is read before any is written: then XLA writes in place.
-        touched, rows = lax.optimization_barrier((touched, rows))
         g = touched.sums(grads.reshape((-1, *table.shape[1:])))
 
         moments = self._moments(state.dense, table)
@@ -130,10 +128,11 @@ class Lazy:
         p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
 
         table = put(jnp.asarray(table), touched, p)
+        touched = touched.after(table)
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
-        return table, self._after(state, touched, rows.last, kept)
+        return table, self._after(state, touched, kept)
 
     def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
@@ -263,9 +262,7 @@ class Lazy:
             )
         return can and self.catch_up != "steps"
 
-    def _after(
-        self, state: RowsState, touched: Touched, last: Array, stored: list[Array]
-    ) -> RowsState:
+    def _after(self, state: RowsState, touched: Touched, stored: list[Array]) -> RowsState:
         """The state after an update of the touched rows."""
         moments, *schedules = state.dense
         member = self.plan.rule.member
@@ -275,8 +272,7 @@ class Lazy:
             total = _add(decayed[0], self.plan.log_decay_at(moments.count))
             each = jnp.broadcast_to(total[None], (touched.rows.size, 2))
             decayed = (total, put(decayed[1], touched, each))
-        # The maximum is `now`; it tells XLA that what is written in place has been read.
-        last = put(state.last, touched, jnp.maximum(last, now))
+        last = put(state.last, touched, jnp.full(touched.rows.shape, now))
         moments = moments._replace(count=now, **_named(member, stored))
         return RowsState((moments, *jax.tree.map(increment, schedules)), last, decayed)
 
