@@ -221,11 +221,12 @@ class Lazy:
     def _rows(self, table: Table, state: RowsState, rows: Int[Array, "n"]) -> Rows:
         moments = self._moments(state.dense, table)
         stored = self.plan.rule.member.stored(moments)
+        p, *kept = take((jnp.asarray(table), *stored), rows)
         return Rows(
-            take(jnp.asarray(table), rows),
-            tuple(take(x, rows) for x in stored),
+            p,
+            tuple(kept),
             # What is no row has missed nothing.
-            take(state.last, rows, np.iinfo(np.int32).max),
+            state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max),
             self._log_decay(state, rows),
         )
 
@@ -234,11 +235,11 @@ class Lazy:
         if not (self.plan.decays and self.catch_up):
             return None
         if state.decayed is None:
-            last = state.last if rows is None else take(state.last, rows)
+            last = state.last if rows is None else state.last.at[rows].get(mode="clip")
             count = state.dense[0].count
             return (count - last).astype(jnp.float32) * self.plan.log_decay_at(count)
         total, then = state.decayed
-        then = then if rows is None else take(then, rows)
+        then = then if rows is None else then.at[rows].get(mode="clip")
         return (total[0] - then[:, 0]) + (total[1] - then[:, 1])
 
     def _up_to_date(self, rows: Rows, state: RowsState) -> Rows:

@@ -19,7 +19,7 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import QUIET, Interpolation, faded, horizon, interpolation, quiet
+from jadam.rows._quiet import QUIET, Interpolation, faded, horizon, interpolation, is_zero, quiet
 
 # How many missed steps are summed in one turn.
 _AT_A_TIME = 8
@@ -206,11 +206,17 @@ def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
     j = jnp.repeat(jnp.asarray(between.nodes, real), len(missed))
     last = jnp.tile(rows.last.astype(real), len(between.nodes))
     each = (x.reshape(len(between.nodes), len(missed)) for x in quiet(rule, last + j, j))
+    rooted = jnp.sqrt(v)
+
+    def root(scale: Array) -> Array:
+        if is_zero(rule.hyperparameters["eps_root"]):
+            return jnp.maximum(rooted, least**0.5 * scale)
+        return jnp.sqrt(jnp.maximum(v + eps_root * scale**2, least * scale**2))
+
     total = jnp.zeros_like(v)
     for weight, *at in zip(weights.T, *each, strict=True):
         factor, scale, plain = (_across(x, v) for x in (weight * at[0], at[1], weight * at[2]))
-        root = jnp.sqrt(jnp.maximum(v + eps_root * scale**2, least * scale**2))
-        total += factor / (root + eps * scale) + plain
+        total += factor / (root(scale) + eps * scale) + plain
     return m * total
 
 

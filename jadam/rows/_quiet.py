@@ -175,11 +175,12 @@ def interpolation(rule: Rule) -> Interpolation | None:
     """
     numbers = dict(rule.hyperparameters)
     # Directions are counted in eps.
-    numbers["eps"], numbers["eps_root"] = 1.0, float(not _is_zero(numbers["eps_root"]))
+    numbers["eps"], numbers["eps_root"] = 1.0, float(not is_zero(numbers["eps_root"]))
     return _interpolation(rule.member, tuple(sorted(numbers.items())))
 
 
-def _is_zero(x: Any) -> bool:
+def is_zero(x: Any) -> bool:
+    """Whether a hyperparameter is known to be 0."""
     return isinstance(x, (int, float)) and x == 0
 
 

