@@ -196,9 +196,10 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
     times = np.add.outer(touched, j)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         each = (jnp.asarray(x.reshape(-1), jnp.float64) for x in np.broadcast_arrays(times, j))
-        weight, scale, plain = (np.asarray(x).reshape(times.shape) for x in quiet(rule, *each))
-    directions = [plain]
-    for root in (0.0, *np.geomspace(1e-2, 1e2, 9)):
+        found = jax.jit(functools.partial(quiet, rule))(*each)
+    weight, scale, plain = (np.asarray(x).reshape(times.shape) for x in found)
+    directions, largest = [plain], 100 * np.max(scale / scale[:, :1])
+    for root in (0.0, *np.geomspace(0.01, largest, round(2 * math.log10(largest)) + 5)):
         v = root * scale[:, :1]
         directions.append((1 + root) * weight / (v + scale))
         if rule.hyperparameters["eps_root"]:
