@@ -119,7 +119,7 @@ def fade(rule: Rule) -> float:
     """The factor ρ by which the direction shrinks in a step without a gradient, at most.
 
     Raises:
-        TypeError: b1 or b2 is not known on the host.
+        TypeError: a hyperparameter other than eps and eps_root is not known on the host.
         ValueError: the motion without a gradient has no end, or hardly one.
     """
     member, numbers = rule.member, rule.hyperparameters
@@ -128,8 +128,8 @@ def fade(rule: Rule) -> float:
             f"tx: expected a member whose motion ends without gradients, got {member.name}, whose "
             "slow average outlives √v; catch_up has no end for it"
         )
-    for name in ("b1", "b2"):
-        if not isinstance(numbers[name], float):
+    for name in sorted(numbers.keys() - {"eps", "eps_root"}):
+        if not isinstance(numbers[name], (float, int, type(None))):
             raise TypeError(f"{name}: expected a Python number for rows, got {numbers[name]!r}")
     b1, b2 = numbers["b1"], numbers["b2"]
     below = 1.0 if member in (AMSGRAD, CORRECTED_AMSGRAD) else b2 ** (1 / member.power)
@@ -205,10 +205,11 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
         if rule.hyperparameters["eps_root"]:
             directions.append((1 + root) * weight / np.hypot(v, scale))
     directions = np.concatenate(directions)
-    r, pivots = scipy.linalg.qr(directions, mode="r", pivoting=True)
-    for n in range(2, min(_MOST_NODES, steps) + 1):
+    factors: Any = scipy.linalg.qr(directions, mode="r", pivoting=True)
+    r, pivots = factors
+    for n in range(1, min(_MOST_NODES, steps) + 1):
         # R = [R₁ R₂; 0 R₃]: the directions at the nodes times R₁⁻¹R₂ are those elsewhere, R₃ off.
-        if bound(rule) * abs(r[n, n]) > 5e-6 * np.sqrt(len(directions)):
+        if n < steps and bound(rule) * abs(r[n, n]) > 5e-6 * np.sqrt(len(directions)):
             continue
         basis = np.empty((steps, n))
         basis[pivots] = scipy.linalg.solve_triangular(r[:n, :n], r[:n]).T
