@@ -27,7 +27,7 @@ from . import skipgram
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "embeddings.json"
 SIZES = tuple(2**k for k in (14, 16, 18, 20))
-ROUNDS = 11
+ROUNDS = 31
 LEARNING_RATE = 1e-2
 LEARNED_SIZE, LEARNED_STEPS = 2**15, 300
 Step = Callable[[np.ndarray, np.ndarray], float]
@@ -126,6 +126,7 @@ def speed(size: int) -> dict[str, Any]:
     return {
         name: {
             "ms": report.quartiles([r[name] for r in rounds]),
+            "best_ms": min(r[name] for r in rounds),
             "times_own": report.quartiles([r[name] / r[own] for r in rounds]),
         }
         for name in steps
@@ -191,9 +192,9 @@ def picture_of(results: dict[str, Any]) -> Figure:
     colours = (palette.BLUE, palette.SKY, palette.GREEN, palette.BLACK, palette.RED, palette.ORANGE)
     sizes = [int(size) for size in results["speed"]]
     for name, colour in zip(results["speed"][str(sizes[0])], colours, strict=False):
-        medians = [results["speed"][str(size)][name]["ms"]["median"] for size in sizes]
-        axes.loglog(sizes, medians, "o-", color=colour, label=name)
-    axes.set(xlabel=f"rows of {skipgram.WIDTH}", ylabel="a step [ms]")
+        best = [results["speed"][str(size)][name]["best_ms"] for size in sizes]
+        axes.loglog(sizes, best, "o-", color=colour, label=name)
+    axes.set(xlabel=f"rows of {skipgram.WIDTH}", ylabel="a step, best round [ms]")
     axes.set_title(f"{skipgram.IDS} ids a batch: what is not touched costs nothing")
     axes.legend(frameon=False)
     return figure
@@ -202,16 +203,18 @@ def picture_of(results: dict[str, Any]) -> Figure:
 def markdown(results: dict[str, Any]) -> str:
     """The tables of the README."""
     largest = list(results["speed"])[-1]
+    own = results["speed"][largest]["jadam.rows, scatter"]["best_ms"]
     speed_rows = [
         [
             f"`{name}`",
-            *(f"{results['speed'][size][name]['ms']['median']:.1f}" for size in results["speed"]),
+            *(f"{results['speed'][size][name]['best_ms']:.1f}" for size in results["speed"]),
+            f"{results['speed'][largest][name]['best_ms'] / own:.2f}",
             report.spread(results["speed"][largest][name]["times_own"]),
         ]
         for name in results["speed"][largest]
     ]
-    columns = ["ms a step", *(f"{int(size):,} rows" for size in results["speed"])]
-    columns.append("beside jadam.rows, most rows")
+    columns = ["ms a step, best", *(f"{int(size):,} rows" for size in results["speed"])]
+    columns += ["beside jadam.rows, most rows", "in the same round"]
     learned_rows = [
         [
             f"`{name}`",

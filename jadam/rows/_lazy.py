@@ -18,6 +18,7 @@ from jadam._storage import storage_of
 from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
+from jadam.rows._divided import gathered, stepped
 from jadam.rows._missed import Plan, Rows
 from jadam.rows._quiet import fade
 from jadam.rows._touched import Touched, checked_ids, put, take
@@ -81,8 +82,11 @@ class Lazy:
         """
         self._check(table, state)
         ids = checked_ids(ids, len(table))
-        rows = self._up_to_date(self._rows(table, state, ids.reshape(-1)), state)
-        return lax.stop_gradient(rows.p).reshape(ids.shape + table.shape[1:])
+        return lax.stop_gradient(gathered(self._gather, table, state, ids))
+
+    def _gather(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
+        touched, rows = self._touched(table, state, ids)
+        return rows.p[touched.place].reshape(ids.shape + table.shape[1:])
 
     def scatter(
         self, grads: RowsOf, ids: Ids, table: Table, state: RowsState
@@ -90,7 +94,8 @@ class Lazy:
         """One update: the table and the state after a step with these gradients of these rows.
 
         A row that comes several times gets the sum of its gradients, added in the order of the
-        batch. All other rows get the gradient 0, when they are next touched.
+        batch on a CPU; another order may round otherwise. All other rows get the gradient 0, when
+        they are next touched.
 
         Donate table and state, in this order, to the `jax.jit` of a step that returns them so: it
         then moves bytes for the rows that are touched, and none for the others.
@@ -108,10 +113,13 @@ class Lazy:
         """
         self._check(table, state)
         grads = _checked_grads(grads, np.shape(ids), table)
-        ids = checked_ids(ids, len(table)).reshape(-1)
-        touched = Touched.by(ids, len(table))
-        g = touched.sums(grads.reshape(ids.shape + table.shape[1:]))
-        rows = self._up_to_date(self._rows(table, state, touched.rows), state)
+        return stepped(self._scatter, table, state, checked_ids(ids, len(table)), grads)
+
+    def _scatter(
+        self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
+    ) -> tuple[Table, RowsState]:
+        touched, rows = self._touched(table, state, ids)
+        g = touched.sums(grads.reshape((-1, *table.shape[1:])))
 
         moments = self._moments(state.dense, table)
         count, member = moments.count, self.plan.rule.member
@@ -121,6 +129,7 @@ class Lazy:
         p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
 
         table = put(jnp.asarray(table), touched, p)
+        touched = touched.after(table)
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
@@ -130,15 +139,17 @@ class Lazy:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
 
         For evaluation, checkpoints that other programs read, diagnostics and migration. It changes
-        nothing of what comes after, and takes the time of some hundred dense steps at most.
+        nothing of what comes after. It takes the time of a few dense steps where missed steps are
+        summed, and of some hundred at most where they are made one by one.
 
         Raises:
             TypeError: an argument is of a wrong type.
             ValueError: the state is not the table's.
         """
         self._check(table, state)
-        if not self.catch_up:
-            return table, state
+        return stepped(self._flush, table, state) if self.catch_up else (table, state)
+
+    def _flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         moments = self._moments(state.dense, table)
         member = self.plan.rule.member
         every = Rows(
@@ -201,12 +212,21 @@ class Lazy:
                 f"{table.shape}, got {state.last.shape}"
             )
 
+    def _touched(self, table: Table, state: RowsState, ids: Ids) -> tuple[Touched, Rows]:
+        """The distinct rows of a batch as they are now.
+
+        `gather` and `scatter` of one step ask for the same, which XLA computes once.
+        """
+        touched = Touched.by(ids.reshape(-1), len(table))
+        return touched, self._up_to_date(self._rows(table, state, touched.rows), state)
+
     def _rows(self, table: Table, state: RowsState, rows: Int[Array, "n"]) -> Rows:
         moments = self._moments(state.dense, table)
         stored = self.plan.rule.member.stored(moments)
+        p, *kept = take((jnp.asarray(table), *stored), rows)
         return Rows(
-            take(jnp.asarray(table), rows),
-            tuple(take(x, rows) for x in stored),
+            p,
+            tuple(kept),
             # What is no row has missed nothing.
             state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max),
             self._log_decay(state, rows),
@@ -217,11 +237,11 @@ class Lazy:
         if not (self.plan.decays and self.catch_up):
             return None
         if state.decayed is None:
-            last = state.last if rows is None else take(state.last, rows)
+            last = state.last if rows is None else state.last.at[rows].get(mode="clip")
             count = state.dense[0].count
             return (count - last).astype(jnp.float32) * self.plan.log_decay_at(count)
         total, then = state.decayed
-        then = then if rows is None else take(then, rows)
+        then = then if rows is None else then.at[rows].get(mode="clip")
         return (total[0] - then[:, 0]) + (total[1] - then[:, 1])
 
     def _up_to_date(self, rows: Rows, state: RowsState) -> Rows:
@@ -240,8 +260,8 @@ class Lazy:
             member = self.plan.rule.member
             raise ValueError(
                 "catch_up: expected 'steps' or True, since missed steps are summed for moments in "
-                "float32 of Adam, NAdam, AMSGrad and RAdam alone, with b2 near 1; got 'sum' for "
-                f"{member.name} in {storage_of(member.moments, rows.stored).name}"
+                "float32 of Adam, NAdam, AMSGrad and RAdam alone, with b1/√b2 up to 0.95; got "
+                f"'sum' for {member.name} in {storage_of(member.moments, rows.stored).name}"
             )
         return can and self.catch_up != "steps"
 
@@ -265,18 +285,21 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
 
     An integer for each row says after which update it stands. When a batch touches a row again,
     the steps that it has missed are made up for, as the dense transformation would have made them
-    with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step
-    computes for the touched rows alone. Not held yet: `gather` and `scatter` in one step may hold a
-    temporary of 4 bytes a row of the table, and tables that are divided over devices.
+    with the gradient 0: moments fade, the parameter moves on along m, and decays. So a step reads,
+    computes and writes the touched rows alone, once for the `gather` and `scatter` of a step.
+
+    A table that is divided by its rows along explicit mesh axes stays so, and each device steps its
+    own rows; ids and gradients of any sharding are gathered, and vectors lie as the ids do. Along
+    automatic axes XLA exchanges the touched rows and steps them on all devices.
 
     Equal to dense: the same bits for a row that missed nothing. Missed steps of `adam`, `nadam`,
-    `amsgrad`, `radam` and those with decay, with float32 moments and b2 over 0.97, are summed in
-    closed form, for a constant learning rate or a schedule, which is evaluated at the missed
-    updates: within 1e-5 learning rates of float64, where dense float32 rounds the parameter in each
-    step. Else (`adamax`, 16-bit, 8-bit and float64 moments) they are made one by one, with the
-    dithers of the moments' storage, until nothing moves any more, after 200 steps at the default b1
-    and b2: moments have the bits of dense steps up to there, and parameters are an ulp off at most
-    for each, where XLA fuses a multiplication with an addition in one of the programs alone.
+    `amsgrad`, `radam` and those with decay, with float32 moments and b1/√b2 up to 0.95, are summed
+    from a dozen of them, for a constant learning rate or a schedule, which is evaluated at all
+    missed updates: within 1e-5 learning rates of float64, where dense float32 rounds the parameter
+    in each step. Else (`adamax`, 16-bit, 8-bit and float64 moments) they are made one by one, with
+    the dithers of the moments' storage, until nothing moves any more, after 200 steps at the
+    default b1 and b2: moments have the bits of dense steps up to there, and parameters are an ulp
+    off at most for each, where XLA fuses a multiplication with an addition in one program alone.
 
     Args:
         tx: one of `jadam.adam` and the others, without a mask. b1 and b2 are Python numbers with
@@ -292,7 +315,8 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
         `init`, `gather`, `scatter` and `flush` for one table.
 
     Raises:
-        TypeError: tx is none of the family's transformations, or b1 or b2 is no Python number.
+        TypeError: tx is none of the family's transformations, or a hyperparameter other than eps
+            and eps_root is no Python number.
         ValueError: tx has a mask, or is one of those that are refused; `catch_up` is none of the
             above.
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
-from numpy.polynomial import chebyshev
 
 from jadam import _math, _validate
 from jadam._leaf import Options, leaf_step
@@ -20,12 +19,10 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import QUIET, Quiet, faded, horizon, quiet, spread
+from jadam.rows._quiet import QUIET, Interpolation, faded, horizon, interpolation, is_zero, quiet
 
-# The number of scales at which an element is computed, twice that for a b2 far from 1, and the
-# largest logarithm of their range. The sum is then 1e-5 of a learning rate off at most.
-_POINTS = 10
-_SPREAD = 3.0
+# How many missed steps are summed in one turn.
+_AT_A_TIME = 8
 
 Times = Int[Array, "rows"]
 Numbers = Float[Array, "rows"]
@@ -50,9 +47,14 @@ class Plan(NamedTuple):
         return not (isinstance(self.weight_decay, float) and self.weight_decay == 0)
 
     @property
+    def is_scheduled(self) -> bool:
+        """Whether a rate depends on the time."""
+        return callable(self.learning_rate) or callable(self.weight_decay)
+
+    @property
     def decay_is_scheduled(self) -> bool:
         """Whether the decay of a step depends on its time."""
-        return self.decays and (callable(self.learning_rate) or callable(self.weight_decay))
+        return self.decays and self.is_scheduled
 
     def rates_at(self, made: Array) -> tuple[Scalar, Scalar]:
         """The learning rate and the weight decay after this many updates."""
@@ -169,12 +171,11 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
 
 
 def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
-    """The missed steps in closed form.
+    """The missed steps as a sum of few terms: the moments and the decay are powers, and p moves on.
 
-    The moments and the decay are powers. The motion of an element is m·Σⱼ wⱼ/(√v + eps·sⱼ), with
-    weights wⱼ and scales sⱼ of its row (`Quiet`; with learning rates and decays in wⱼ). The terms
-    are smooth in s: they are interpolated between ten values of s, so that the sum over j is made
-    once for a row, and an element takes ten divisions.
+    The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`quiet`). So fⱼ is
+    Σ_q basis[j, q]·f of few nodes q, and what the learning rates and decays of all steps make of
+    the basis are the weights of the row.
     """
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
@@ -183,96 +184,89 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
     m, v = by_role[Role.FIRST], by_role.get(Role.MAXIMUM, by_role[Role.SECOND])
     motion = _motion(plan, rows, m, v, missed)
     p, stored, *_ = _at_once(plan, rows, missed, count, None)
-    wide = p.astype(m.dtype)
-    moved = (wide - motion).astype(p.dtype)
-    moves = _across(missed > 0, p)
-    return Rows(jnp.where(moves, moved, p), stored, rows.last, None)
-
-
-class _Sums(NamedTuple):
-    """Over the missed steps j of each row, with the decay from j to the last of them.
-
-    Attributes:
-        chebyshev: Σ learning_rateⱼ·weightⱼ·T_q(zⱼ) for the Chebyshev polynomials T_q.
-        plain: Σ learning_rateⱼ·plainⱼ.
-        decayed: Σ log(1 - learning_rateⱼ·weight_decayⱼ).
-    """
-
-    chebyshev: Float[Array, "nodes rows"]
-    plain: Numbers
-    decayed: Numbers
+    moved = (p.astype(m.dtype) - motion).astype(p.dtype)
+    return Rows(jnp.where(_across(missed > 0, p), moved, p), stored, rows.last, None)
 
 
 def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
     """Whether the missed steps of these moments are summed."""
-    rule = plan.rule
-    return (
-        rule.member in QUIET
-        and all(x.dtype == jnp.float32 for x in stored)
-        and spread(rule, jnp.float32) <= _SPREAD
-    )
-
-
-def _points(rule: Rule, dtype: Any) -> tuple[list[float], list[list[float]]]:
-    """Chebyshev's points z of [-1, 1], and at each point what makes an interpolation of sums.
-
-    Σⱼ wⱼ·f(zⱼ) = Σ_z f(z)·Σ_q 2/n·T_q(z)·(Σⱼ wⱼ·T_q(zⱼ)), halved at q = 0.
-    """
-    n = _POINTS if spread(rule, dtype) <= 1 else 2 * _POINTS
-    points = chebyshev.chebpts1(n)
-    weights = chebyshev.chebvander(points, n - 1) * (2 - (np.arange(n) == 0)) / n
-    return points.tolist(), weights.tolist()
+    is_float32 = all(x.dtype == jnp.float32 for x in stored)
+    return is_float32 and plan.rule.member in QUIET and interpolation(plan.rule) is not None
 
 
 def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
     """By how much the missed steps move the parameters."""
-    rule, real, last = plan.rule, v.dtype, rows.last
-    window = jnp.minimum(missed, horizon(rule, real))
-    points, interpolation = _points(rule, real)
-
-    def quiet_at(j: Times) -> Quiet:
-        return quiet(rule, (last + j).astype(real), j.astype(real))
-
-    # Scales grow with j. z = (s - c)/(s + c)/span is in [-1, 1], with c their geometric mean.
-    ones = jnp.ones_like(last)
-    first, end = quiet_at(ones).scale, quiet_at(jnp.maximum(window, 1)).scale
-    centre = jnp.sqrt(first * end)
-    span = jnp.maximum((end - centre) / (end + centre), float(jnp.finfo(real).eps))
-
-    def body(i: Array, sums: _Sums) -> _Sums:
-        made, is_missed = last + i, i < window
-        weight, scale, plain = quiet_at((i + 1) * ones)
-        z = jnp.clip((scale - centre) / (scale + centre) / span, -1, 1)
-        polynomials = [jnp.ones_like(z), z]
-        while len(polynomials) < len(points):
-            polynomials.append(2 * z * polynomials[-1] - polynomials[-2])
-        rate = jnp.where(is_missed, plan.learning_rates_at(made, real), 0)
-        if plan.decays:
-            log_decay = jnp.where(is_missed, plan.log_decays_at(made), 0)
-            kept = jnp.exp(log_decay)
-            sums = _Sums(sums.chebyshev * kept[None], sums.plain * kept, sums.decayed + log_decay)
-        return _Sums(
-            sums.chebyshev + jnp.stack(polynomials) * (rate * weight)[None],
-            sums.plain + rate * plain,
-            sums.decayed,
-        )
-
-    zeros = jnp.zeros(last.shape, real)
-    start = _Sums(jnp.zeros((len(points), *last.shape), real), zeros, zeros)
-    sums = lax.fori_loop(0, jnp.max(window, initial=0), body, start)
-
+    rule, real = plan.rule, v.dtype
+    between = interpolation(rule)
+    assert between is not None
+    weights = _weights(plan, rows, missed, between)
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
-    total = _across(sums.plain, v)
-    for x, weights in zip(points, interpolation, strict=True):
-        weight = jnp.zeros_like(centre)
-        for factor, row in zip(weights, sums.chebyshev, strict=True):
-            weight += factor * row
-        node = _across(centre * (1 + x * span) / (1 - x * span), v)
-        root = jnp.sqrt(jnp.maximum(v + eps_root * node**2, least * node**2))
-        total += _across(weight, v) / (root + eps * node)
-    moved = m * total
-    if rows.log_decay is not None:
-        # Zero unless more was missed than the window has.
-        moved *= jnp.exp(_across(rows.log_decay - sums.decayed, v))
-    return moved
+    # Of all rows at each node, made in one go.
+    j = jnp.repeat(jnp.asarray(between.nodes, real), len(missed))
+    last = jnp.tile(rows.last.astype(real), len(between.nodes))
+    each = (x.reshape(len(between.nodes), len(missed)) for x in quiet(rule, last + j, j))
+    rooted = jnp.sqrt(v)
+
+    def root(scale: Array) -> Array:
+        if is_zero(rule.hyperparameters["eps_root"]):
+            return jnp.maximum(rooted, least**0.5 * scale)
+        return jnp.sqrt(jnp.maximum(v + eps_root * scale**2, least * scale**2))
+
+    total = jnp.zeros_like(v)
+    for weight, *at in zip(weights.T, *each, strict=True):
+        factor, scale, plain = (_across(x, v) for x in (weight * at[0], at[1], weight * at[2]))
+        total += factor / (root(scale) + eps * scale) + plain
+    return m * total
+
+
+def _weights(
+    plan: Plan, rows: Rows, missed: Times, between: Interpolation
+) -> Float[Array, "rows nodes"]:
+    """Σⱼ learning_rateⱼ·basisⱼ over the missed steps of each row, with all decay after step j."""
+    steps = len(between.basis)
+    window = jnp.minimum(missed, steps)
+    zeros = jnp.zeros_like(missed, jnp.float32)
+    if plan.is_scheduled:
+        log_decay = zeros if rows.log_decay is None else rows.log_decay
+        return _summed_basis(plan, rows.last, window, log_decay, between.basis, _AT_A_TIME)
+    # The same for all rows that have missed as many steps.
+    windows = jnp.arange(steps + 1)
+    each = plan.log_decay_at(jnp.int32(0)) if plan.decays else jnp.float32(0)
+    decays = windows.astype(jnp.float32) * each
+    weights = _summed_basis(plan, jnp.zeros_like(windows), windows, decays, between.basis, steps)
+    weights = weights[window]
+    if rows.log_decay is None:
+        return weights
+    return weights * jnp.exp(rows.log_decay - decays[window])[:, None]
+
+
+def _summed_basis(
+    plan: Plan, last: Times, window: Times, log_decay: Numbers, basis: np.ndarray, at_a_time: int
+) -> Float[Array, "rows nodes"]:
+    """The sum of `_weights`, of some steps at a time."""
+    steps, nodes = basis.shape
+    blocks = -(-steps // at_a_time)
+    padded = np.zeros((blocks, at_a_time, nodes), np.float32)
+    padded.reshape(-1, nodes)[:steps] = basis
+
+    def body(block: Array, carry: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
+        weights, decayed = carry
+        i = block * at_a_time + jnp.arange(at_a_time)
+        made = last[:, None] + i[None]
+        is_missed = i[None] < window[:, None]
+        rates = plan.learning_rates_at(made.reshape(-1), jnp.float32).reshape(made.shape)
+        if plan.decays:
+            each = plan.log_decays_at(made.reshape(-1)).reshape(made.shape)
+            until = decayed[:, None] + jnp.cumsum(jnp.where(is_missed, each, 0), axis=1)
+            rates *= jnp.exp(log_decay[:, None] - until)
+            decayed = until[:, -1]
+        rates = jnp.where(is_missed, rates, 0)
+        weights += jnp.dot(rates, jnp.asarray(padded)[block], precision=lax.Precision.HIGHEST)
+        return weights, decayed
+
+    start = jnp.zeros((len(last), nodes), jnp.float32), jnp.zeros_like(log_decay)
+    if blocks == 1:
+        return body(jnp.int32(0), start)[0]
+    turns = -(-jnp.max(window, initial=0) // at_a_time)
+    return lax.fori_loop(0, turns, body, start)[0]

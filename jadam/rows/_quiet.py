@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Int
 
 from jadam import _math
 from jadam._members import (
@@ -26,6 +28,9 @@ from jadam._members import (
     Rule,
 )
 from jadam._state import Role
+
+# An interpolation costs a division for each node and element, and some time to find.
+_MOST_NODES, _MOST_STEPS = 24, 1000
 
 Numbers = Float[Array, "rows"]
 
@@ -114,7 +119,7 @@ def fade(rule: Rule) -> float:
     """The factor ρ by which the direction shrinks in a step without a gradient, at most.
 
     Raises:
-        TypeError: b1 or b2 is not known on the host.
+        TypeError: a hyperparameter other than eps and eps_root is not known on the host.
         ValueError: the motion without a gradient has no end, or hardly one.
     """
     member, numbers = rule.member, rule.hyperparameters
@@ -123,8 +128,8 @@ def fade(rule: Rule) -> float:
             f"tx: expected a member whose motion ends without gradients, got {member.name}, whose "
             "slow average outlives √v; catch_up has no end for it"
         )
-    for name in ("b1", "b2"):
-        if not isinstance(numbers[name], float):
+    for name in sorted(numbers.keys() - {"eps", "eps_root"}):
+        if not isinstance(numbers[name], (float, int, type(None))):
             raise TypeError(f"{name}: expected a Python number for rows, got {numbers[name]!r}")
     b1, b2 = numbers["b1"], numbers["b2"]
     below = 1.0 if member in (AMSGRAD, CORRECTED_AMSGRAD) else b2 ** (1 / member.power)
@@ -136,24 +141,82 @@ def fade(rule: Rule) -> float:
     return b1 / below
 
 
+def bound(rule: Rule) -> float:
+    """The largest direction: C² = (1-b1)²/(1-b2)/(1-ρ²)."""
+    b1, b2 = rule.hyperparameters["b1"], rule.hyperparameters["b2"]
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - fade(rule) ** 2))
+
+
 def horizon(rule: Rule, dtype: Any) -> int:
     """After how many steps without a gradient a parameter stands still.
 
-    What all later steps add is less than an ulp of a learning rate: each is at most C·ρʲ, with C
-    the bound on a direction that is C² = (1-b1)²/(1-b2)/(1-ρ²).
+    What all later steps add is less than an ulp of a learning rate: each is at most bound·ρʲ.
     """
     rho = fade(rule)
-    b1, b2 = rule.hyperparameters["b1"], rule.hyperparameters["b2"]
-    bound = (1 - b1) / math.sqrt((1 - b2) * (1 - rho**2))
-    least = float(jnp.finfo(dtype).eps) / 2 * (1 - rho) / max(bound, 1.0)
+    least = float(jnp.finfo(dtype).eps) / 2 * (1 - rho) / max(bound(rule), 1.0)
     return max(1, math.ceil(math.log(least) / math.log(max(rho, 1e-30))))
 
 
-def spread(rule: Rule, dtype: Any) -> float:
-    """The logarithm of how much larger the scales are at the horizon, late in a training."""
-    if rule.member in (AMSGRAD, CORRECTED_AMSGRAD):
-        return 0.0
-    return -0.5 * horizon(rule, dtype) * math.log(rule.hyperparameters["b2"])
+class Interpolation(NamedTuple):
+    """The directions of a rule's steps without a gradient, from those of few of them.
+
+    direction(j) = Σ_q basis[j - 1, q]·direction(nodes[q]), for all times, v and eps.
+    """
+
+    nodes: Int[np.ndarray, "nodes"]
+    basis: Float[np.ndarray, "steps nodes"]
+
+
+def interpolation(rule: Rule) -> Interpolation | None:
+    """The least interpolation whose sums are 5e-6 off at most; None where it has too many nodes.
+
+    The nodes are pivots of a QR decomposition of all directions that there are: after few and many
+    updates, for v around eps and far above.
+    """
+    numbers = dict(rule.hyperparameters)
+    # Directions are counted in eps.
+    numbers["eps"], numbers["eps_root"] = 1.0, float(not is_zero(numbers["eps_root"]))
+    return _interpolation(rule.member, tuple(sorted(numbers.items())))
+
+
+def is_zero(x: Any) -> bool:
+    """Whether a hyperparameter is known to be 0."""
+    return isinstance(x, (int, float)) and x == 0
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Interpolation | None:
+    rule = Rule(member, dict(numbers))
+    steps = horizon(rule, np.float32)
+    if steps > _MOST_STEPS:
+        return None
+    j = np.arange(1, steps + 1)
+    late = 100 + 20 / (1 - rule.hyperparameters["b2"])
+    touched = np.unique(np.concatenate([np.arange(1, 30), np.geomspace(30, late, 16).astype(int)]))
+    times = np.add.outer(touched, j)
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        each = (jnp.asarray(x.reshape(-1), jnp.float64) for x in np.broadcast_arrays(times, j))
+        found = jax.jit(functools.partial(quiet, rule))(*each)
+    weight, scale, plain = (np.asarray(x).reshape(times.shape) for x in found)
+    directions, largest = [plain], 100 * np.max(scale / scale[:, :1])
+    for root in (0.0, *np.geomspace(0.01, largest, round(2 * math.log10(largest)) + 5)):
+        v = root * scale[:, :1]
+        directions.append((1 + root) * weight / (v + scale))
+        if rule.hyperparameters["eps_root"]:
+            directions.append((1 + root) * weight / np.hypot(v, scale))
+    directions = np.concatenate(directions)
+    factors: Any = scipy.linalg.qr(directions, mode="r", pivoting=True)
+    r, pivots = factors
+    for n in range(1, min(_MOST_NODES, steps) + 1):
+        # R = [R₁ R₂; 0 R₃]: the directions at the nodes times R₁⁻¹R₂ are those elsewhere, R₃ off.
+        if n < steps and bound(rule) * abs(r[n, n]) > 5e-6 * np.sqrt(len(directions)):
+            continue
+        basis = np.empty((steps, n))
+        basis[pivots] = scipy.linalg.solve_triangular(r[:n, :n], r[:n]).T
+        off = np.cumsum(directions - directions[:, pivots[:n]] @ basis.T, axis=1)
+        if bound(rule) * np.abs(off).max() <= 5e-6:
+            return Interpolation(j[pivots[:n]], basis)
+    return None
 
 
 def faded(
