@@ -40,6 +40,7 @@ ORDER = [
     "jadam.rows._quiet",
     "jadam.rows._missed",
     "jadam.rows._touched",
+    "jadam.rows._divided",
     "jadam.rows._lazy",
     "jadam.rows",
     "jadam.sharding._rules",

@@ -185,7 +185,7 @@ def test_codes_of_8_bits_have_the_bits_of_dense():
     np.testing.assert_allclose(table, p, rtol=0, atol=2 * np.spacing(np.float32(3)))
 
 
-@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9)])
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9), (0.0, 0.999)])
 def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
     """After 1, 2, 20 or 1000 updates, for gradients around eps and far above."""
     sizes = (10.0 ** np.arange(-10, 1, 0.5)).astype(np.float32)

@@ -247,8 +247,8 @@ def _summed_basis(
     """The sum of `_weights`, of some steps at a time."""
     steps, nodes = basis.shape
     blocks = -(-steps // at_a_time)
-    padded = np.zeros((blocks, at_a_time, nodes), np.float32)
-    padded.reshape(-1, nodes)[:steps] = basis
+    rest = ((0, blocks * at_a_time - steps), (0, 0))
+    padded = np.pad(basis, rest).reshape(blocks, at_a_time, nodes).astype(np.float32)
 
     def body(block: Array, carry: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
         weights, decayed = carry

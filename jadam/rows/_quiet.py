@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from jadam import _math
@@ -170,7 +169,7 @@ class Interpolation(NamedTuple):
 def interpolation(rule: Rule) -> Interpolation | None:
     """The least interpolation whose sums are 5e-6 off at most; None where it has too many nodes.
 
-    The nodes are pivots of a QR decomposition of all directions that there are: after few and many
+    A node is where what is off is largest, over all directions that there are: after few and many
     updates, for v around eps and far above.
     """
     numbers = dict(rule.hyperparameters)
@@ -205,18 +204,14 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
         if rule.hyperparameters["eps_root"]:
             directions.append((1 + root) * weight / np.hypot(v, scale))
     directions = np.concatenate(directions)
-    factors: Any = scipy.linalg.qr(directions, mode="r", pivoting=True)
-    r, pivots = factors
-    for n in range(1, min(_MOST_NODES, steps) + 1):
-        # R = [R₁ R₂; 0 R₃]: the directions at the nodes times R₁⁻¹R₂ are those elsewhere, R₃ off.
-        if n < steps and bound(rule) * abs(r[n, n]) > 5e-6 * np.sqrt(len(directions)):
-            continue
-        basis = np.empty((steps, n))
-        basis[pivots] = scipy.linalg.solve_triangular(r[:n, :n], r[:n]).T
-        off = np.cumsum(directions - directions[:, pivots[:n]] @ basis.T, axis=1)
-        if bound(rule) * np.abs(off).max() <= 5e-6:
-            return Interpolation(j[pivots[:n]], basis)
-    return None
+    off, nodes = directions.copy(), list[int]()
+    while bound(rule) * np.abs(np.cumsum(off, axis=1)).max() > 5e-6:
+        if len(nodes) == _MOST_NODES:
+            return None
+        nodes.append(int(np.argmax(np.sum(off**2, axis=0))))
+        q = off[:, nodes[-1]] / np.linalg.norm(off[:, nodes[-1]])
+        off -= np.outer(q, q @ off)
+    return Interpolation(j[nodes], np.linalg.lstsq(directions[:, nodes], directions)[0].T)
 
 
 def faded(
