@@ -22,13 +22,13 @@ COSTS = {
     "`jadam.adamw`, `step`": ("float32", "jadam step"),
     "16-bit moments, `step`": ("bf16 moments", "jadam bf16 moments"),
     "8-bit moments, `step`": ("8-bit moments", "jadam 8-bit moments"),
-    "bfloat16 weights, compensated": (
+    "bfloat16 weights, compensated, `step`": (
         "bf16 weights, compensated",
         "jadam compensated bf16 weights",
     ),
-    "bfloat16 weights, compensated, 8-bit moments": (
+    "bfloat16 weights, compensated, 8-bit moments, `step`": (
         "bf16 weights, compensated + 8-bit moments",
-        None,
+        "jadam compensated, 8-bit moments",
     ),
 }
 # What the page of settings advises, the study of memory's name, and for what.
@@ -76,20 +76,20 @@ def costs(times: dict[str, Any], memory: dict[str, dict[str, float]]) -> str:
     table = report.table(columns, rows)
     return (
         f"{table}\n\nBytes a parameter, and the time of a step of {WORKLOAD} on a CPU "
-        f"({times['processor']}, {times['machine']})."
+        f"({speed.where(times)})."
     )
 
 
 def blocks() -> dict[tuple[str, Path], str]:
     """Each table, by the name between whose markers it stands, and the page."""
-    rows, times = (
-        json.loads((publish.RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "speed")
-    )
+    rows = json.loads((publish.RESULTS / "accuracy.json").read_text())
+    times = speed.committed()
+    on_most, *_ = (x for x in times if x["instruction_set"] == "avx2")
     small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     tables = {
         "accuracy": accuracy.markdown(rows),
-        "speed": speed.markdown(times),
-        "targets": report.table(speed.TARGET_COLUMNS, speed.target_cells(times)),
+        "speed": speed.of_each(times, speed.markdown),
+        "targets": speed.of_each(times, speed.target_markdown),
         "memory": lowmem.peers_table(small["memory"]),
         "quality": "\n\n".join(
             lowmem.final_table(name, small[name]["settings"])
@@ -101,7 +101,7 @@ def blocks() -> dict[tuple[str, Path], str]:
     written = {(name, report.NUMBERS): table for name, table in tables.items()}
     return written | {
         ("bytes", settings): advice(small["memory"]),
-        ("costs", ROOT / "README.md"): costs(times, small["memory"]),
+        ("costs", ROOT / "README.md"): costs(on_most, small["memory"]),
     }
 
 

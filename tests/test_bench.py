@@ -170,6 +170,7 @@ def test_a_run_from_the_processes_to_the_tables(measured, tmp_path):
         "processor": "a processor",
         "versions": {"jax": jax.__version__},
         "kernels": "native",
+        "instruction_set": "avx2",
         "targets": [],
         "workloads": {QUICK[1].name: measured},
     }

@@ -12,6 +12,7 @@ AdamW in its rounds. Figures are medians, with the quartiles as spread.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ SHOWN = (TORCH_FUSED, JADAM, JADAM_UPDATE, OPTAX, JADAM_16, JADAM_8, FLASHOPTIM_
 PEERS = ("jax", "optax", "torch", "flashoptim-jax")
 
 
+def committed() -> list[dict[str, Any]]:
+    """The results of all machines that were measured."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("speed-*.json"))]
+
+
+def of_each(machines: list[dict[str, Any]], table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of each machine's results under its name."""
+    return "\n\n".join(f"**{where(results)}**\n\n{table(results)}" for results in machines)
+
+
+def where(results: dict[str, Any]) -> str:
+    """What was measured, and the commit of the code that was."""
+    kind = results["instruction_set"] or results["backend"]
+    machine = f"{results['processor']}, {results['machine']}"
+    return f"{kind}: {machine}, jadam of commit {results['commit']}"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The medians over the limit, as the page of numbers shows them."""
     rows = []
@@ -89,17 +107,22 @@ def markdown(results: dict[str, Any]) -> str:
                 *(_times(_ratio(found.get(c.name, {}), LIMIT)) for c in SHOWN),
             ]
         )
-    machine = f"{results['machine']}, {results['processor']}"
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if name in PEERS)
     table = report.table(["workload", "limit [ms]", *(c.name for c in SHOWN)], rows)
-    return f"{table}\n\n({machine}; {versions})"
+    return f"{table}\n\n({versions})"
+
+
+def target_markdown(results: dict[str, Any]) -> str:
+    """The targets and what came of them."""
+    return report.table(TARGET_COLUMNS, target_cells(results))
 
 
 def full_markdown(results: dict[str, Any]) -> str:
     """Targets, times and programs, as this folder's README shows them."""
-    parts = [f"jadam's kernel: {results['kernels']}."]
+    name = f"speed-{results['instruction_set'] or results['backend']}"
+    parts = [f"![Time of a step over the limit](results/{name}.svg)"]
     if results["targets"]:
-        parts.append(report.table(TARGET_COLUMNS, target_cells(results)))
+        parts.append(target_markdown(results))
     for name, workload in results["workloads"].items():
         parts += [
             f"### {name}\n\n{rates(workload)}",
@@ -197,6 +220,12 @@ def measured_once(workload: Workload, config: Config, pace: dict[str, float]) ->
     return found
 
 
+def kind_of_this_machine() -> str:
+    """The instruction set that the kernel has here, or the backend without one."""
+    backend = jax.default_backend()
+    return instruction_sets()[0] if backend == "cpu" and instruction_sets() else backend
+
+
 def measured(config: Config) -> dict[str, Any]:
     """Every workload's figures, and where they come from."""
     # The processes share a GPU's memory: none may take it all.
@@ -213,7 +242,7 @@ def measured(config: Config) -> dict[str, Any]:
         "processor": report.processor() if backend == "cpu" else jax.devices()[0].device_kind,
         "backend": backend,
         "kernels": jadam.kernels()[backend],
-        "instruction_set": next(iter(instruction_sets()), None) if backend == "cpu" else None,
+        "instruction_set": kind_of_this_machine() if backend == "cpu" else None,
         "load_average_before": load,
         "workloads": workloads,
     }
@@ -222,7 +251,8 @@ def measured(config: Config) -> dict[str, Any]:
 def main(config: Config = Config()) -> None:
     """Measure, print, write the JSON and the picture, and bring the READMEs up to date."""
     out = config.out or (Path("runs", "bench") if config.quick else RESULTS)
-    kept = out / "speed.json"
+    kind = kind_of_this_machine()
+    kept = out / f"speed-{kind}.json"
     results = json.loads(kept.read_text()) if config.redraw else measured(config)
     on_cpu = results.get("backend", "cpu") == "cpu"
     in_use = results["instruction_set"]
@@ -236,11 +266,11 @@ def main(config: Config = Config()) -> None:
         report.show(console, "Targets", TARGET_COLUMNS, target_cells(results))
     report.write_json(kept, results)
     shutil.rmtree(PARTS, ignore_errors=True)
-    picture.write(draw(results), out / "speed", dpi=150)
+    picture.write(draw(results), kept.with_suffix(""), dpi=150)
     console.print(f"written to {kept}, .png, .svg")
     if out == RESULTS and not config.quick:
-        report.update_readme("speed", markdown(results))
-        report.update_readme("speed-full", full_markdown(results), README)
+        report.update_readme("speed", of_each(committed(), markdown))
+        report.update_readme("speed-full", of_each(committed(), full_markdown), README)
 
 
 if __name__ == "__main__":
