@@ -126,6 +126,15 @@ def test_a_run_that_is_asked_to_end_loses_nothing(small, whole, tmp_path):
     assert_goes_on_to_the_same_bits(small, whole, tmp_path)
 
 
+@pytest.fixture
+def _sigint_as_in_the_foreground():
+    """A shell without job control has what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint_as_in_the_foreground")
 def test_a_second_signal_acts_at_once():
     """A run that does not come to the end of its call can still be ended by hand."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

@@ -107,7 +107,7 @@ AS_WRITTEN = {
 
 
 def trained(step, tx, params, batches=TEXT):
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     step = jax.jit(step, compiler_options=AS_WRITTEN)
     for batch in batches:
         params, state, value = step(params, state, batch)
@@ -120,7 +120,7 @@ def assert_equal(got, expected, atol=1e-12):
     flat, _ = jax.tree_util.tree_flatten_with_path(got)
     for (path, x), y in zip(flat, jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
-        x, y = (np.asarray(a.astype(jnp.float32)) for a in (x, y))
+        x, y = (np.asarray(a).astype(np.float32) for a in (x, y))
         # A sum of products that cancels leaves nothing or 1e-13, by its order: only this is let go.
         message = jax.tree_util.keystr(path)
         np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=message)
@@ -306,8 +306,9 @@ def test_the_step_can_be_differentiated_and_vectorized():
     # Sums of a hundred float32 numbers in another order.
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     rates = jnp.array([1e-2, 1e-3])
-    several = jax.vmap(lambda rate: moved(rate, release.train_step))(rates)
-    each = jnp.stack([moved(rate, plain_step) for rate in rates])
+    several = jax.jit(jax.vmap(lambda rate: moved(rate, release.train_step)))(rates)
+    plain = jax.jit(lambda rate: moved(rate, plain_step))
+    each = np.stack([plain(rate) for rate in rates])
     np.testing.assert_allclose(several, each, rtol=1e-5)
 
 

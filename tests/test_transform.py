@@ -189,36 +189,44 @@ def test_nesterov_is_nadam():
 # Behaviour of every member
 
 
-@pytest.mark.parametrize("case", **each_member)
+# A matrix and a scalar, for programs that are compiled for each member.
+SMALL = {name: tree_of_parameters()[name] for name in ("dense", "scale")}
+SMALL["dense"].pop("bias")
+# Other numbers in the same program are another member only to the tests of values.
+each_structure = {
+    "argvalues": [case for case in FAMILY if case.name not in ("adam_eps_root", "adam_betas")],
+    "ids": str,
+}
+
+
+@pytest.mark.parametrize("case", **each_structure)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_avals_never_change_and_nothing_recompiles(case, dtype):
-    """The state of step n has the avals of init: lax.scan accepts it, jit compiles once."""
+def test_avals_never_change(case, dtype):
+    """The state of step n has the avals of init: lax.scan accepts it."""
     params = tree_of_parameters(dtype)
     tx = case()
     state = tx.init(params)
     before = jax.tree.map(jax.typeof, state)
-    step = jax.jit(tx.update)
-    for seed in range(3):
-        updates, state = step(gradients_like(params, seed), state, params)
-        assert jax.tree.map(jax.typeof, state) == before
-    assert step._cache_size() == 1
+    updates, state = jax.eval_shape(tx.update, gradients_like(params, 0), state, params)
+    assert jax.tree.map(jax.typeof, state) == before
     assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
     assert jax.tree.map(jax.typeof, jax.eval_shape(tx.init, params)) == before
 
 
-@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize("case", **each_structure)
 def test_learning_rate_and_decay_by_schedule(case):
     """A schedule is asked for the number of updates made, 0 first, as optax asks it."""
-    params = tree_of_parameters()
+    params = SMALL
     grads = gradients_like(params, 0)
     schedule = optax.piecewise_constant_schedule(0.5, {1: 0.5})  # 0.5, then 0.25
     scheduled, constant = case(schedule), case(0.5)
     state, constant_state = scheduled.init(params), constant.init(params)
+    update, constant_update = jax.jit(scheduled.update), jax.jit(constant.update)
     for factor in (1.0, 0.5, 0.5):
-        updates, state = jax.jit(scheduled.update)(grads, state, params)
-        expected, constant_state = jax.jit(constant.update)(grads, constant_state, params)
+        updates, state = update(grads, state, params)
+        expected, constant_state = constant_update(grads, constant_state, params)
         # Powers of two, so the product with the learning rate is exact.
         jax.tree.map(
             lambda u, e, f=factor: np.testing.assert_array_equal(u, f * np.asarray(e)),
@@ -302,7 +310,7 @@ def fused(tx):
     return lambda params, state, grads: tx.step(grads, state, params)
 
 
-@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize("case", **each_structure)
 @pytest.mark.parametrize(
     ("way", "kernel"),
     [(update_and_apply, "xla"), (fused, "xla"), (fused, "auto")],
@@ -321,16 +329,16 @@ def test_the_compiled_step_needs_no_temporaries(way, kernel, case):
     assert memory.temp_size_in_bytes <= 0.01 * params["w"].nbytes
 
 
-@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize("case", **each_structure)
 def test_step_is_update_and_apply_updates(case):
-    """`tx.step` and the two calls give the same bits on the XLA path, for every dtype."""
-    params = tree_of_parameters()
+    """`tx.step` and the two calls give the same bits on the XLA path; each is compiled once."""
     tx = case(kernel="xla")
-    two_calls = one_call = (params, tx.init(params))
+    in_two, in_one = jax.jit(update_and_apply(tx)), jax.jit(fused(tx))
+    two_calls = one_call = (SMALL, tx.init(SMALL))
     for seed in range(3):
-        grads = gradients_like(params, seed)
-        two_calls = jax.jit(update_and_apply(tx))(*two_calls, grads)
-        one_call = jax.jit(fused(tx))(*one_call, grads)
+        grads = gradients_like(SMALL, seed)
+        two_calls, one_call = in_two(*two_calls, grads), in_one(*one_call, grads)
+    assert in_two._cache_size() == in_one._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, one_call, two_calls)
     assert jax.tree.map(jnp.result_type, one_call) == jax.tree.map(jnp.result_type, two_calls)
 
@@ -340,5 +348,8 @@ def test_transformations_are_optax_transformations():
     params = tree_of_parameters()
     for tx in (*(case() for case in FAMILY), jadam.scale_by_adam()):
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
-        grads = gradients_like(params, 0)
-        tx.update(grads, tx.init(params), params, value=jnp.float32(1.0), unknown="ignored")
+        jax.eval_shape(
+            lambda tx=tx: tx.update(
+                params, tx.init(params), params, value=jnp.float32(1.0), unknown="ignored"
+            )
+        )
