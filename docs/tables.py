@@ -36,7 +36,7 @@ ADVICE = {
     "the default": ("float32", "whatever fits"),
     "`mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16`": (
         "bf16 moments",
-        "half the state, and the fastest `step` on a CPU",
+        "half the state",
     ),
     '`mu_dtype="int8", nu_dtype="uint8"`': (
         "8-bit moments",

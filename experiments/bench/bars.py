@@ -53,6 +53,9 @@ def _panel(axis: Any, name: str, bars: dict[str, dict[str, float]]) -> None:
             ends = [min(ratio[end], FULL) for end in ("low", "high")]
             axis.plot(ends, [place, place], color=SPREAD, linewidth=1)
         label = f"{ratio['median']:.2f}" if ratio["median"] < 10 else f"{ratio['median']:.0f}"
+        if ratio["median"] > FULL:  # two white strokes: the bar goes on
+            for x in (FULL - 0.25, FULL - 0.13):
+                axis.plot([x - 0.04, x + 0.04], [place + 0.36, place - 0.36], color="white", lw=1.5)
         end = min(max(ratio["median"], ratio["high"]), FULL)
         axis.text(end + 0.05, place, label, va="center")
     axis.axvline(1, color="black", linewidth=1, zorder=3)
