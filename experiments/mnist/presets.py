@@ -104,7 +104,7 @@ def markdown(presets: dict[str, dict[str, Any]]) -> str:
     """The table of the README."""
     rows = []
     for name, found in presets.items():
-        interval = "–"
+        interval = "one seed"
         if found["interval_95"]:
             interval = "{:.2%} to {:.2%}".format(*found["interval_95"])
         rows.append(
