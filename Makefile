@@ -22,7 +22,7 @@ mnist: $(call STAMP,experiments) ## train the Flax CNN on MNIST with jadam.adam
 	$(RUN) -m experiments.mnist
 
 test: $(call STAMP,$(TEST)) ## run all tests
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 	$(RUN) -m ruff check .

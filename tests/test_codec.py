@@ -149,10 +149,9 @@ def test_both_moments_take_at_most_2_1_bytes(shape):
     tx = jadam.adam(1e-3, **EIGHT_BITS)
     params = jnp.ones(shape)
     state = tx.init(params)
-    stored = sum(x.nbytes for x in jax.tree.leaves(state[0][1:]))
-    assert stored <= 2.1 * params.size
-    _, state = tx.update(params, state)
-    assert sum(x.nbytes for x in jax.tree.leaves(state[0][1:])) == stored
+    assert sum(x.nbytes for x in jax.tree.leaves(state[0][1:])) <= 2.1 * params.size
+    _, after = jax.eval_shape(tx.update, params, state)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
 def test_small_narrow_and_wide_leaves_keep_floats():
@@ -283,9 +282,9 @@ def test_a_checkpoint_keeps_every_bit(tmp_path):
     params = {"kernel": jnp.ones((8, 160)), "bias": jnp.ones(8)}
     for make in (jadam.adamw, jadam.amsgrad):
         tx = make(1e-3, **EIGHT_BITS)
-        state = tx.init(params)
+        state, update = tx.init(params), jax.jit(tx.update)
         for seed in range(3):
-            _, state = tx.update(gradients_like(params, seed), state, params)
+            _, state = update(gradients_like(params, seed), state, params)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / make.__name__, state)
             checkpointer.wait_until_finished()

@@ -1,4 +1,4 @@
-"""One process of a training: the MNIST CNN, data-parallel, its optimizer's state divided (ZeRO-1).
+"""One process of a training: a perceptron, data-parallel, its optimizer's state divided (ZeRO-1).
 
     python -m tests.worker --checkpoints DIR --steps 8 --process 0 --processes 4 --port 1234
 
@@ -16,13 +16,11 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.common.mnist.cnn import CNN
 from experiments.common.mnist.idx import FILES, TEST_IMAGES, TEST_LABELS, read_images, read_labels
 from jadam.sharding import divided, state_shardings
 
@@ -41,18 +39,27 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.float32) / 255, read_labels(FILES / TEST_LABELS)
 
 
+def initial() -> dict[str, np.ndarray]:
+    """The parameters: a layer of 256, which is little to compile."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (784, 256), "b": (256,), "head": (256, 10)}
+    return {name: 0.05 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean cross entropy."""
+    hidden = jax.nn.relu(images.reshape(-1, 784) @ params["w"] + params["b"][None])
+    logits = hidden @ params["head"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 class Training:
     """Parameters and state on a mesh, from the last checkpoint if there is one."""
 
     def __init__(self, mesh: Mesh, optimizer: str = "float32", checkpoints: Path | None = None):
         tx = OPTIMIZERS[optimizer]
         whole, self.by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        # From NumPy: Flax's own initializers take as long to compile as the rest to train.
-        graph, shapes = nnx.split(nnx.eval_shape(lambda: CNN(rngs=nnx.Rngs(0))), nnx.Param)
-        rng = np.random.default_rng(0)
-        params = jax.device_put(
-            jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape, np.float32), shapes), whole
-        )
+        params = jax.device_put(initial(), whole)
         zero, shardings = divided(params, axis="data"), state_shardings(tx, params, axis="data")
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         self.count, self.arrays, self.checkpoints = 0, (params, state), None
@@ -64,10 +71,6 @@ class Training:
             self.checkpoints = ocp.CheckpointManager(checkpoints, options=options)
             if self.checkpoints.latest_step() is not None:
                 self.restore(self.checkpoints.latest_step())
-
-        def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-            logits = nnx.merge(graph, params)(images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         def mean_gradient(params: Any, images: jax.Array, labels: jax.Array) -> Any:
             return lax.pmean(jax.grad(loss)(params, images, labels), "data")

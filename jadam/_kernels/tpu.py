@@ -164,7 +164,7 @@ def _call(
     tiles: Sequence[Any],
     places: Sequence[int | None],
     interpret: bool,
-) -> list[Array]:
+) -> Sequence[Array]:
     """The kernel on all tiles. Result i is like the operand at places[i], if it has one."""
     widths = [plan.n if tile.shape[1] == BLOCK else plan.blocks for tile in tiles]
     results = [

@@ -29,7 +29,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Integer, Shaped, UInt16
+from jaxtyping import Array, Float, Int, Integer, Shaped
 from numpy.polynomial import chebyshev
 
 from jadam._math import Equations, Relation, largest_gradient, limit_range
@@ -320,7 +320,7 @@ class EightBitCodes:
 # Blocks
 
 
-def _code_and_level(both: UInt16[Array, "*rows lanes"], tops: Blocks) -> tuple[Codes, Codes]:
+def _code_and_level(both: Codes, tops: Blocks) -> tuple[Codes, Codes]:
     """v's code of each element, and the level that it stands for."""
     code = (both & NAN).astype(jnp.int32)
     top = _spread(tops, both.shape[-1]).astype(jnp.int32)
