@@ -49,7 +49,7 @@ def kernel_library():
 
 def instruction_sets():
     """The names of those that the library has and this processor too, the best first."""
-    return cpu.library().available
+    return list(cpu.library().available)
 
 
 def use(name):
