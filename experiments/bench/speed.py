@@ -87,11 +87,15 @@ def of_each(machines: list[dict[str, Any]], table: Callable[[dict[str, Any]], st
     return "\n\n".join(f"**{where(results)}**\n\n{table(results)}" for results in machines)
 
 
+def kind_of(results: dict[str, Any]) -> str:
+    """The instruction set that the kernel had, or the backend without one."""
+    return results["instruction_set"] or results["backend"]
+
+
 def where(results: dict[str, Any]) -> str:
     """What was measured, and the commit of the code that was."""
-    kind = results["instruction_set"] or results["backend"]
     machine = f"{results['processor']}, {results['machine']}"
-    return f"{kind}: {machine}, jadam of commit {results['commit']}"
+    return f"{kind_of(results)}: {machine}, jadam of commit {results['commit']}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -119,8 +123,7 @@ def target_markdown(results: dict[str, Any]) -> str:
 
 def full_markdown(results: dict[str, Any]) -> str:
     """Targets, times and programs, as this folder's README shows them."""
-    name = f"speed-{results['instruction_set'] or results['backend']}"
-    parts = [f"![Time of a step over the limit](results/{name}.svg)"]
+    parts = [f"![Time of a step over the limit](results/speed-{kind_of(results)}.svg)"]
     if results["targets"]:
         parts.append(target_markdown(results))
     for name, workload in results["workloads"].items():

@@ -50,7 +50,7 @@ _trials: dict[str, Trial] = {}
 PAUSE = 0.02
 
 
-XLAS_NAMES = {"avx512": "AVX512", "avx2": "AVX2", "baseline": "SSE4_2"}
+XLAS_NAMES = {"avx2": "AVX2", "baseline": "SSE4_2"}
 
 
 def force(instruction_set: str) -> None:
