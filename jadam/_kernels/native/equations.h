@@ -50,8 +50,21 @@ JADAM_INLINE F32 nearest_bf16(F32 x) {
 // A number of bfloat16 from its bits.
 JADAM_INLINE F32 widened(I32 upper) { return bits<F32>(bits<U32>(upper) << 16); }
 
-// The moments as they are kept, with m_ and v_ for their bits where they are rounded. No rounding
-// takes m past its bound beside the v that is stored: then it is cut.
+// Whether m may be beyond its bound beside v, both as they are stored. The squares say by themselves
+// where it is far from that.
+JADAM_INLINE Mask may_be_beyond(F32 m, F32 v, float bound) {
+  return m * m > bound * bound * 0.999f * at_least(v, all(0x1p-116f));
+}
+
+// Bits of bfloat16 for m, as `kept`, cut where no rounding may take it past its bound.
+JADAM_INLINE I32 within_bound(I32 kept, F32 m, F32 v, float bound) {
+  const F32 most = bound * sqrt(at_least(v, all(0x1p-116f)));
+  const U32 sign = bits<U32>(m) & 0x80000000u;
+  const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
+  return select(abs(widened(kept)) > most, bits<I32>(cut), kept);
+}
+
+// The moments as they are kept: bits of bfloat16 for those that are rounded.
 template <bool kRoundsM, bool kRoundsV>
 JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float bound, I32& m_bits,
                                 I32& v_bits) {
@@ -66,14 +79,7 @@ JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float 
   }
   if constexpr (kRoundsM) {
     m_bits = rounded_up(m, dither_m);
-    const F32 size = abs(widened(m_bits)), second = at_least(v, all(0x1p-116f));
-    // The squares say by themselves where it is far from that.
-    if (any(size * size > bound * bound * 0.999f * second)) {
-      const F32 most = bound * sqrt(second);
-      const U32 sign = bits<U32>(m) & 0x80000000u;
-      const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
-      m_bits = select(size > most, bits<I32>(cut), m_bits);
-    }
+    if (any(may_be_beyond(widened(m_bits), v, bound))) m_bits = within_bound(m_bits, m, v, bound);
   }
 }
 
@@ -100,9 +106,9 @@ struct Adam {
     const F32 v_hat = at_most(v * inverse_c2 + s.eps_root, all(s.most));
     const F32 root = sqrt(at_least(v_hat, all(0x1p-103f)));
     if constexpr (kNesterov) {
-      return (s.m_weight * m + s.g_weight * g) / (root + s.eps);
+      return divide(s.m_weight * m + s.g_weight * g, root + s.eps);
     } else {
-      return m / (s.c1 * (root + s.eps));
+      return divide(m, s.c1 * (root + s.eps));
     }
   }
 };
@@ -128,9 +134,13 @@ struct Polynomial {
   }
 };
 
-// Codes to moments and back, with tables where they cost one instruction.
+// Codes to moments and back, with powers and logarithms by instructions of their own, by tables
+// where they cost one instruction, or by polynomials.
 class Codec {
  public:
+#if defined(JADAM_HAS_EXP2)
+  explicit JADAM_INLINE Codec(const Numbers& s) : s_(s) {}
+#else
   JADAM_INLINE Codec(const Numbers& s, const Tables& tables)
       : s_(s),
 #if JADAM_PLACES == 32
@@ -151,12 +161,13 @@ class Codec {
         log2_(tables.log2_polynomial) {
   }
 #endif
+#endif
 
   // m and v from the codes of the step before; offset + code is v's level.
   JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
     I32 code = both & kNaN;
     F32 root = select(code != 0, power_of_two(code + offset), F32{});
-    F32 x = to_float((both >> 9) - 64);
+    F32 x = to_float_under_2_22((both >> 9) - 64);
     m = root * quotient(s_.before_a * x, s_.before_s * kM - abs(x));
     v = root * root;
   }
@@ -173,7 +184,7 @@ class Codec {
     F32 size = abs(m);
     F32 share = quotient(size, s_.now_a * power_of_two(code + offset) + size);
     // Of NaN, which has a code of its own, this is any number: it may wrap.
-    I32 level = copysign(min(truncate(scale_ * share + dither), I32{} + kM), m);
+    I32 level = copysign(min(floor_under_2_22(scale_ * share + dither), I32{} + kM), m);
     return bits<I32>((bits<U32>(level) + 64u) << 9) | code;
   }
 
@@ -181,18 +192,22 @@ class Codec {
   JADAM_INLINE I32 biased_level(F32 x, F32 u) const {
     I32 b = bits<I32>(x);
     F32 mantissa = bits<F32>((b & 0x7FFFFF) | 0x3F800000);
-#if defined(JADAM_PLACES)
+#if defined(JADAM_HAS_EXP2)
+    return ((b >> 19) & ~15) + floor_under_2_22(16.0f * log2(mantissa) + u);
+#elif defined(JADAM_PLACES)
     I32 place = b >> kPlaceShift;
     F32 r = mantissa * reciprocal_[place] - 1.0f;
-    return level_of(place) + truncate(log2_[place] + u + r * series_(r));
+    return level_of(place) + floor_under_2_22(log2_[place] + u + r * series_(r));
 #else
-    return ((b >> 19) & ~15) + truncate(log2_(mantissa * 2.0f - 3.0f) + u);
+    return ((b >> 19) & ~15) + floor_under_2_22(log2_(mantissa * 2.0f - 3.0f) + u);
 #endif
   }
 
   // 2^(level/32)
   JADAM_INLINE F32 power_of_two(I32 level) const {
-#if JADAM_PLACES == 32
+#if defined(JADAM_HAS_EXP2)
+    return exp2(to_float_under_2_22(level) * (1.0f / 32));
+#elif JADAM_PLACES == 32
     return bits<F32>(bits<I32>(exp2_[level]) + (level << 18));
 #elif JADAM_PLACES == 8
     I32 eighths = level >> 2;
@@ -206,7 +221,8 @@ class Codec {
  private:
   const Numbers s_;
   const float scale_ = kM * s_.now_s;
-#if JADAM_PLACES == 32
+#if defined(JADAM_HAS_EXP2)
+#elif JADAM_PLACES == 32
   static constexpr int kPlaceShift = 18;  // 32 places in an octave of 16 levels
   static JADAM_INLINE I32 level_of(I32 place) { return place >> 1; }
   const Table32 exp2_, reciprocal_, log2_;
@@ -244,43 +260,95 @@ JADAM_INLINE F32 difference(F32 target, F32 x) {
                 select(is_finite(target), moved, target));
 }
 
+// A residual's lower bits that float32 has and it has not.
 template <class R>
-JADAM_INLINE F32 join(F32 x, I32 residual) {
-  constexpr int kShift = 16 - 8 * int(sizeof(R));
-  const I32 order = ordered(x) + (residual << kShift);
+constexpr int kBelow = 16 - 8 * int(sizeof(R));
+
+// The master weight of a bfloat16 x.
+template <class R>
+JADAM_INLINE F32 join_carefully(F32 x, I32 residual) {
+  const I32 order = ordered(x) + (residual << kBelow<R>);
   const I32 joined = size_of(order) | (select(order == 0, bits<I32>(x), order) & kSign);
   return select(is_finite(x), bits<F32>(joined), x);
 }
 
-// A weight after its step: the update, the bfloat16 that x and the update give, the residual there.
+// The same where the weight surely is a number with the sign of x: x is neither 0 nor infinite.
+template <class R>
+JADAM_INLINE F32 join_usual(F32 x, I32 residual) {
+  const I32 b = bits<I32>(x), sign = b >> 31;
+  return bits<F32>(b + ((residual << kBelow<R>) ^ sign) - sign);
+}
+JADAM_INLINE bool any_unusual(F32 x) {
+  const U32 size = bits<U32>(abs(x)) - 0x8000u;
+  return any_above(size, size, 0x7F7F7FFFu);
+}
+
+template <class R>
+JADAM_INLINE F32 join(F32 x, I32 residual) {
+  if (__builtin_expect(any_unusual(x), false)) return join_carefully<R>(x, residual);
+  return join_usual<R>(x, residual);
+}
+
+// A weight after its step: the bfloat16 that x and the update give, the residual there.
 struct Narrowed {
-  F32 update, landed;
+  F32 landed;
   I32 residual;
 };
 
-// The bfloat16 nearest to the master, and what it leaves.
+// A master's bits with half of the distance of bfloat16 numbers added, and its dither: upwards, so
+// away from 0 or towards it. The upper 16 are then the nearest of them.
 template <class R>
-JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither) {
-  constexpr int kShift = 16 - 8 * int(sizeof(R));
-  const I32 sign = bits<I32>(master) & kSign;
-  I32 order = ordered(master);
-  if constexpr (kShift > 0) order += bits<I32>(dither >> (32 - kShift));
-  I32 upper = (order + 0x8000) >> 16;
-  // As nearly always: the numbers are finite and the sum is exact, so that it lands on the target.
-  const F32 near = bits<F32>((size_of(upper) << 16) | sign), moved = near - x;
-  const Mask is_usual = (abs(master) < 0x1p127f) & (x + moved == near);
-  if (__builtin_expect(!any(!is_usual), true)) {
-    const F32 update = select(bits<I32>(near) == bits<I32>(x), all(-0.0f), moved);
-    return {update, near, (order - (upper << 16)) >> kShift};
+JADAM_INLINE I32 raised(I32 master, I32 sign, U32 dither) {
+  U32 up = bits<U32>(sign) & 0xFFFFu;
+  if constexpr (kBelow<R> > 0) {
+    up ^= (dither >> (32 - kBelow<R>)) + 0x8000u;
+  } else {
+    up ^= 0x8000u;
   }
+  return bits<I32>(bits<U32>(master) + up);
+}
+
+// What the lower 16 bits then say: how far the master is above that number.
+template <class R>
+JADAM_INLINE I32 residual_of(I32 raised, I32 sign) {
+  return (((raised ^ sign) << 16) ^ kSign) >> (16 + kBelow<R>);
+}
+
+// The bfloat16 nearest to the master, and what it leaves. `is_usual` says where this holds: the
+// numbers are finite and the sum of x and the update to it is exact.
+template <class R>
+JADAM_INLINE Narrowed split_usual(F32 master, F32 x, U32 dither, Mask& is_usual) {
+  const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
+  const F32 near = bits<F32>(to & ~0xFFFF);
+  is_usual = (x + (near - x)) - near == 0.0f;
+  return {near, residual_of<R>(to, sign)};
+}
+
+// The same wherever it is, with the update.
+template <class R>
+JADAM_INLINE Narrowed split_carefully(F32 master, F32 x, U32 dither, F32& update) {
+  const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
   const Mask finite = is_finite(master);
-  upper = min(max(upper, I32{} - kLargest), I32{} + kLargest);
-  const I32 target = (size_of(upper) << 16) | sign;
-  const F32 update = difference(select(finite, bits<F32>(target), master), x);
+  const I32 largest = (b & kSign) | (kLargest << 16);
+  const I32 target = select((to & ~kSign) < (0x7F80 << 16), to & ~0xFFFF, largest);
+  update = difference(select(finite, bits<F32>(target), master), x);
   const F32 landed = nearest_bf16(x + update);
   const I32 place = ordered(landed);
+  I32 order = ordered(master);
+  if constexpr (kBelow<R> > 0) order += bits<I32>(dither >> (32 - kBelow<R>));
   order = min(max(order, place - 0x8000), place + 0x7FFF);
-  return {update, landed, select(finite, (order - place) >> kShift, I32{})};
+  return {landed, select(finite, (order - place) >> kBelow<R>, I32{})};
+}
+
+template <class R>
+JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither, F32& update) {
+  Mask is_usual;
+  const Narrowed found = split_usual<R>(master, x, dither, is_usual);
+  if (__builtin_expect(any(!is_usual), false)) {
+    return split_carefully<R>(master, x, dither, update);
+  }
+  update = difference(found.landed, x);
+  return found;
 }
 
 // One of the two neighbours of the master.

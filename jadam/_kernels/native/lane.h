@@ -11,7 +11,7 @@
 #define JADAM_INLINE inline __attribute__((always_inline))
 #endif
 
-#define JADAM_PLACES 32
+#define JADAM_HAS_EXP2
 
 namespace jadam {
 namespace JADAM_ISA {
@@ -37,48 +37,73 @@ JADAM_INLINE T select(Mask mask, T x, T y) {
   return mask ? x : y;
 }
 JADAM_INLINE I32 copysign(I32 size, F32 sign) { return bits<I32>(sign) < 0 ? -size : size; }
-
-// NaN in x stays; `low` and `high` are numbers.
-JADAM_INLINE F32 at_least(F32 x, F32 low) { return x < low ? low : x; }
-JADAM_INLINE F32 at_most(F32 x, F32 high) { return x > high ? high : x; }
 JADAM_INLINE I32 max(I32 x, I32 y) { return x > y ? x : y; }
 JADAM_INLINE I32 min(I32 x, I32 y) { return x < y ? x : y; }
 JADAM_INLINE bool any_above(U32 x, U32 y, uint32_t high) { return x > high || y > high; }
 JADAM_INLINE bool any(Mask mask) { return mask; }
-JADAM_INLINE F32 sqrt(F32 x) { return std::sqrt(x); }
 
+// An instruction of a GPU for approximate floats, and what it stands for elsewhere.
 #if defined(__CUDA_ARCH__)
-JADAM_INLINE I32 truncate(F32 x) { return int32_t(x); }  // saturates; NaN gives 0
-
-// x/y to about two ulps, for y that is neither tiny nor huge.
-JADAM_INLINE F32 quotient(F32 x, F32 y) { return __fdividef(x, y); }
-
-// 32 numbers, one in each thread of a warp: all of its threads read at the same time.
-class Table32 {
- public:
-  explicit JADAM_INLINE Table32(const float* numbers) : own_(numbers[threadIdx.x % 32]) {}
-
-  // The number at i mod 32.
-  JADAM_INLINE F32 operator[](I32 i) const { return __shfl_sync(0xFFFFFFFFu, own_, i); }
-
- private:
-  const float own_;
-};
+#define JADAM_APPROXIMATE(name, instruction, elsewhere) \
+  JADAM_INLINE F32 name(F32 x) {                        \
+    F32 y;                                              \
+    asm(instruction " %0, %1;" : "=f"(y) : "f"(x));     \
+    return y;                                           \
+  }
 #else
-JADAM_INLINE I32 truncate(F32 x) {
-  return std::fabs(x) < 0x1p31f ? int32_t(x) : x > 0 ? INT32_MAX : x < 0 ? INT32_MIN : 0;
-}
-JADAM_INLINE F32 quotient(F32 x, F32 y) { return x / y; }
-
-class Table32 {
- public:
-  explicit Table32(const float* numbers) : numbers_(numbers) {}
-  F32 operator[](I32 i) const { return numbers_[i & 31]; }
-
- private:
-  const float* const numbers_;
-};
+#define JADAM_APPROXIMATE(name, instruction, elsewhere) \
+  JADAM_INLINE F32 name(F32 x) { return elsewhere; }
 #endif
+JADAM_APPROXIMATE(exp2, "ex2.approx.ftz.f32", std::exp2(x))
+JADAM_APPROXIMATE(log2, "lg2.approx.ftz.f32", std::log2(x))
+JADAM_APPROXIMATE(reciprocal, "rcp.approx.ftz.f32", 1 / x)
+JADAM_APPROXIMATE(reciprocal_root, "rsqrt.approx.ftz.f32", 1 / std::sqrt(x))
+#undef JADAM_APPROXIMATE
+
+// NaN in x stays; `low` and `high` are numbers.
+#if defined(__CUDA_ARCH__)
+JADAM_INLINE F32 at_least(F32 x, F32 low) {
+  asm("max.NaN.ftz.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+  return x;
+}
+JADAM_INLINE F32 at_most(F32 x, F32 high) {
+  asm("min.NaN.ftz.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+  return x;
+}
+#else
+JADAM_INLINE F32 at_least(F32 x, F32 low) { return x < low ? low : x; }
+JADAM_INLINE F32 at_most(F32 x, F32 high) { return x > high ? high : x; }
+#endif
+
+// The root of a number from 2^-103 on, by one step of Newton's iteration, as if it were rounded
+// once; NaN for infinity.
+JADAM_INLINE F32 sqrt(F32 x) {
+  const F32 y = reciprocal_root(x), root = x * y;
+  return std::fma(std::fma(-root, root, x), 0.5f * y, root);
+}
+
+// x/y for y that is neither tiny nor huge, in the same way.
+JADAM_INLINE F32 divide(F32 x, F32 y) {
+  F32 inverse = reciprocal(y);
+  inverse = std::fma(std::fma(-y, inverse, 1.0f), inverse, inverse);
+  const F32 quotient = x * inverse;
+  return std::fma(std::fma(-y, quotient, x), inverse, quotient);
+}
+
+// The same to about two ulps.
+JADAM_INLINE F32 quotient(F32 x, F32 y) { return x * reciprocal(y); }
+
+// Between integers and floats without an instruction for it, of which a GPU makes few at a time: a
+// number beside 2^23 has its units in its last bits.
+JADAM_INLINE F32 to_float_under_2_22(I32 x) { return bits<F32>(x + 0x4B400000) - 0x1.8p23f; }
+JADAM_INLINE I32 floor_under_2_22(F32 x) {
+#if defined(__CUDA_ARCH__)
+  return bits<I32>(__fadd_rd(x, 0x1p23f)) - 0x4B000000;
+#else
+  return bits<I32>(float(std::floor(x)) + 0x1p23f) - 0x4B000000;
+#endif
+}
+JADAM_INLINE I32 truncate(F32 x) { return int32_t(x); }
 
 }  // namespace JADAM_ISA
 }  // namespace jadam

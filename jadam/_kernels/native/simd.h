@@ -78,6 +78,10 @@ JADAM_INLINE void store_vector(T* p, V v) {
 JADAM_INLINE F32 all(float x) { return x - F32{}; }
 JADAM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 JADAM_INLINE I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
+// Of 0 <= x < 2^22, and of |x| < 2^22.
+JADAM_INLINE I32 floor_under_2_22(F32 x) { return truncate(x); }
+JADAM_INLINE F32 to_float_under_2_22(I32 x) { return to_float(x); }
+JADAM_INLINE F32 divide(F32 x, F32 y) { return x / y; }
 JADAM_INLINE F32 abs(F32 x) { return bits<F32>(bits<U32>(x) & 0x7FFFFFFFu); }
 JADAM_INLINE F32 select(Mask mask, F32 x, F32 y) { return mask ? x : y; }
 JADAM_INLINE I32 select(Mask mask, I32 x, I32 y) { return mask ? x : y; }

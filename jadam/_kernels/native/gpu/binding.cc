@@ -22,7 +22,7 @@ extern const char jadam_ptx[] asm("jadam_ptx");
 namespace jadam {
 namespace {
 
-constexpr int kPtxVersion = 11040;  // of CUDA, whose drivers compile PTX 7.4
+constexpr int kPtxVersion = 12010;  // of CUDA, whose drivers compile PTX 8.1
 constexpr int kCapability = 8;      // sm_80, whose warps have a maximum in one instruction
 constexpr int kMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
@@ -74,8 +74,8 @@ const char* kernel_of(const Leaf& leaf) {
 }
 
 bool is_aligned(const Leaf& leaf) {
-  for (const void* x : {leaf.g, leaf.p, leaf.m, leaf.is_coded ? nullptr : leaf.v, leaf.residual,
-                        (const void*)leaf.out}) {
+  const void* const v = leaf.is_coded ? nullptr : leaf.v;  // tops are read one by one
+  for (const void* x : {leaf.g, leaf.p, leaf.m, v, leaf.residual, (const void*)leaf.out}) {
     if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
   }
   return leaf.rows == 1 || leaf.n % 4 == 0;
@@ -86,13 +86,10 @@ DeviceLeaf on_device(const Leaf& leaf, uint32_t first_chunk) {
   DeviceLeaf found{};
   found.g = leaf.g;
   found.p = leaf.p;
-  found.m = leaf.m;
-  found.v = leaf.v;
-  found.residual = leaf.residual;
   found.out = leaf.out;
-  found.m_out = leaf.m_out;
-  found.v_out = leaf.v_out;
-  found.residual_out = leaf.residual_out;
+  found.m = leaf.m_out;
+  found.v = leaf.v_out;
+  found.residual = leaf.residual_out;
   found.words = static_cast<const uint32_t*>(leaf.counted);
   found.n = leaf.n;
   found.blocks = uint32_t(leaf.blocks());
@@ -127,6 +124,9 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
   std::map<std::string, std::vector<const Leaf*>> of_kernel;
   for (const Leaf& leaf : leaves) {
     if (leaf.blocks() > int64_t(UINT32_MAX) - kBlocksInChunk) return wrong("a leaf is too large");
+    if (leaf.m != leaf.m_out || leaf.v != leaf.v_out || leaf.residual != leaf.residual_out) {
+      return wrong("moments or a residual are not replaced where they are");
+    }
     of_kernel[kernel_of(leaf)].push_back(&leaf);
   }
   for (const auto& [name, those] : of_kernel) {
@@ -135,7 +135,7 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
       return failed("the driver does not take the kernel", code);
     }
     for (size_t first = 0; first < those.size(); first += kLeavesInLaunch) {
-      Launch launch{shared.numbers, shared.tables, shared.count, shared.first_lane, 0, {}};
+      Launch launch{shared.numbers, shared.count, shared.first_lane, 0, {}};
       uint32_t chunks = 0;
       for (size_t i = first; i < those.size() && launch.leaves < kLeavesInLaunch; ++i) {
         const DeviceLeaf leaf = on_device(*those[i], chunks);

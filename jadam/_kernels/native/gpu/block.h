@@ -1,5 +1,5 @@
 // A block of 128 numbers through one step, by a group of threads of which each has kN of them in
-// registers: a warp on a GPU, where kN is 4, or one thread that has all, where this is checked.
+// registers: a warp on a GPU, where kN is 4.
 #pragma once
 
 #include "../lane.h"
@@ -9,45 +9,51 @@
 namespace jadam {
 namespace JADAM_ISA {
 
-// A thread's part of a block: numbers first, ..., first + kN - 1 of it. What is beyond the end of a
-// row is 0.
+// A thread's part of a block. What is beyond the end of a row is 0.
 template <int kN>
 struct Block {
   F32 g[kN], p[kN], m[kN], v[kN];
-  I32 codes[kN];      // of m and v
-  I32 top;            // of the block, where it has codes
-  I32 residual[kN];   // of p
-  uint32_t first_lane;  // of this part, along the last axis
+  I32 codes[kN];     // of m and v
+  I32 top;           // of the block, where it has codes
+  I32 residual[kN];  // of p
 };
 
 // The larger of what the threads of a group have.
-template <int kN>
 JADAM_INLINE I32 group_max(I32 x) {
 #if defined(__CUDA_ARCH__)
   return __reduce_max_sync(0xFFFFFFFFu, x);
 #else
-  static_assert(kN == kBlock);
   return x;
 #endif
 }
 
-// _rounding.weyl at step `count`
-JADAM_INLINE U32 weyl(uint32_t lane, uint32_t count, uint32_t salt) {
-  return lane % uint32_t(kBlock) * kLane + count * kStep + salt * kSalt;
-}
+// _rounding.weyl of a thread's numbers, the first of them at `lane`. It is that of all blocks.
+template <int kN>
+struct Weyl {
+  uint32_t count;
+  U32 of[kN];
 
-// The same as a number in [0, 1), to 23 bits.
+  JADAM_INLINE Weyl(uint32_t lane, uint32_t at) : count(at) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) of[i] = (lane + i) % uint32_t(kBlock) * kLane + count * kStep;
+  }
+};
+
+// A dither as a number in [0, 1), to 23 bits.
 JADAM_INLINE F32 unit(U32 weyl) { return bits<F32>((weyl >> 9) | 0x3F800000u) - 1.0f; }
+
+constexpr int32_t kSmallestUsual = 0x05800000;  // 2^-116
+constexpr int32_t kLargestG = 0x5F000000, kInfinity = 0x7F800000;  // 2^63 and infinity
 
 // The equations of a step on moments as floats. Leaves the direction in g.
 template <class Member, int kN>
 JADAM_INLINE void step_member(Block<kN>& b, const Numbers& s) {
   const Member member{s};
 #pragma unroll
-  for (int i = 0; i < kN; ++i) b.g[i] = member(limit_range(b.g[i]), b.m[i], b.v[i]);
+  for (int i = 0; i < kN; ++i) b.g[i] = member(b.g[i], b.m[i], b.v[i]);
 }
 template <int kN>
-JADAM_INLINE void step_floats(Block<kN>& b, const Numbers& s) {
+JADAM_INLINE void step_limited(Block<kN>& b, const Numbers& s) {
   if (s.g_weight != 0) {
     step_member<Adam<true>>(b, s);
   } else {
@@ -55,58 +61,166 @@ JADAM_INLINE void step_floats(Block<kN>& b, const Numbers& s) {
   }
 }
 
+template <int kN>
+JADAM_INLINE void limit_gradients(Block<kN>& b) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) b.g[i] = limit_range(b.g[i]);
+}
+
+template <int kN>
+JADAM_INLINE void step_floats(Block<kN>& b, const Numbers& s) {
+  I32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) largest = max(largest, bits<I32>(abs(b.g[i])));
+  if (__builtin_expect(largest > kLargestG, false)) limit_gradients(b);
+  step_limited(b, s);
+}
+
 // The same on moments as codes.
 template <int kN>
-JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec, uint32_t count) {
-  I32 largest_code = 0, largest_g = 0;
+JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
+                             const Weyl<kN>& weyl) {
+  I32 code = 0, size = 0;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    code = max(code, b.codes[i] & kNaN);
+    size = max(size, bits<I32>(abs(b.g[i])));
+  }
+  code = group_max(code);
+  size = group_max(size);
+  // The same in all threads of the group.
+  const bool is_special = code == kNaN || size > kLargestG;
   bool is_fed[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    const I32 code = b.codes[i] & kNaN, size = bits<I32>(abs(b.g[i]));
-    largest_code = max(largest_code, code == kNaN ? 0 : code);
-    largest_g = max(largest_g, size < 0x7F800000 ? size : 0);
-    const F32 v_is_nan = code == kNaN ? bits<F32>(0x7FC00000) : 0.0f;
-    codec.decode(b.codes[i], b.top - kTop, b.m[i], b.v[i]);
-    b.v[i] += v_is_nan;
     is_fed[i] = b.g[i] != 0.0f;
+    codec.decode(b.codes[i], b.top - kTop, b.m[i], b.v[i]);
   }
-  largest_code = group_max<kN>(largest_code);
-  const F32 g = at_most(bits<F32>(group_max<kN>(largest_g)), 0x1p63f);
-  const F32 power = codec.power_of_two(largest_code - kTop + b.top);
-  const F32 root = largest_code > 0 ? power : 0.0f, bound = second_moment(root * root, g, s);
-  const I32 above = codec.biased_level(bound, 0.0f) - (kBias - 1), top = bound > 0.0f ? above : 0;
-  step_floats(b, s);
+  if (__builtin_expect(is_special, false)) {
+    limit_gradients(b);
+    code = size = 0;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const I32 own_code = b.codes[i] & kNaN, own_size = bits<I32>(abs(b.g[i]));
+      if (own_code == kNaN) b.v[i] = bits<F32>(0x7FC00000);
+      code = max(code, own_code == kNaN ? 0 : own_code);
+      size = max(size, own_size < kInfinity ? own_size : 0);
+    }
+    code = group_max(code);
+    size = group_max(size);
+  }
+  const F32 root = select(code > 0, codec.power_of_two(code - kTop + b.top), 0.0f);
+  const F32 bound = second_moment(root * root, bits<F32>(size), s);
+  b.top = select(bound > 0.0f, codec.biased_level(bound, 0.0f) - (kBias - 1), 0);
+  step_limited(b, s);
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    const F32 of_v = unit(weyl(b.first_lane + i, count, 0));
-    const F32 of_m = unit(weyl(b.first_lane + i, count, 1));
-    const I32 code = codec.encode_v(b.v[i], is_fed[i], top - kTop + kBias, of_v);
-    const I32 both = codec.encode_m(b.m[i], code, top - kTop, of_m);
-    b.codes[i] = is_finite(b.v[i]) ? both : (64 << 9) | kNaN;
+    const I32 of_v = codec.encode_v(b.v[i], is_fed[i], b.top - kTop + kBias, unit(weyl.of[i]));
+    b.codes[i] = codec.encode_m(b.m[i], of_v, b.top - kTop, unit(weyl.of[i] + kSalt));
   }
-  b.top = top;
+  if (__builtin_expect(is_special, false)) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      if (!is_finite(b.v[i])) b.codes[i] = (64 << 9) | kNaN;
+    }
+  }
 }
 
-// What the storage of floats rounds, as bits of bfloat16 in the place of the codes: m in the lower
-// half, v in the upper one.
-template <int kN, bool kRoundsV>
-JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, uint32_t count) {
+// What the storage of floats rounds to bfloat16: m, and v with it. They are then the numbers that
+// are stored.
+template <bool kRoundsV, int kN>
+JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, const Weyl<kN>& weyl) {
+  I32 m[kN], v[kN], least = kInfinity, most = 0;
+  bool is_rare = false;
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    const U32 of_m = weyl(b.first_lane + i, count, 0), of_v = weyl(b.first_lane + i, count, 1);
-    I32 m_bits = 0, v_bits = 0;
-    round_moments<true, kRoundsV>(b.m[i], b.v[i], of_m >> 16, of_v >> 16, s.bound, m_bits, v_bits);
-    b.codes[i] = bits<I32>((U32(m_bits) & 0xFFFFu) | U32(v_bits) << 16);
+    const U32 of_m = weyl.of[i] >> 16, of_v = (weyl.of[i] + kSalt) >> 16;
+    const I32 m_size = bits<I32>(abs(b.m[i])), v_size = bits<I32>(abs(b.v[i]));
+    least = min(least, min(m_size, v_size));
+    most = max(most, max(m_size, v_size));
+    m[i] = carried_to_bf16(b.m[i], of_m);
+    v[i] = kRoundsV ? carried_to_bf16(b.v[i], of_v) : 0;
+    const F32 stored_m = widened(m[i]), stored_v = kRoundsV ? widened(v[i]) : b.v[i];
+    is_rare |= stored_m * stored_m > s.bound * s.bound * 0.999f * stored_v;
+  }
+  // Small numbers are rounded otherwise, and m has no bound beside a small v.
+  is_rare |= least < kSmallestUsual || most > int32_t(kMax);
+  if (__builtin_expect(is_rare, false)) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const U32 of_m = weyl.of[i] >> 16, of_v = (weyl.of[i] + kSalt) >> 16;
+      round_moments<true, kRoundsV>(b.m[i], b.v[i], of_m, of_v, s.bound, m[i], v[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    b.m[i] = widened(m[i]);
+    if (kRoundsV) b.v[i] = widened(v[i]);
   }
 }
 
 // The direction to the update of weights p.
 template <int kN>
 JADAM_INLINE void to_update(Block<kN>& b, const F32 (&p)[kN], const Numbers& s, bool decays) {
+  if (decays) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) b.g[i] += s.weight_decay * p[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kN; ++i) b.g[i] *= -s.learning_rate;
+}
+
+// The weights that are trained, of parameters with a residual.
+template <class R, int kN>
+JADAM_INLINE void join_weights(const Block<kN>& b, F32 (&master)[kN]) {
+  bool is_rare = false;
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    if (decays) b.g[i] += s.weight_decay * p[i];
-    b.g[i] *= -s.learning_rate;
+    is_rare |= any_unusual(b.p[i]);
+    master[i] = join_usual<R>(b.p[i], b.residual[i]);
+  }
+  if (__builtin_expect(is_rare, false)) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) master[i] = join_carefully<R>(b.p[i], b.residual[i]);
+  }
+}
+
+// The weights after the step: what lies in memory in p, the update that takes p there in g.
+template <class R, int kN>
+JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dither)[kN]) {
+  bool is_rare = false;
+  F32 update[kN];
+  Narrowed found[kN];
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    master[i] += b.g[i];
+    Mask is_usual;
+    found[i] = split_usual<R>(master[i], b.p[i], dither[i], is_usual);
+    is_rare |= !is_usual;
+    update[i] = difference(found[i].landed, b.p[i]);
+  }
+  if (__builtin_expect(is_rare, false)) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      found[i] = split_carefully<R>(master[i], b.p[i], dither[i], update[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    b.g[i] = update[i];
+    b.p[i] = found[i].landed;
+    b.residual[i] = found[i].residual;
+  }
+}
+
+// The same for parameters that are rounded randomly, the first of them the element `place`.
+template <int kN>
+JADAM_INLINE void round_weights(Block<kN>& b, uint32_t place, const uint32_t (&words)[2]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    const U32 random = random_bits(place + i, words);
+    b.g[i] = difference(round_randomly(b.p[i] + b.g[i], random), b.p[i]);
+    b.p[i] = nearest_bf16(b.p[i] + b.g[i]);
   }
 }
 

@@ -5,9 +5,9 @@
 
 namespace jadam {
 
-constexpr int kThreads = 256;         // of a thread block: 8 warps
-constexpr uint32_t kBlocksInChunk = 64;  // of numbers, for a thread block
-constexpr int kLeavesInLaunch = 32;
+constexpr int kThreads = 256;            // of a thread block: 8 warps
+constexpr uint32_t kBlocksInChunk = 32;  // of numbers, for a thread block
+constexpr int kLeavesInLaunch = 256;
 
 // The options of a leaf, as bits.
 enum : uint32_t {
@@ -20,9 +20,10 @@ enum : uint32_t {
   kIsAligned = 64,  // all its arrays, and its rows
 };
 
+// Moments and residual are replaced where they are.
 struct DeviceLeaf {
-  const void *g, *p, *m, *v, *residual;
-  void *out, *m_out, *v_out, *residual_out;
+  const void *g, *p;
+  void *out, *m, *v, *residual;
   const uint32_t* words;  // the count of the residual's dither, or two words of random bits
   int64_t n;              // of a row
   uint32_t blocks, blocks_in_row;
@@ -32,15 +33,14 @@ struct DeviceLeaf {
   Weights weights;
 };
 
-// Of at most 4 kB, which any driver passes as a kernel's parameter.
 struct Launch {
   const Numbers* numbers;
-  const Tables* tables;
   const uint32_t* count;
   const uint32_t* first_lane;
-  int32_t leaves;
+  int64_t leaves;
   DeviceLeaf leaf[kLeavesInLaunch];
 };
-static_assert(sizeof(Launch) <= 4096, "");
+// As much as a kernel's parameters may have since CUDA 12.1.
+static_assert(sizeof(Launch) <= 32764, "");
 
 }  // namespace jadam
