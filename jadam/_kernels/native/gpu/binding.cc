@@ -68,20 +68,23 @@ int find_kernel(const Driver& driver, CudaContext context, const std::string& na
   return error;
 }
 
-const char* kernel_of(const Leaf& leaf) {
-  if (leaf.weights == Weights::kPlain) return leaf.is_coded ? "jadam_codes" : "jadam_floats";
-  return leaf.is_coded ? "jadam_codes_narrow" : "jadam_floats_narrow";
-}
+struct Kernel {
+  const char* name;
+  Division division;
+  std::vector<Leaf> leaves;
+};
 
-bool is_aligned(const Leaf& leaf) {
+size_t kernel_of(const Leaf& leaf) { return 2 * (leaf.weights != Weights::kPlain) + leaf.is_coded; }
+
+bool is_aligned(const Leaf& leaf, const Division& division) {
   const void* const v = leaf.is_coded ? nullptr : leaf.v;  // tops are read one by one
   for (const void* x : {leaf.g, leaf.p, leaf.m, v, leaf.residual, (const void*)leaf.out}) {
     if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
   }
-  return leaf.rows == 1 || leaf.n % 4 == 0;
+  return leaf.rows == 1 || leaf.n % division.numbers == 0;
 }
 
-DeviceLeaf on_device(const Leaf& leaf, uint32_t first_chunk) {
+DeviceLeaf on_device(const Leaf& leaf, const Division& division, uint32_t first_chunk) {
   const auto is_narrow = [](Float dtype) { return dtype == Float::kBF16; };
   DeviceLeaf found{};
   found.g = leaf.g;
@@ -100,7 +103,7 @@ DeviceLeaf on_device(const Leaf& leaf, uint32_t first_chunk) {
                   (is_narrow(leaf.g_dtype) ? kNarrowG : 0) |
                   (is_narrow(leaf.p_dtype) ? kNarrowP : 0) |
                   (is_narrow(leaf.m_dtype) ? kNarrowM : 0) |
-                  (is_narrow(leaf.v_dtype) ? kNarrowV : 0) | (is_aligned(leaf) ? kIsAligned : 0);
+                  (is_narrow(leaf.v_dtype) ? kNarrowV : 0) | (is_aligned(leaf, division) ? kIsAligned : 0);
   found.weights = leaf.weights;
   return found;
 }
@@ -121,15 +124,19 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
   CudaContext context;
   if (int code = driver.stream_context(stream, &context)) return failed("no context", code);
   const InContext in_context(driver, context);
-  std::map<std::string, std::vector<const Leaf*>> of_kernel;
+  Kernel kernels[] = {{"jadam_floats", kFloats, {}},
+                      {"jadam_codes", kCodes, {}},
+                      {"jadam_floats_narrow", kNarrowFloats, {}},
+                      {"jadam_codes_narrow", kNarrowCodes, {}}};
   for (const Leaf& leaf : leaves) {
-    if (leaf.blocks() > int64_t(UINT32_MAX) - kBlocksInChunk) return wrong("a leaf is too large");
+    if (leaf.blocks() > int64_t(UINT32_MAX / 2)) return wrong("a leaf is too large");
     if (leaf.m != leaf.m_out || leaf.v != leaf.v_out || leaf.residual != leaf.residual_out) {
       return wrong("moments or a residual are not replaced where they are");
     }
-    of_kernel[kernel_of(leaf)].push_back(&leaf);
+    kernels[kernel_of(leaf)].leaves.push_back(leaf);
   }
-  for (const auto& [name, those] : of_kernel) {
+  for (const auto& [name, division, those] : kernels) {
+    if (those.empty()) continue;
     CudaFunction kernel;
     if (int code = find_kernel(driver, context, name, kernel)) {
       return failed("the driver does not take the kernel", code);
@@ -138,8 +145,8 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
       Launch launch{shared.numbers, shared.count, shared.first_lane, 0, {}};
       uint32_t chunks = 0;
       for (size_t i = first; i < those.size() && launch.leaves < kLeavesInLaunch; ++i) {
-        const DeviceLeaf leaf = on_device(*those[i], chunks);
-        chunks += (leaf.blocks - 1) / kBlocksInChunk + 1;
+        const DeviceLeaf leaf = on_device(those[i], division, chunks);
+        chunks += (leaf.blocks - 1) / division.blocks + 1;
         launch.leaf[launch.leaves++] = leaf;
       }
       void* parameters[] = {&launch};

@@ -1,5 +1,5 @@
 // A block of 128 numbers through one step, by a group of threads of which each has kN of them in
-// registers: a warp on a GPU, where kN is 4.
+// registers: a warp or half of one on a GPU, where kN is 4 or 8.
 #pragma once
 
 #include "../lane.h"
@@ -19,9 +19,26 @@ struct Block {
 };
 
 // The larger of what the threads of a group have.
+template <int kN>
 JADAM_INLINE I32 group_max(I32 x) {
-#if defined(__CUDA_ARCH__)
-  return __reduce_max_sync(0xFFFFFFFFu, x);
+#if defined(__CUDACC__)
+  constexpr int kThreadsOfBlock = int(kBlock) / kN;
+  if constexpr (kThreadsOfBlock == 32) {
+    x = __reduce_max_sync(0xFFFFFFFFu, x);
+  } else {
+#pragma unroll
+    for (int apart = kThreadsOfBlock / 2; apart > 0; apart /= 2) {
+      x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, apart));
+    }
+  }
+#endif
+  return x;
+}
+
+// Whether it is so in any thread of a warp, which may have several groups.
+JADAM_INLINE bool any_of_warp(bool x) {
+#if defined(__CUDACC__)
+  return __any_sync(0xFFFFFFFFu, x);
 #else
   return x;
 #endif
@@ -86,9 +103,9 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
     code = max(code, b.codes[i] & kNaN);
     size = max(size, bits<I32>(abs(b.g[i])));
   }
-  code = group_max(code);
-  size = group_max(size);
-  // The same in all threads of the group.
+  code = group_max<kN>(code);
+  size = group_max<kN>(size);
+  // The same in all threads of the group; those of a warp stay together for what follows.
   const bool is_special = code == kNaN || size > kLargestG;
   bool is_fed[kN];
 #pragma unroll
@@ -96,7 +113,7 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
     is_fed[i] = b.g[i] != 0.0f;
     codec.decode(b.codes[i], b.top - kTop, b.m[i], b.v[i]);
   }
-  if (__builtin_expect(is_special, false)) {
+  if (__builtin_expect(any_of_warp(is_special), false)) {
     limit_gradients(b);
     code = size = 0;
 #pragma unroll
@@ -106,8 +123,8 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
       code = max(code, own_code == kNaN ? 0 : own_code);
       size = max(size, own_size < kInfinity ? own_size : 0);
     }
-    code = group_max(code);
-    size = group_max(size);
+    code = group_max<kN>(code);
+    size = group_max<kN>(size);
   }
   const F32 root = select(code > 0, codec.power_of_two(code - kTop + b.top), 0.0f);
   const F32 bound = second_moment(root * root, bits<F32>(size), s);
@@ -185,11 +202,11 @@ JADAM_INLINE void join_weights(const Block<kN>& b, F32 (&master)[kN]) {
   }
 }
 
-// The weights after the step: what lies in memory in p, the update that takes p there in g.
+// The weights after the step to what lies in memory: p, or in g the update that takes p there.
 template <class R, int kN>
-JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dither)[kN]) {
+JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dither)[kN],
+                                bool writes_params) {
   bool is_rare = false;
-  F32 update[kN];
   Narrowed found[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
@@ -197,20 +214,21 @@ JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dit
     Mask is_usual;
     found[i] = split_usual<R>(master[i], b.p[i], dither[i], is_usual);
     is_rare |= !is_usual;
-    update[i] = difference(found[i].landed, b.p[i]);
+    b.residual[i] = found[i].residual;
+  }
+  if (!writes_params) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) b.g[i] = difference(found[i].landed, b.p[i]);
   }
   if (__builtin_expect(is_rare, false)) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      found[i] = split_carefully<R>(master[i], b.p[i], dither[i], update[i]);
+      found[i] = split_carefully<R>(master[i], b.p[i], dither[i], b.g[i]);
+      b.residual[i] = found[i].residual;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    b.g[i] = update[i];
-    b.p[i] = found[i].landed;
-    b.residual[i] = found[i].residual;
-  }
+  for (int i = 0; i < kN; ++i) b.p[i] = found[i].landed;
 }
 
 // The same for parameters that are rounded randomly, the first of them the element `place`.

@@ -1,5 +1,5 @@
-// One step of many leaves in one pass over memory: a warp takes a block of 128 numbers at a time,
-// four a thread, each four of them in one access.
+// One step of many leaves in one pass over memory. The threads of a warp, or of half of one, take a
+// block of 128 numbers at a time, four or eight each, those of an array in one access.
 
 #define JADAM_ISA gpu
 #include "block.h"
@@ -9,54 +9,69 @@ namespace jadam {
 namespace gpu {
 namespace {
 
-constexpr int kN = 4, kWarp = 32, kWarps = kThreads / kWarp;
-
-// Four numbers as they lie in memory, of 1, 2 or 4 bytes each.
-struct Four {
-  uint32_t words[4];
+// A thread's numbers as they lie in memory, of 1, 2 or 4 bytes each.
+template <int kN>
+struct Lot {
+  uint32_t words[kN];
 };
 
-// A thread's numbers: from `first` on, in a row that has `rest` of them to its end.
+// Where they lie: from `first` on, in a row that has `rest` of them to its end.
 struct Place {
   int64_t first, rest;
 };
 
-// Where one access takes all four.
+// Where accesses take up to 16 bytes. Stores are asked for by name: written as assignments, they
+// become one for each word.
+template <int kN>
 struct Whole {
   template <class Word>
-  static __device__ __forceinline__ Four load(const void* from, const Place& at) {
+  static __device__ __forceinline__ Lot<kN> load(const void* from, const Place& at) {
+    constexpr int kWords = kN * sizeof(Word) / 4;
     const Word* const x = static_cast<const Word*>(from) + at.first;
-    if constexpr (sizeof(Word) == 4) {
-      const uint4 y = *reinterpret_cast<const uint4*>(x);
-      return {{y.x, y.y, y.z, y.w}};
-    } else if constexpr (sizeof(Word) == 2) {
-      const uint2 y = *reinterpret_cast<const uint2*>(x);
-      return {{y.x, y.y, 0, 0}};
+    Lot<kN> y{};
+    if constexpr (kWords == 1) {
+      y.words[0] = *reinterpret_cast<const uint32_t*>(x);
+    } else if constexpr (kWords == 2) {
+      const uint2 z = *reinterpret_cast<const uint2*>(x);
+      y.words[0] = z.x;
+      y.words[1] = z.y;
     } else {
-      return {{*reinterpret_cast<const uint32_t*>(x), 0, 0, 0}};
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        const uint4 z = reinterpret_cast<const uint4*>(x)[i / 4];
+        y.words[i] = z.x;
+        y.words[i + 1] = z.y;
+        y.words[i + 2] = z.z;
+        y.words[i + 3] = z.w;
+      }
     }
+    return y;
   }
 
   template <class Word>
-  static __device__ __forceinline__ void store(const Four& x, void* to, const Place& at) {
-    // By name: written as assignments, these become a store for each word.
+  static __device__ __forceinline__ void store(const Lot<kN>& x, void* to, const Place& at) {
+    constexpr int kWords = kN * sizeof(Word) / 4;
     Word* const y = static_cast<Word*>(to) + at.first;
-    const auto& [a, b, c, d] = x.words;
-    if constexpr (sizeof(Word) == 4) {
-      __stwb(reinterpret_cast<uint4*>(y), make_uint4(a, b, c, d));
-    } else if constexpr (sizeof(Word) == 2) {
-      __stwb(reinterpret_cast<uint2*>(y), make_uint2(a, b));
+    if constexpr (kWords == 1) {
+      __stwb(reinterpret_cast<uint32_t*>(y), x.words[0]);
+    } else if constexpr (kWords == 2) {
+      __stwb(reinterpret_cast<uint2*>(y), make_uint2(x.words[0], x.words[1]));
     } else {
-      __stwb(reinterpret_cast<uint32_t*>(y), a);
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        __stwb(reinterpret_cast<uint4*>(y) + i / 4, make_uint4(x.words[i], x.words[i + 1],
+                                                               x.words[i + 2], x.words[i + 3]));
+      }
     }
   }
 };
 
 // At the end of a row, or where rows or arrays begin between two accesses.
+template <int kN>
 struct Ragged {
   template <class Word>
-  static __device__ __forceinline__ Four load(const void* from, const Place& at) {
-    Four x{};
+  static __device__ __forceinline__ Lot<kN> load(const void* from, const Place& at) {
+    Lot<kN> x{};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       if (i < at.rest) {
@@ -68,7 +83,7 @@ struct Ragged {
   }
 
   template <class Word>
-  static __device__ __forceinline__ void store(const Four& x, void* to, const Place& at) {
+  static __device__ __forceinline__ void store(const Lot<kN>& x, void* to, const Place& at) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const Word word = Word(x.words[i * sizeof(Word) / 4] >> (i * sizeof(Word) % 4 * 8));
@@ -79,12 +94,12 @@ struct Ragged {
 
 // Floats of either width.
 template <class Access>
-__device__ __forceinline__ Four load_floats(const void* from, bool is_narrow, const Place& at) {
+__device__ __forceinline__ auto load_floats(const void* from, bool is_narrow, const Place& at) {
   return is_narrow ? Access::template load<uint16_t>(from, at)
                    : Access::template load<uint32_t>(from, at);
 }
-template <class Access>
-__device__ __forceinline__ void store_floats(const Four& x, void* to, bool is_narrow,
+template <class Access, int kN>
+__device__ __forceinline__ void store_floats(const Lot<kN>& x, void* to, bool is_narrow,
                                              const Place& at) {
   if (is_narrow) {
     Access::template store<uint16_t>(x, to, at);
@@ -95,9 +110,9 @@ __device__ __forceinline__ void store_floats(const Four& x, void* to, bool is_na
 
 // What a step takes of a block and what it leaves there. All loads are under way before the first
 // of the numbers is looked at.
-template <bool kCodes, bool kNarrow>
+template <int kN, bool kCodes, bool kNarrow>
 struct Lying {
-  Four g, p, m, v, residual, out;
+  Lot<kN> g, p, m, v, residual, out;
   int16_t top;
 
   template <class Access>
@@ -106,7 +121,7 @@ struct Lying {
     g = load_floats<Access>(leaf.g, options & kNarrowG, at);
     if constexpr (kCodes) {
       m = Access::template load<uint16_t>(leaf.m, at);
-      top = static_cast<const int16_t*>(leaf.v)[block];
+      top = block < leaf.blocks ? static_cast<const int16_t*>(leaf.v)[block] : int16_t(0);
     } else {
       m = load_floats<Access>(leaf.m, options & kNarrowM, at);
       v = load_floats<Access>(leaf.v, options & kNarrowV, at);
@@ -129,26 +144,29 @@ struct Lying {
     const uint32_t options = leaf.options;
     if constexpr (kCodes) {
       Access::template store<uint16_t>(m, leaf.m, at);
-      if (threadIdx.x % kWarp == 0) static_cast<int16_t*>(leaf.v)[block] = top;
+      const bool is_first = threadIdx.x % (kBlock / kN) == 0;
+      if (is_first && block < leaf.blocks) static_cast<int16_t*>(leaf.v)[block] = top;
     } else {
       store_floats<Access>(m, leaf.m, options & kNarrowM, at);
       store_floats<Access>(v, leaf.v, options & kNarrowV, at);
     }
+    bool is_narrow = options & kWritesParams;
     if constexpr (kNarrow) {
       if (leaf.weights == Weights::kCompensated8) {
         Access::template store<uint8_t>(residual, leaf.residual, at);
       } else if (leaf.weights == Weights::kCompensated16) {
         Access::template store<uint16_t>(residual, leaf.residual, at);
       }
-      store_floats<Access>(out, leaf.out, options & kWritesParams, at);
     } else {
-      const bool is_narrow = options & (options & kWritesParams ? kNarrowP : kNarrowG);
-      store_floats<Access>(out, leaf.out, is_narrow, at);
+      is_narrow = options & (is_narrow ? kNarrowP : kNarrowG);
     }
+    store_floats<Access>(out, leaf.out, is_narrow, at);
   }
 };
 
-__device__ __forceinline__ void to_floats(const Four& x, bool is_narrow, F32 (&y)[kN]) {
+// Numbers to and from how they lie.
+template <int kN>
+__device__ __forceinline__ void to_floats(const Lot<kN>& x, bool is_narrow, F32 (&y)[kN]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) y[i] = bits<F32>(x.words[i]);
   if (!is_narrow) return;
@@ -157,27 +175,52 @@ __device__ __forceinline__ void to_floats(const Four& x, bool is_narrow, F32 (&y
     y[i] = bits<F32>(i % 2 ? x.words[i / 2] & 0xFFFF0000u : x.words[i / 2] << 16);
   }
 }
+
 // Two floats as the nearest numbers of bfloat16, the first in the lower half.
 __device__ __forceinline__ uint32_t in_bf16(F32 x, F32 y) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
   return both;
 }
-__device__ __forceinline__ Four from_floats(const F32 (&x)[kN], bool is_narrow) {
-  if (is_narrow) return {{in_bf16(x[0], x[1]), in_bf16(x[2], x[3]), 0, 0}};
-  return {{bits<U32>(x[0]), bits<U32>(x[1]), bits<U32>(x[2]), bits<U32>(x[3])}};
+
+template <int kN>
+__device__ __forceinline__ Lot<kN> from_floats(const F32 (&x)[kN], bool is_narrow) {
+  Lot<kN> y{};
+  if (is_narrow) {
+#pragma unroll
+    for (int i = 0; i < kN; i += 2) y.words[i / 2] = in_bf16(x[i], x[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) y.words[i] = bits<U32>(x[i]);
+  }
+  return y;
 }
-__device__ __forceinline__ Four in_16_bits(const I32 (&x)[kN]) {
-  return {{__byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410), 0, 0}};
+
+// Signed or not, of 1 or 2 bytes.
+template <class T, int kN>
+__device__ __forceinline__ void to_integers(const Lot<kN>& x, I32 (&y)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) y[i] = T(x.words[i * sizeof(T) / 4] >> (i * sizeof(T) % 4 * 8));
 }
-__device__ __forceinline__ Four in_8_bits(const I32 (&x)[kN]) {
-  const uint32_t low = __byte_perm(x[0], x[1], 0x0040), high = __byte_perm(x[2], x[3], 0x0040);
-  return {{__byte_perm(low, high, 0x5410), 0, 0, 0}};
+template <class T, int kN>
+__device__ __forceinline__ Lot<kN> from_integers(const I32 (&x)[kN]) {
+  Lot<kN> y{};
+#pragma unroll
+  for (int i = 0; i < kN; i += 2) {
+    const uint32_t pair = __byte_perm(x[i], x[i + 1], sizeof(T) == 2 ? 0x5410 : 0x0040);
+    if constexpr (sizeof(T) == 2) {
+      y.words[i / 2] = pair;
+    } else {
+      y.words[i / 4] = i % 4 == 0 ? pair : __byte_perm(y.words[i / 4], pair, 0x5410);
+    }
+  }
+  return y;
 }
 
 // The update, in g, to what is written of parameters that are what they stand for.
-__device__ __forceinline__ Four written(Block<kN>& b, uint32_t options) {
-  const Four update = from_floats(b.g, options & kNarrowG);
+template <int kN>
+__device__ __forceinline__ Lot<kN> written(Block<kN>& b, uint32_t options) {
+  const Lot<kN> update = from_floats(b.g, options & kNarrowG);
   if (!(options & kWritesParams)) return update;
   to_floats(update, options & kNarrowG, b.g);
 #pragma unroll
@@ -185,22 +228,20 @@ __device__ __forceinline__ Four written(Block<kN>& b, uint32_t options) {
   return from_floats(b.g, options & kNarrowP);
 }
 
-// The same of 16-bit weights that stand for more.
-template <class R>
-__device__ __forceinline__ void compensate(Block<kN>& b, const Four& residual, const Numbers& s,
-                                           bool decays, const U32 (&dither)[kN]) {
+// The same of 16-bit weights with a residual.
+template <class R, int kN>
+__device__ __forceinline__ void compensate(Block<kN>& b, Lot<kN>& residual, const Numbers& s,
+                                           uint32_t options, const U32 (&dither)[kN]) {
   F32 master[kN];
-#pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    b.residual[i] = R(residual.words[i * sizeof(R) / 4] >> (i * sizeof(R) % 4 * 8));
-  }
+  to_integers<R>(residual, b.residual);
   join_weights<R>(b, master);
-  to_update(b, master, s, decays);
-  split_weights<R>(b, master, dither);
+  to_update(b, master, s, options & kDecays);
+  split_weights<R>(b, master, dither, options & kWritesParams);
+  residual = from_integers<R>(b.residual);
 }
 
-template <bool kCodes, bool kNarrow>
-__device__ __forceinline__ void step(Lying<kCodes, kNarrow>& x, const DeviceLeaf& leaf,
+template <int kN, bool kCodes, bool kNarrow>
+__device__ __forceinline__ void step(Lying<kN, kCodes, kNarrow>& x, const DeviceLeaf& leaf,
                                      const Numbers& s, const Codec& codec, const Weyl<kN>& weyl,
                                      const U32 (&dither)[kN], uint32_t element) {
   const uint32_t options = leaf.options;
@@ -209,10 +250,9 @@ __device__ __forceinline__ void step(Lying<kCodes, kNarrow>& x, const DeviceLeaf
   to_floats(x.p, kNarrow || (options & kNarrowP), b.p);
   if constexpr (kCodes) {
     b.top = x.top;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) b.codes[i] = x.m.words[i / 2] >> (16 * (i % 2)) & 0xFFFF;
+    to_integers<uint16_t>(x.m, b.codes);
     step_codes(b, s, codec, weyl);
-    x.m = in_16_bits(b.codes);
+    x.m = from_integers<uint16_t>(b.codes);
     x.top = int16_t(b.top);
   } else {
     to_floats(x.m, options & kNarrowM, b.m);
@@ -228,11 +268,9 @@ __device__ __forceinline__ void step(Lying<kCodes, kNarrow>& x, const DeviceLeaf
   }
   if constexpr (kNarrow) {
     if (leaf.weights == Weights::kCompensated8) {
-      compensate<int8_t>(b, x.residual, s, options & kDecays, dither);
-      x.residual = in_8_bits(b.residual);
+      compensate<int8_t>(b, x.residual, s, options, dither);
     } else if (leaf.weights == Weights::kCompensated16) {
-      compensate<int16_t>(b, x.residual, s, options & kDecays, dither);
-      x.residual = in_16_bits(b.residual);
+      compensate<int16_t>(b, x.residual, s, options, dither);
     } else {
       const uint32_t words[2] = {leaf.words[0], leaf.words[1]};
       to_update(b, b.p, s, options & kDecays);
@@ -255,12 +293,46 @@ __device__ __forceinline__ const DeviceLeaf& leaf_of(const Launch& launch, uint3
   return launch.leaf[low];
 }
 
-template <bool kCodes, bool kNarrow>
-__device__ __forceinline__ void run(const Launch& launch) {
+// The blocks of a leaf that a group of threads takes: each kStride-th. In a row one after the other,
+// without a division for each.
+template <int kStride>
+struct Walk {
+  uint32_t in_row, rows, columns, block, row, column;
+
+  __device__ __forceinline__ Walk(uint32_t blocks_in_row, uint32_t first)
+      : in_row(blocks_in_row),
+        rows(kStride / in_row),
+        columns(kStride % in_row),
+        block(first),
+        row(first / in_row),
+        column(first % in_row) {}
+
+  __device__ __forceinline__ void advance() {
+    block += kStride;
+    row += rows;
+    column += columns;
+    if (column >= in_row) {
+      column -= in_row;
+      ++row;
+    }
+  }
+};
+
+template <int kN, bool kCodes, bool kNarrow>
+__device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chunk) {
+  constexpr int kGroup = int(kBlock) / kN, kGroups = kThreads / kGroup;
+  using Lies = Lying<kN, kCodes, kNarrow>;
   const DeviceLeaf& leaf = leaf_of(launch, blockIdx.x);
+  const uint32_t begin = (blockIdx.x - leaf.first_chunk) * blocks_in_chunk;
+  const uint32_t end = leaf.blocks - begin < blocks_in_chunk ? leaf.blocks : begin + blocks_in_chunk;
+  // Threads of a warp stay together, also where the last of its groups has no block.
+  const uint32_t ahead_of_warp = threadIdx.x % 32 / kGroup;
+  Walk<kGroups> walk(leaf.blocks_in_row, begin + threadIdx.x / kGroup);
+  if (walk.block - ahead_of_warp >= end) return;
+
   const Numbers s = *launch.numbers;
   const Codec codec(s);
-  const uint32_t lane = threadIdx.x % kWarp * kN;
+  const uint32_t lane = threadIdx.x % kGroup * kN;
   const Weyl<kN> weyl(*launch.first_lane + lane, *launch.count);
   U32 of_residual[kN] = {};
   if (kNarrow && leaf.weights == Weights::kCompensated8) {
@@ -269,34 +341,42 @@ __device__ __forceinline__ void run(const Launch& launch) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) of_residual[i] = weyl.of[i] + phase;
   }
-  const uint32_t begin = (blockIdx.x - leaf.first_chunk) * kBlocksInChunk;
-  const uint32_t end =
-      leaf.blocks - begin < kBlocksInChunk ? leaf.blocks : begin + kBlocksInChunk;
-  // A row's blocks one after the other, without a division for each.
-  const uint32_t in_row = leaf.blocks_in_row, rows = kWarps / in_row, columns = kWarps % in_row;
-  uint32_t block = begin + threadIdx.x / kWarp, row = block / in_row, column = block % in_row;
-  for (; block < end; block += kWarps) {
-    const int64_t in = int64_t(column) * kBlock, rest = leaf.n - in;
-    const Place at{row * leaf.n + in + lane, rest - lane};
-    const bool is_whole = (leaf.options & kIsAligned) && rest >= kBlock;
-    Lying<kCodes, kNarrow> x;
-    if (is_whole) {
-      x.template load<Whole>(leaf, at, block);
+  struct Fetched {
+    Lies x;
+    Place at;
+    uint32_t block;
+    bool is_whole;
+  };
+  const auto fetch = [&] {
+    Fetched y;
+    const int64_t in = int64_t(walk.column) * kBlock;
+    const int64_t rest = walk.block < end ? leaf.n - in : 0;
+    y.at = {walk.row * leaf.n + in + lane, rest - lane};
+    y.block = walk.block;
+    y.is_whole = (leaf.options & kIsAligned) && rest >= kBlock;
+    if (y.is_whole) {
+      y.x.template load<Whole<kN>>(leaf, y.at, y.block);
     } else {
-      x.template load<Ragged>(leaf, at, block);
+      y.x.template load<Ragged<kN>>(leaf, y.at, y.block);
     }
-    step(x, leaf, s, codec, weyl, of_residual, uint32_t(at.first));
-    if (is_whole) {
-      x.template store<Whole>(leaf, at, block);
-    } else {
-      x.template store<Ragged>(leaf, at, block);
+    walk.advance();
+    return y;
+  };
+  // The next block is on its way while one is computed.
+  Fetched now, next;
+  for (bool has_one = false;; has_one = true) {
+    const bool has_next = walk.block - ahead_of_warp < end;
+    if (has_next) next = fetch();
+    if (has_one) {
+      step(now.x, leaf, s, codec, weyl, of_residual, uint32_t(now.at.first));
+      if (now.is_whole) {
+        now.x.template store<Whole<kN>>(leaf, now.at, now.block);
+      } else {
+        now.x.template store<Ragged<kN>>(leaf, now.at, now.block);
+      }
     }
-    row += rows;
-    column += columns;
-    if (column >= in_row) {
-      column -= in_row;
-      ++row;
-    }
+    if (!has_next) return;
+    now = next;
   }
 }
 
@@ -304,12 +384,12 @@ __device__ __forceinline__ void run(const Launch& launch) {
 }  // namespace gpu
 }  // namespace jadam
 
-#define JADAM_KERNEL(name, codes, narrow)                       \
-  extern "C" __global__ void __launch_bounds__(jadam::kThreads) \
-      name(const __grid_constant__ jadam::Launch launch) {      \
-    jadam::gpu::run<codes, narrow>(launch);                     \
+#define JADAM_KERNEL(name, division, codes, narrow)                                        \
+  extern "C" __global__ void __launch_bounds__(jadam::kThreads, jadam::division.resident)   \
+      name(const __grid_constant__ jadam::Launch launch) {                                  \
+    jadam::gpu::run<jadam::division.numbers, codes, narrow>(launch, jadam::division.blocks); \
   }
-JADAM_KERNEL(jadam_floats, false, false)
-JADAM_KERNEL(jadam_codes, true, false)
-JADAM_KERNEL(jadam_floats_narrow, false, true)
-JADAM_KERNEL(jadam_codes_narrow, true, true)
+JADAM_KERNEL(jadam_floats, kFloats, false, false)
+JADAM_KERNEL(jadam_codes, kCodes, true, false)
+JADAM_KERNEL(jadam_floats_narrow, kNarrowFloats, false, true)
+JADAM_KERNEL(jadam_codes_narrow, kNarrowCodes, true, true)

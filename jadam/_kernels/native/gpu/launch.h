@@ -5,9 +5,17 @@
 
 namespace jadam {
 
-constexpr int kThreads = 256;            // of a thread block: 8 warps
-constexpr uint32_t kBlocksInChunk = 32;  // of numbers, for a thread block
+constexpr int kThreads = 256;  // of a thread block: 8 warps
 constexpr int kLeavesInLaunch = 256;
+
+// How a kernel divides its work.
+struct Division {
+  int numbers;      // of a thread, of each block
+  uint32_t blocks;  // of a thread block: a chunk
+  int resident;     // thread blocks that a multiprocessor has room for, at least
+};
+constexpr Division kFloats{4, 32, 2}, kCodes{4, 16, 4}, kNarrowFloats{4, 16, 3},
+    kNarrowCodes{8, 64, 2};
 
 // The options of a leaf, as bits.
 enum : uint32_t {
