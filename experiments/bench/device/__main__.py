@@ -10,7 +10,7 @@ jaxtyping and rich, PyTorch for its optimizers, and jadam's library beside the s
     cmake -S jadam/_kernels/cpu -B build/k -DCMAKE_BUILD_TYPE=Release
     cmake --build build/k && cp build/k/_kernel.so jadam/_kernel.so
 
-Peers take part where they are installed: flashoptim-jax, flashoptim, bitsandbytes and torchao, whose
+Peers take part where they are installed: flashoptim-jax, flashoptim, bitsandbytes, torchao, whose
 wheels need nothing more (`pip install --no-deps`). Without git, `--commit` says what is measured.
 
 Four parts, in this order: `numbers` beside XLA's form and NumPy; `speed`, and what a first step
@@ -20,6 +20,7 @@ crash or the end of the time leaves is what was found until then.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -52,20 +53,25 @@ class Process(NamedTuple):
         function: of the module, where it has several.
         limit: seconds that it may take.
         names: what it does.
+        needs: a module without which it is not started.
     """
 
     module: str
     function: str
     limit: float
     names: tuple[str, ...] = ()
+    needs: str = "jax"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.module, self.function, *self.names)))
 
 
 PARTS: dict[str, tuple[Process, ...]] = {
     "numbers": (Process("numbers", "", 60),),
-    "speed": (Process("in_jax", "speed", 110), Process("in_torch", "speed", 45)),
+    "speed": (Process("in_jax", "speed", 110), Process("in_torch", "speed", 45, needs="torch")),
     "memory": (
         *(Process("in_jax", "memory", 30, (name,)) for name in programs.MEMORY),
-        Process("in_torch", "memory", 30),
+        Process("in_torch", "memory", 30, needs="torch"),
     ),
     "training": tuple(Process("training", "", 90, (name,)) for name in SETTINGS),
 }
@@ -92,7 +98,9 @@ class Part:
 
 def run(process: Process, part: Part, order: Order) -> None:
     """Starts a process and keeps its rows until it ends or its time does."""
-    if order.left <= 0:
+    if order.left <= 0 or importlib.util.find_spec(process.needs) is None:
+        reason = "no time was left" if order.left <= 0 else f"{process.needs} is not installed"
+        part.keep(f"process {process}", {"missing": reason})
         return
     module = f"experiments.bench.device.{process.module}"
     function = (process.function,) if process.function else ()
@@ -115,8 +123,7 @@ def run(process: Process, part: Part, order: Order) -> None:
             else:
                 part.keep(*row)
         if (code := started.wait()) != 0:
-            what = " ".join((process.module, process.function, *process.names))
-            part.keep(f"process {what}", {"failed": f"its process ended with {code}"})
+            part.keep(f"process {process}", {"failed": f"it ended with {code}"})
     finally:
         timer.cancel()
         started.kill()

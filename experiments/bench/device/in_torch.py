@@ -96,7 +96,10 @@ def nbytes(x: Any) -> int:
     """Bytes of a tensor, or of the tensors that it is made of."""
     if hasattr(x, "__tensor_flatten__"):
         return sum(nbytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
-    return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
+    if isinstance(x, torch.Tensor):
+        return x.numel() * x.element_size()
+    # FlashOptim's own kind of tensor.
+    return sum(map(nbytes, vars(x).values())) if hasattr(x, "__dict__") else 0
 
 
 def held_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 Every case steps the same ragged leaves a few times: with gradients over many octaves, then with
 infinities, NaN, zeros and numbers at the ends of float32, then once more. In each step XLA's form
-gets what the kernel got. Distances are in units of the last place, of the reference or of the
-learning rate where it is larger; codes and residuals in units of their own.
+gets what the kernel got. Distances are in units of the last place: of the reference, of the
+parameter before the step, or of the learning rate, whichever is larger. Codes count as they are.
 """
 
 import functools
@@ -101,6 +101,8 @@ NEIGHBOURS = Limit(1, 1e-3)
 LIMITS = {
     "p float32": Limit(4),
     "p bfloat16": NEIGHBOURS,
+    # An update has its gradient's dtype: its neighbour is 2¹⁶ float32 numbers away.
+    "p float32 by bfloat16": Limit(2.0**17, 1e-3),
     "moments float32": Limit(2),
     "moments bfloat16": NEIGHBOURS,
     "codes of m": NEIGHBOURS,
@@ -115,11 +117,11 @@ V_BITS = 9
 """The lower bits of a code are v's, the upper ones m's."""
 
 
-def ulps(found: Any, expected: Any, at_least: float = 0.0) -> np.ndarray:
-    """Distances in units of the last place of the dtype, at no less than a given size."""
+def ulps(found: Any, expected: Any, at_least: Any = 0.0) -> np.ndarray:
+    """Distances in units of the last place of the dtype, at no less than given sizes."""
     bits = 16 if found.dtype == BF16 else 0
     a, b = (np.asarray(x).astype(np.float32) for x in (found, expected))
-    size = np.maximum(np.abs(b), np.float32(at_least))
+    size = np.fmax(np.abs(b), np.asarray(at_least, np.float32))
     with np.errstate(invalid="ignore", over="ignore"):
         spacing = np.spacing(size).astype(np.float64) * 2.0**bits
         apart = np.abs(a.astype(np.float64) - b.astype(np.float64)) / spacing
@@ -139,11 +141,17 @@ def _one(state: Any, kind: type) -> Any:
     return next((node for node in nodes if isinstance(node, kind)), None)
 
 
-def distances(found: Any, expected: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """What was compared, and how far apart; `found` and `expected` are parameters and state."""
+def distances(
+    found: Any, expected: Any, sizes: list[np.ndarray], dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What was compared, and how far apart; `found` and `expected` are parameters and state.
+
+    `sizes` are those of the parameters before, `dtype` is that of the gradients.
+    """
     (p, state), (q, other) = found, expected
-    for a, b in zip(p, q, strict=True):
-        yield f"p {a.dtype}", ulps(a, b, RATE)
+    for a, b, size in zip(p, q, sizes, strict=True):
+        by = f" by {jnp.dtype(dtype)}" if dtype == BF16 and a.dtype == jnp.float32 else ""
+        yield f"p {a.dtype}{by}", ulps(a, b, size)
         yield "not finite", astray(a, b)
     own, peer = (_one(x, jadam.AdamState) for x in (state, other))
     for name in ("mu", "nu"):
@@ -163,10 +171,10 @@ def distances(found: Any, expected: Any) -> Iterator[tuple[str, np.ndarray]]:
     if weights is None:
         return
     masters = (jadam.master_weights(*pair) for pair in ((p, state), (q, other)))
-    for a, b, residual in zip(*masters, weights.residual, strict=True):
+    for a, b, residual, size in zip(*masters, weights.residual, sizes, strict=True):
         # An 8-bit residual counts every 256th float32 number.
         unit = 256 if residual.dtype == jnp.int8 else 1
-        yield f"weights with {residual.dtype}", ulps(a, b, RATE) / unit
+        yield f"weights with {residual.dtype}", ulps(a, b, size) / unit
 
 
 def gradients(shapes: Any, dtype: Any, step: int) -> list[jax.Array]:
@@ -220,11 +228,22 @@ def compared(
     if case.oracle is not None:
         members = [reference().Member(**case.oracle) for _ in params]
     apart: dict[str, list[np.ndarray]] = {}
+    terms = sizes = [np.full(p.shape, RATE) for p in params]
     for step in range(PLAIN_STEPS + 2):
         grads = gradients(shapes, case.gradients, step)
         expected = jax.block_until_ready(in_xla(params, state, grads))
+        # An update is no longer than the parameters before and after it together. RAdam's first are
+        # as long as the gradients, of which what is stored may cancel.
+        if case.make is jadam.radam:
+            lengths = [np.clip(np.abs(np.asarray(g).astype(np.float64)), 0, 2.0**63) for g in grads]
+            terms = [np.fmax(x, RATE * g) for x, g in zip(terms, lengths, strict=True)]
+        before = [
+            np.fmax(np.abs(np.asarray(p).astype(np.float64)), x)
+            for p, x in zip(params, terms, strict=True)
+        ]
+        sizes = [np.fmax(*pair) for pair in zip(sizes, before, strict=True)]
         params, state = native(params, state, grads)
-        for kind, distance in distances((params, state), expected):
+        for kind, distance in distances((params, state), expected, before, case.gradients):
             apart.setdefault(kind, []).append(distance.ravel())
         if members and step < PLAIN_STEPS:
             decay = case.options.get("weight_decay", 0.0)
@@ -233,7 +252,7 @@ def compared(
                 for x, g, member in zip(exact, grads, members, strict=True)
             ]
             if step == PLAIN_STEPS - 1:
-                off = [ulps(p, x, RATE) for p, x in zip(params, exact, strict=True)]
+                off = [ulps(*triple) for triple in zip(params, exact, sizes, strict=True)]
                 apart["oracle"] = [x.ravel() for x in off]
     found = {kind: _summary(np.concatenate(parts)) for kind, parts in apart.items()}
     return {
