@@ -41,6 +41,8 @@ from experiments.bench.publish import README, RESULTS
 from experiments.common.report import update_readme, write_json
 
 ROOT = Path(__file__).parents[3]
+MINUTES = 6.0
+"""For all parts together, if nothing else is said; the limits of the processes go with it."""
 GRACE_SECONDS = 5.0
 """After the end of its time a process is killed."""
 
@@ -51,9 +53,10 @@ class Process(NamedTuple):
     Attributes:
         module: of this package.
         function: of the module, where it has several.
-        limit: seconds that it may take.
+        limit: seconds that it may take, of MINUTES in all.
         names: what it does.
         needs: a module without which it is not started.
+        rehearsed: whether `--tiny` has it: of several that differ in a name only, one.
     """
 
     module: str
@@ -61,6 +64,7 @@ class Process(NamedTuple):
     limit: float
     names: tuple[str, ...] = ()
     needs: str = "jax"
+    rehearsed: bool = True
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.module, self.function, *self.names)))
@@ -70,7 +74,10 @@ PARTS: dict[str, tuple[Process, ...]] = {
     "numbers": (Process("numbers", "", 60),),
     "speed": (Process("in_jax", "speed", 110), Process("in_torch", "speed", 45, needs="torch")),
     "memory": (
-        *(Process("in_jax", "memory", 30, (name,)) for name in programs.MEMORY),
+        *(
+            Process("in_jax", "memory", 30, (name,), rehearsed=name == programs.SMALLEST)
+            for name in programs.MEMORY
+        ),
         Process("in_torch", "memory", 30, needs="torch"),
     ),
     "training": tuple(Process("training", "", 90, (name,)) for name in SETTINGS),
@@ -136,11 +143,11 @@ def run_part(name: str, given: argparse.Namespace, until: float, cache: str) -> 
 
     def one(process: Process, share: int) -> None:
         left = (until - time.time()) / share
-        limit = min(process.limit, left)
+        limit = min(process.limit * given.minutes / MINUTES, left)
         seconds = 0.5 if given.tiny else given.seconds
         run(process, part, Order(given.tiny, time.time() + limit, seconds, process.names, cache))
 
-    processes = PARTS[name]
+    processes = [process for process in PARTS[name] if process.rehearsed or not given.tiny]
     if name == "memory":
         with ThreadPoolExecutor(len(processes)) as pool:
             list(pool.map(lambda process: one(process, 1), processes))
@@ -166,7 +173,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the JSON")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--seconds", type=float, default=45.0, help="of each training")
     parser.add_argument("--commit", help="of the source tree, where there is no git")
     parser.add_argument("--tables", action="store_true", help="only the tables, from the JSON")

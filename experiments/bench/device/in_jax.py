@@ -6,6 +6,7 @@ Python nor a call takes part. Parameters and state are donated.
 """
 
 import functools
+import math
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -48,7 +49,7 @@ def about() -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _filled(drawn: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     return drawn[jnp.arange(size) % drawn.size].reshape(shape).astype(dtype)
 
 
@@ -65,6 +66,7 @@ class Compiled(NamedTuple):
         program: what was compiled.
         call: one step.
         loop: STEPS of them, or why there is no loop.
+        bytes: of each array that a step takes, and of each that it returns.
         lowering_s: seconds to trace and lower one step.
         compile_s: seconds to compile it.
     """
@@ -72,6 +74,7 @@ class Compiled(NamedTuple):
     program: Program
     call: Any
     loop: Any
+    bytes: int
     lowering_s: float
     compile_s: float
 
@@ -103,14 +106,10 @@ def compiled(name: str, shapes: Shapes, loop: bool = True) -> Compiled:
             looped = jax.jit(steps, donate_argnums=(0, 1)).lower(*args).compile()
         except Exception as error:
             looped = error
-    return Compiled(program, call, looped, middle - start, done - middle)
-
-
-def least_bytes(program: Program, shapes: Shapes) -> int:
-    """Bytes of each array that a step takes, and of each that it returns."""
-    args = _abstract(program, shapes)
-    moved = jax.tree.leaves((args, jax.eval_shape(program.step, *args)))
-    return sum(x.size * x.dtype.itemsize for x in moved)
+    moved = sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, lowered.out_info))
+    )
+    return Compiled(program, call, looped, moved, middle - start, done - middle)
 
 
 def turns(step: Any, held: list[Any], grads: Any) -> list[float]:
@@ -131,12 +130,12 @@ def turns(step: Any, held: list[Any], grads: Any) -> list[float]:
 def timed(made: Compiled, shapes: Shapes) -> dict[str, Any]:
     """Both times of a step, and what was compiled."""
     program = made.program
-    parameters = sum(int(np.prod(shape)) for shape in shapes)
+    parameters = sum(map(math.prod, shapes))
     params, grads = (arrays(shapes, program.dtype, seed) for seed in (0, 1))
     held = [params, program.tx.init(params)]
     del params
     row = {
-        "bytes": least_bytes(program, shapes) / parameters,
+        "bytes": made.bytes / parameters,
         "temporary": made.call.memory_analysis().temp_size_in_bytes / parameters,
         "kernels": made.call.as_text().count('custom_call_target="jadam'),
         "lowering_s": made.lowering_s,
@@ -177,7 +176,7 @@ def speed(given: Order) -> None:
     attempt("copy, jax", lambda: copied(given.tiny), given, framework="jax")
     workloads = programs.TINY_TIMED if given.tiny else programs.TIMED
     first = workloads[0][0] if given.tiny else GPT2
-    for name in programs.LATENCIES:
+    for name in programs.LATENCIES[-1:] if given.tiny else programs.LATENCIES:
         if (missing := programs.why_not(name, len(first.shapes))) is not None:
             say(f"first step, {name}", {"contender": name, "missing": missing})
             continue
@@ -214,7 +213,7 @@ def speed(given: Order) -> None:
 def _row(missing: str | None, making: Future[Compiled] | None, shapes: Shapes) -> dict[str, Any]:
     """A contender's times, if it is compiled."""
     if making is None:
-        return {"missing": missing}
+        return {"missing": missing or "no time was left"}
     if not making.done():
         making.cancel()
         return {"missing": f"not compiled in {COMPILE_SECONDS:.0f} s"}
@@ -248,7 +247,7 @@ def peak(name: str, shapes: Shapes) -> dict[str, Any]:
     after = device.memory_stats() or {}
     leaves = jax.tree.leaves(held)
     return {
-        "parameters": sum(int(np.prod(shape)) for shape in shapes),
+        "parameters": sum(map(math.prod, shapes)),
         "least": sum(x.size * x.dtype.itemsize for x in leaves),
         "before": before.get("bytes_in_use"),
         "peak_before": before.get("peak_bytes_in_use"),
