@@ -26,7 +26,7 @@ ORDER = [
     "jadam._members",
     "jadam._leaf",
     "jadam._kernels.jax_internals",
-    "jadam._kernels.cpu",
+    "jadam._kernels.native",
     "jadam._kernels.tpu",
     "jadam._kernels.partitioning",
     "jadam._kernels.primitive",

@@ -20,7 +20,7 @@ from test_codec import bounds
 
 import jadam
 from jadam import _rounding
-from jadam._kernels import choice, cpu
+from jadam._kernels import choice, native
 from jadam._storage import codes
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
@@ -49,7 +49,7 @@ def kernel_library():
 
 def instruction_sets():
     """The names of those that the library has and this processor too, the best first."""
-    return list(cpu.library().available)
+    return list(native.library().available)
 
 
 def use(name):
@@ -67,7 +67,7 @@ def fuses(name):
 @pytest.fixture(autouse=True)
 def _the_set_of_before():
     yield
-    if found := cpu.library().instruction_set:
+    if found := native.library().instruction_set:
         use(found)
 
 
@@ -616,7 +616,7 @@ def test_every_instruction_set_of_the_processor_is_there_and_runs():
 
 def forget():
     """What is known of the library is asked again."""
-    cpu.library.cache_clear()
+    native.library.cache_clear()
     choice.why_not.cache_clear()
 
 
@@ -624,7 +624,7 @@ def forget():
 def loaded_again():
     """`library()` as it is when a process asks for the first time."""
     forget()
-    yield cpu.library
+    yield native.library
     forget()
 
 
@@ -663,7 +663,7 @@ def test_without_the_library_jadam_runs_in_xla(monkeypatch):
     """No compiler at installation: the same results, and an error for who insists on the kernel."""
     g = jnp.ones((4, 64))
     expected = jadam.update(g, jadam.init(g), kernel="xla")
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     forget()
     try:
         assert jadam.kernels()["cpu"].startswith("xla: not built")
@@ -685,7 +685,7 @@ def test_a_library_that_is_cut_short_is_not_loaded(monkeypatch, tmp_path, loaded
     path = tmp_path / "_kernel.so"
     path.write_bytes(whole[:left])
     spec = importlib.machinery.ModuleSpec("jadam._kernel", None, origin=str(path))
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
     assert loaded_again().instruction_set is None
     assert jadam.kernels()["cpu"].startswith("xla: not loaded: ")
     assert str(path) in loaded_again().reason
@@ -697,7 +697,7 @@ def test_a_library_that_is_cut_short_is_not_loaded(monkeypatch, tmp_path, loaded
 def test_a_library_without_the_kernels_symbols_is_not_used(monkeypatch, loaded_again):
     """Another file under that name, or another version's: XLA's form, and the reason."""
     ctypes_library = importlib.util.find_spec("_ctypes")
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: ctypes_library)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: ctypes_library)
     assert loaded_again().instruction_set is None
     assert "undefined symbol: jadam_" in jadam.kernels()["cpu"]
 
@@ -715,8 +715,8 @@ def fields(struct):
 
 def test_python_fills_the_structs_of_the_kernel_by_name():
     """The kernel reads numbers by position: names, order and lengths are those of Python."""
-    assert [(name, 1) for name in cpu.NAMES] == fields("Numbers")
-    dtype = cpu.tables().dtype
+    assert [(name, 1) for name in native.NAMES] == fields("Numbers")
+    dtype = native.tables().dtype
     assert [(name, dtype[name].shape[0]) for name in dtype.names] == fields("Tables")
 
 
@@ -724,7 +724,7 @@ def test_the_kernel_has_pythons_constants():
     """What both sides state is stated alike."""
     constants = dict(
         re.findall(r"\b(k\w+) = (0x\w+?|\d+)u?[,;]", SOURCES["step.h"] + SOURCES["work.h"])
-        + re.findall(r"\b(k\w+) = (\d+)[,;]", SOURCES["kernel.cc"])
+        + re.findall(r"\b(k\w+) = (\d+)[,;]", SOURCES["equations.h"])
     )
     expected = {
         "kBlock": codes.BLOCK,
@@ -745,8 +745,8 @@ def test_comments_in_the_kernel_name_python_that_exists():
     """A reader who follows one finds it."""
     for text in SOURCES.values():
         comments = "\n".join(re.findall(r"//.*", text))
-        for module, name in re.findall(r"\b(codes|cpu|_math|_rounding)\.(?!py\b)(\w+)", comments):
-            where = {"codes": codes, "cpu": cpu, "_math": jadam._math, "_rounding": _rounding}
+        for module, name in re.findall(r"\b(codes|native|_math|_rounding)\.(?!py\b)(\w+)", comments):
+            where = {"codes": codes, "native": native, "_math": jadam._math, "_rounding": _rounding}
             assert hasattr(where[module], name), (module, name)
 
 

@@ -29,7 +29,7 @@ import jadam
 from experiments.bench import limit, program
 from experiments.bench.trials import Trial, cores
 from experiments.bench.workloads import Shapes
-from jadam._kernels import cpu
+from jadam._kernels import native
 
 OPTIONS = {"learning_rate": 1e-3, "weight_decay": 0.1}
 SCANNED = 20
@@ -179,7 +179,7 @@ def _torch_peer(shapes: Shapes, module: str, name: str, dtype: str = "float32") 
 
 def instruction_sets() -> tuple[str, ...]:
     """Those that jadam's kernel and this processor have, the best first."""
-    return cpu.library().available
+    return native.library().available
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import importlib
 import math
@@ -88,6 +89,9 @@ CPU = Kernel(
 )
 
 
+GPU = dataclasses.replace(CPU, platform="gpu")
+
+
 def _lies_in_blocks(shape: Shape) -> bool:
     """Whether a leaf lies in a TPU's memory as rows of blocks, so that a kernel moves nothing.
 
@@ -152,7 +156,7 @@ def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list
         features, shape = features_of(rule, *leaf), np.shape(leaf[0])
         found = frozenset(
             kernel.platform
-            for kernel in (CPU, TPU)
+            for kernel in (CPU, GPU, TPU)
             if kernel.has(features, shape) and (choice == "native" or kernel.is_faster(features))
         )
         return found if found & wanted else frozenset()
@@ -165,8 +169,7 @@ def _wanted(choice: Choice) -> frozenset[str]:
     here = jax.default_backend()
     automatic = choice == "auto" and not _is_left_to_xla.get()
     asked = {here} if automatic else {"cpu", here} if choice == "native" else frozenset[str]()
-    reasons = {"cpu": why_not, "tpu": why_not_on_tpu}
-    return frozenset(x for x in asked if x in reasons and reasons[x]() is None)
+    return frozenset(x for x in asked if x in _WHY_NOT and _WHY_NOT[x]() is None)
 
 
 def checked(choice: Any) -> Choice:
@@ -177,7 +180,8 @@ def checked(choice: Any) -> Choice:
         ValueError: the argument is not one of the three.
     """
     _validate.choice("kernel", choice, ("auto", "xla", "native"))
-    if choice == "native" and (reason := why_not()) is not None:
+    here = why_not_on_gpu if jax.default_backend() == "gpu" else why_not
+    if choice == "native" and (reason := here()) is not None:
         raise RuntimeError(f'kernel: expected one for "native", got none: {reason}')
     return choice
 
@@ -187,14 +191,26 @@ def why_not() -> str | None:
     """Why there is no native kernel; None if there is one."""
     if (missing := _missing("jadam._kernels.primitive")) is not None:
         return missing
-    library = importlib.import_module("jadam._kernels.cpu").library()
+    library = importlib.import_module("jadam._kernels.native").library()
     return library.reason if library.instruction_set is None else None
+
+
+@functools.cache
+def why_not_on_gpu() -> str | None:
+    """Why there is no kernel for NVIDIA's GPUs here; None if there is one."""
+    if (missing := _missing("jadam._kernels.primitive")) is not None:
+        return missing
+    library = importlib.import_module("jadam._kernels.native").library()
+    return library.reason if library.instruction_set is None else library.why_not_on_gpu()
 
 
 @functools.cache
 def why_not_on_tpu() -> str | None:
     """Why there is no kernel for TPUs; None if there is one."""
     return _missing("jadam._kernels.primitive") or _missing("jadam._kernels.tpu")
+
+
+_WHY_NOT = {"cpu": why_not, "gpu": why_not_on_gpu, "tpu": why_not_on_tpu}
 
 
 def _missing(module: str) -> str | None:
@@ -228,7 +244,7 @@ def kernels() -> dict[str, str]:
     """
     reason = why_not()
     if reason is None:
-        found = importlib.import_module("jadam._kernels.cpu").library()
+        found = importlib.import_module("jadam._kernels.native").library()
         cpu = f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}"
     else:
         cpu = f"xla: {reason}"
@@ -240,11 +256,11 @@ def kernels() -> dict[str, str]:
         )
     else:
         tpu = f"xla: {reason}"
-    return {
-        "cpu": cpu,
-        "gpu": "xla: it has no kernel yet; XLA fuses a leaf's step, but makes two passes of codes",
-        "tpu": tpu,
-    }
+    if (reason := why_not_on_gpu()) is None:
+        gpu = f"cuda: it has {_listed(GPU.features)}"
+    else:
+        gpu = f"xla: {reason}"
+    return {"cpu": cpu, "gpu": gpu, "tpu": tpu}
 
 
 def _listed(features: frozenset[str]) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jadam._kernels import cpu, jax_internals
+from jadam._kernels import jax_internals, native
 from jadam._kernels.jax_internals import Place
 from jadam._kernels.partitioning import partitioned
 from jadam._leaf import Options, Stepped, increment, leaf_step
@@ -86,6 +86,11 @@ class Plan(NamedTuple):
         leaves = zip(self.leaves(operands), self.options, strict=True)
         return [like for leaf, options in leaves for like in leaf.like(options)]
 
+    def of(self, places: Sequence[int]) -> "Plan":
+        """That of some of the leaves."""
+        options, on = (tuple(x[i] for i in places) for x in (self.options, self.on))
+        return self._replace(options=options, on=on)
+
     def stepped(self, results: Sequence[Any]) -> list[Stepped]:
         """The results of each leaf."""
         given = iter(results)
@@ -115,9 +120,9 @@ def through_kernel(
     known = tuple(None if isinstance(x, jax.Array) else x for x in numbers)
     # What the library for CPUs takes; of members that it has not, no leaf is lowered to it.
     packed = (
-        jnp.zeros(len(cpu.NAMES))
+        jnp.zeros(len(native.NAMES))
         if rule.member.coefficients is None
-        else cpu.numbers_of(rule, learning_rate, weight_decay, count)
+        else native.numbers_of(rule, learning_rate, weight_decay, count)
     )
     results = []
     for first in range(0, len(rows), GROUP):
@@ -191,22 +196,34 @@ def _flat(results: Iterable[Stepped]) -> list[Any]:
     return [x for moved, stored, extra in results for x in (moved, *stored, *extra)]
 
 
-def _in_kernel(*operands: Any, plan: Plan) -> Any:
-    """The call of the library."""
-    return _call(plan, *_shared(*operands[:2], shards=1), *operands[2 + plan.arrays :])
+def _in_kernel(*operands: Any, plan: Plan, platform: str) -> Any:
+    """One call of the library, for the leaves that it has; the others in XLA's form."""
+    before, leaves = operands[: 2 + plan.arrays], plan.leaves(operands[2 + plan.arrays :])
+    shared = _shared(*operands[:2], shards=1)
+    results: dict[int, Stepped] = {}
+
+    def take(places: Sequence[int], form: Callable[..., Any]) -> None:
+        part = plan.of(places)
+        flat = form(part, *(x for i in places for x in leaves[i].in_order()))
+        results.update(zip(places, part.stepped(flat), strict=True))
+
+    if ours := [i for i, on in enumerate(plan.on) if platform in on]:
+        take(ours, lambda part, *own: _call(part, *shared, *own))
+    if others := [i for i in range(len(leaves)) if i not in results]:
+        take(others, lambda part, *own: _in_xla(*before, *own, plan=part))
+    return _flat(results[i] for i in range(len(leaves)))
 
 
-def _in_shards(*operands: Any, plan: Plan, devices: int) -> Any:
-    """A call for each leaf, by each device for its shard."""
+def _in_shards(*operands: Any, plan: Plan, platform: str, devices: int) -> Any:
+    """A call for each leaf that the library has, by each device for its shard."""
     before, shared = operands[: 2 + plan.arrays], _shared(*operands[:2], shards=devices)
     results = []
-    leaves = plan.leaves(operands[len(before) :])
-    for leaf, options in zip(leaves, plan.options, strict=True):
-        alone = plan._replace(options=(options,))
-        if options.weights is not None and not options.weights.divides:
-            results += _in_xla(*before, *leaf.in_order(), plan=alone)
-        else:
+    for i, leaf in enumerate(plan.leaves(operands[len(before) :])):
+        alone, weights = plan.of([i]), plan.options[i].weights
+        if platform in plan.on[i] and (weights is None or weights.divides):
             results += _divided(alone, *shared, *leaf.in_order())
+        else:
+            results += _in_xla(*before, *leaf.in_order(), plan=alone)
     return results
 
 
@@ -215,7 +232,7 @@ def _shared(packed: Array, count: Count, *, shards: int) -> tuple[Array, ...]:
 
     Divided as the rows are, it tells a device where its shard begins.
     """
-    tables, t = cpu.tables().view(np.float32), increment(count).astype(jnp.uint32)
+    tables, t = native.tables().view(np.float32), increment(count).astype(jnp.uint32)
     return packed, jnp.asarray(tables), t, jnp.arange(shards, dtype=jnp.uint32)
 
 
@@ -226,7 +243,7 @@ def _call(plan: Plan, *operands: Any) -> Any:
     like = plan.like(operands)
     place = {id(x): i for i, x in enumerate(operands, len(shared))}
     call = jax.ffi.ffi_call(
-        cpu.TARGET,
+        native.TARGET,
         [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in like],
         # A gradient is seldom needed afterwards: the update takes its place.
         input_output_aliases={
@@ -238,7 +255,7 @@ def _call(plan: Plan, *operands: Any) -> Any:
         *operands,
         decays=np.array([options.decays for options in plan.options], np.int32),
         writes_params=any(options.to_params for options in plan.options),
-        **cpu.weights_attributes([options.weights for options in plan.options]),
+        **native.weights_attributes([options.weights for options in plan.options]),
     )
 
 
@@ -255,10 +272,13 @@ def _batched(operands: Any, axes: Any, *, plan: Plan) -> Any:
     return results, (0,) * len(results)
 
 
-def _form_on_cpu(place: Place, devices: int) -> Callable[..., Any]:
+def _form_of_library(platform: str, place: Place, devices: int) -> Callable[..., Any]:
     """The kernel, in shards where arrays are divided; XLA's form where devices are unknown."""
-    in_shards = functools.partial(_in_shards, devices=devices)
-    forms = {Place.ONE_DEVICE: _in_kernel, Place.DIVIDED: in_shards, Place.UNKNOWN: _in_xla}
+    forms = {
+        Place.ONE_DEVICE: functools.partial(_in_kernel, platform=platform),
+        Place.DIVIDED: functools.partial(_in_shards, platform=platform, devices=devices),
+        Place.UNKNOWN: _in_xla,
+    }
     return forms[place]
 
 
@@ -269,11 +289,15 @@ def _form_on_tpu(place: Place, devices: int) -> Callable[..., Any]:
 
 
 _step_p = jax_internals.new_primitive(
-    cpu.TARGET,
+    native.TARGET,
     abstract=_abstract,
     batched=_batched,
     everywhere=_in_xla,
-    on={"cpu": _form_on_cpu, "tpu": _form_on_tpu},
+    on={
+        "cpu": functools.partial(_form_of_library, "cpu"),
+        "cuda": functools.partial(_form_of_library, "gpu"),
+        "tpu": _form_on_tpu,
+    },
 )
 
 

@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-#include "work.h"
+#include "cpu/work.h"
 
 namespace {
 

@@ -10,7 +10,7 @@ constexpr int64_t kBlock = 128;  // as codes.BLOCK
 // Of the dithers, as _rounding.STEP and beside it.
 constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu;
 
-// One step's numbers, by cpu.NAMES.
+// One step's numbers, by native.NAMES.
 struct Numbers {
   float complement1;  // 1 - b1
   float complement2;  // 1 - b2
@@ -31,7 +31,7 @@ struct Numbers {
   float bound;  // of |m| beside the root of v, after this step
 };
 
-// Powers of two and 16 times logarithms on [1, 2), made by cpu.tables. AVX-512 has them at the
+// Powers of two and 16 times logarithms on [1, 2), made by native.tables. AVX-512 has them at the
 // 32 places 1 + i/32 with the series of log(1 + r), AVX2 at the 8 places 1 + i/8 with a longer one
 // and, of powers, a table of 2^(i/32) for i < 4 as a factor; the others have polynomials in 2x - 3.
 // What a level or a number's upper bits hold of i is taken off powers and logarithms, so that
@@ -61,11 +61,11 @@ struct Dithers {
 enum class Float { kF32, kBF16 };
 
 // How a parameter lies between two steps: as it is, or in bfloat16 with a residual of 8 or 16 bits,
-// or in bfloat16 rounded randomly. The numbers of cpu.weights_attributes.
+// or in bfloat16 rounded randomly. The numbers of native.weights_attributes.
 enum class Weights : int32_t { kPlain, kCompensated8, kCompensated16, kStochastic };
 
 // One leaf: rows of n numbers, each row in blocks of 128. Where an output aliases its input the
-// two pointers are equal.
+// two pointers are equal. What pointers lead to is in the memory of the device.
 struct Leaf {
   int64_t rows, n;
   Float g_dtype, p_dtype, m_dtype, v_dtype;
@@ -77,9 +77,11 @@ struct Leaf {
   Weights weights;
   const void* residual;
   void* residual_out;
-  uint32_t phase;     // of the dither of an 8-bit residual
+  uint32_t salt;
+  const void* counted;  // the count of the dither of an 8-bit residual, or two random words
+  uint32_t phase;       // of that dither
   uint32_t first_lane;  // at which each row begins, where a leaf is divided along its rows
-  uint32_t words[2];  // of random bits
+  uint32_t words[2];    // the random ones
 
   int64_t blocks_in_row() const { return (n + kBlock - 1) / kBlock; }
   int64_t blocks() const { return rows * blocks_in_row(); }

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "step.h"
+#include "../step.h"
 
 namespace jadam {
 

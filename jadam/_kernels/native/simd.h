@@ -52,6 +52,7 @@ constexpr int kLanes = 4;
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+using Mask = I32;  // of a comparison: all bits of a lane or none
 
 template <class To, class From>
 JADAM_INLINE To bits(From x) {
@@ -78,9 +79,9 @@ JADAM_INLINE F32 all(float x) { return x - F32{}; }
 JADAM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 JADAM_INLINE I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
 JADAM_INLINE F32 abs(F32 x) { return bits<F32>(bits<U32>(x) & 0x7FFFFFFFu); }
-JADAM_INLINE F32 select(I32 mask, F32 x, F32 y) { return mask ? x : y; }
-JADAM_INLINE I32 select(I32 mask, I32 x, I32 y) { return mask ? x : y; }
-JADAM_INLINE U32 select(I32 mask, U32 x, U32 y) { return mask ? x : y; }
+JADAM_INLINE F32 select(Mask mask, F32 x, F32 y) { return mask ? x : y; }
+JADAM_INLINE I32 select(Mask mask, I32 x, I32 y) { return mask ? x : y; }
+JADAM_INLINE U32 select(Mask mask, U32 x, U32 y) { return mask ? x : y; }
 
 // `size` with the sign of `sign`, for size >= 0, and 0 where sign is +0.
 JADAM_INLINE I32 copysign(I32 size, F32 sign) {
@@ -171,7 +172,7 @@ JADAM_INLINE bool any_above(U32 x, U32 y, uint32_t high) {
 }
 
 // Whether a lane of a mask is set.
-JADAM_INLINE bool any(I32 mask) {
+JADAM_INLINE bool any(Mask mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask(__m512i(mask)) != 0;
 #elif defined(__x86_64__)
@@ -210,7 +211,7 @@ JADAM_INLINE F32 quotient(F32 x, F32 y) {
 
 // Tables of which each lane reads its own number.
 #if defined(__AVX512F__)
-#define JADAM_HAS_TABLES
+#define JADAM_PLACES 32
 
 // 32 numbers in two registers.
 struct Table32 {
@@ -225,7 +226,7 @@ struct Table32 {
   }
 };
 #elif defined(__AVX2__)
-#define JADAM_HAS_TABLES
+#define JADAM_PLACES 8
 
 struct Table8 {
   __m256 numbers;

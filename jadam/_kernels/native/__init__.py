@@ -1,7 +1,8 @@
-"""The kernel in C++ for CPUs: its library, and the numbers that it is called with.
+"""The kernels in C++ and CUDA: their library, and the numbers that they are called with.
 
-XLA:CPU compiles m, v and the parameter as three loops, each of which reads its operands again. The
-kernel makes one pass.
+XLA:CPU compiles m, v and the parameter as three loops, each of which reads its operands again;
+XLA:GPU makes a kernel for each leaf, and two passes of codes. These make one pass, on a GPU of 32
+leaves in one launch.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import importlib.util
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,13 @@ class Library(NamedTuple):
         instruction_set: that which is in use.
         reason: of it, or why there is none.
         available: all that the library and the processor have, the best first.
+    why_not_on_gpu: why its kernels cannot run on a GPU here; asked of the driver when it is called.
     """
 
     instruction_set: str | None
     reason: str
     available: tuple[str, ...] = ()
+    why_not_on_gpu: Callable[[], str | None] = lambda: "not built: only Linux has them"
 
 
 @functools.cache
@@ -75,7 +78,15 @@ def library() -> Library:
     chosen = forced or sets[0]
     use(chosen.encode())
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
-    return Library(chosen, f"loaded, forced by {_FORCED}" if forced else "loaded", tuple(sets))
+    reason = f"loaded, forced by {_FORCED}" if forced else "loaded"
+    if not hasattr(loaded, "jadam_step_on_gpu"):
+        return Library(chosen, reason, tuple(sets))
+    # Also where there is no GPU: programs are compiled for one elsewhere.
+    on_gpu = jax.ffi.pycapsule(loaded.jadam_step_on_gpu)
+    jax.ffi.register_ffi_target(TARGET, on_gpu, platform="CUDA")
+    why_not_on_gpu = loaded.jadam_why_not_on_gpu
+    why_not_on_gpu.restype = ctypes.c_char_p
+    return Library(chosen, reason, tuple(sets), lambda: why_not_on_gpu().decode() or None)
 
 
 def _is_whole(path: Path) -> bool:

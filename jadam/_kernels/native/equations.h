@@ -1,0 +1,309 @@
+// The equations of a step, for whatever F32, I32, U32 and Mask are: registers of lanes (simd.h) or
+// one number (lane.h). They are those of _math.py, _rounding.py, codes.py and _masters.py with the
+// same roundings where results are floats, and with other approximations of powers, logarithms and
+// reciprocals where they are codes; tests/test_native.py holds the two together.
+#pragma once
+
+#include "step.h"
+
+namespace jadam {
+namespace JADAM_ISA {
+
+// ---- _rounding.py
+
+// The power of two at or below x >= 0, as often in x as ulps are in 1.
+JADAM_INLINE F32 power(F32 x) { return bits<F32>(bits<U32>(x) & 0x7F800000u); }
+
+constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;  // 2^-119, bfloat16's largest
+
+// Whether a lane of either is where carried_to_bf16 does not hold: small or not finite.
+JADAM_INLINE bool any_careful(F32 x, F32 y) {
+  const U32 of_x = bits<U32>(abs(x)) - kSmall, of_y = bits<U32>(abs(y)) - kSmall;
+  return __builtin_expect(any_above(of_x, of_y, kMax - kSmall), false);
+}
+
+// x's upper 16 bits, rounded with 16 bits of dither: a carry is a step to the next number.
+JADAM_INLINE I32 carried_to_bf16(F32 x, U32 dither) {
+  return bits<I32>((bits<U32>(x) + dither) >> 16);
+}
+
+// The same for any x. The spacing ends at 2^-126: below 2^-119 it is not that of the number's own
+// power of two.
+JADAM_INLINE I32 round_to_bf16(F32 x, U32 dither) {
+  const U32 magnitude = bits<U32>(abs(x));
+  // Of small numbers, which are under 2^7 here, truncation is the floor.
+  const F32 steps = abs(x) * 0x1p126f + to_float(bits<I32>(dither)) * 0x1p-16f;
+  const F32 small = to_float(truncate(steps)) * 0x1p-126f;
+  U32 size = bits<U32>(min(bits<I32>(magnitude + dither), I32{} + int32_t(kMax + 0xFFFFu)));
+  size = select(magnitude < kSmall, bits<U32>(small), size);
+  size = select(magnitude > kMax, magnitude, size);
+  return bits<I32>((size | (bits<U32>(x) & 0x80000000u)) >> 16);
+}
+
+// To the nearest number of bfloat16, ties to even; NaN stays one.
+JADAM_INLINE F32 nearest_bf16(F32 x) {
+  const U32 b = bits<U32>(x);
+  const U32 nearest = b + (((b >> 16) & 1u) + 0x7FFFu);
+  return bits<F32>(select(x == x, nearest, b | 0x400000u) & 0xFFFF0000u);
+}
+
+// A number of bfloat16 from its bits.
+JADAM_INLINE F32 widened(I32 upper) { return bits<F32>(bits<U32>(upper) << 16); }
+
+// The moments as they are kept, with m_ and v_ for their bits where they are rounded. No rounding
+// takes m past its bound beside the v that is stored: then it is cut.
+template <bool kRoundsM, bool kRoundsV>
+JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float bound, I32& m_bits,
+                                I32& v_bits) {
+  if constexpr (!kRoundsM && !kRoundsV) return;
+  const bool is_careful = any_careful(kRoundsM ? m : v, kRoundsV ? v : m);
+  const auto rounded_up = [&](F32 x, U32 dither) {
+    return is_careful ? round_to_bf16(x, dither) : carried_to_bf16(x, dither);
+  };
+  if constexpr (kRoundsV) {
+    v_bits = rounded_up(v, dither_v);
+    v = widened(v_bits);
+  }
+  if constexpr (kRoundsM) {
+    m_bits = rounded_up(m, dither_m);
+    const F32 size = abs(widened(m_bits)), second = at_least(v, all(0x1p-116f));
+    // The squares say by themselves where it is far from that.
+    if (any(size * size > bound * bound * 0.999f * second)) {
+      const F32 most = bound * sqrt(second);
+      const U32 sign = bits<U32>(m) & 0x80000000u;
+      const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
+      m_bits = select(size > most, bits<I32>(cut), m_bits);
+    }
+  }
+}
+
+// ---- _math.py
+
+JADAM_INLINE F32 limit_range(F32 g) {
+  F32 limited = at_most(at_least(g, all(-0x1p63f)), all(0x1p63f));
+  return select(abs(g) == __builtin_inff(), g, limited);
+}
+
+JADAM_INLINE F32 second_moment(F32 v, F32 g, const Numbers& s) {
+  F32 toward = g * g - v + (s.dither * 0x1p-23f) * power(v);
+  return v + s.complement2 * toward;
+}
+
+template <bool kNesterov>
+struct Adam {
+  const Numbers s;
+  const float inverse_c2 = 1.0f / s.c2;
+
+  JADAM_INLINE F32 operator()(F32 g, F32& m, F32& v) const {
+    m = m + s.complement1 * (g - m);
+    v = second_moment(v, g, s);
+    const F32 v_hat = at_most(v * inverse_c2 + s.eps_root, all(s.most));
+    const F32 root = sqrt(at_least(v_hat, all(0x1p-103f)));
+    if constexpr (kNesterov) {
+      return (s.m_weight * m + s.g_weight * g) / (root + s.eps);
+    } else {
+      return m / (s.c1 * (root + s.eps));
+    }
+  }
+};
+
+// ---- codes.py
+
+constexpr int kTop = 510, kNaN = 511, kM = 63;
+constexpr int kBias = 127 * 16;  // of a float's exponent, in levels
+
+// A polynomial's coefficients, each in all lanes.
+template <int n>
+struct Polynomial {
+  F32 coefficients[n];
+
+  explicit JADAM_INLINE Polynomial(const float (&from)[n]) {
+    for (int i = 0; i < n; ++i) coefficients[i] = all(from[i]);
+  }
+
+  JADAM_INLINE F32 operator()(F32 x) const {
+    F32 y = coefficients[n - 1];
+    for (int i = n - 2; i >= 0; --i) y = y * x + coefficients[i];
+    return y;
+  }
+};
+
+// Codes to moments and back, with tables where they cost one instruction.
+class Codec {
+ public:
+  JADAM_INLINE Codec(const Numbers& s, const Tables& tables)
+      : s_(s),
+#if JADAM_PLACES == 32
+        exp2_(tables.exp2),
+        reciprocal_(tables.reciprocal),
+        log2_(tables.log2),
+        series_(tables.series) {
+  }
+#elif JADAM_PLACES == 8
+        exp2_(tables.exp2_eighths),
+        reciprocal_(tables.reciprocal_eighths),
+        log2_(tables.log2_eighths),
+        exp2_rest_(tables.exp2_rest),
+        series_(tables.series_eighths) {
+  }
+#else
+        exp2_(tables.exp2_polynomial),
+        log2_(tables.log2_polynomial) {
+  }
+#endif
+
+  // m and v from the codes of the step before; offset + code is v's level.
+  JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
+    I32 code = both & kNaN;
+    F32 root = select(code != 0, power_of_two(code + offset), F32{});
+    F32 x = to_float((both >> 9) - 64);
+    m = root * quotient(s_.before_a * x, s_.before_s * kM - abs(x));
+    v = root * root;
+  }
+
+  // The code of v after a step: base + code is its biased level. `fed` is 1 where the gradient is
+  // not 0, the dither is in [0, 1).
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, F32 dither) const {
+    I32 raised = biased_level(v, dither) - base;
+    return select(v > 0.0f, max(min(raised, I32{} + kTop), fed), I32{});
+  }
+
+  // Both codes, with that of v.
+  JADAM_INLINE I32 encode_m(F32 m, I32 code, I32 offset, F32 dither) const {
+    F32 size = abs(m);
+    F32 share = quotient(size, s_.now_a * power_of_two(code + offset) + size);
+    // Of NaN, which has a code of its own, this is any number: it may wrap.
+    I32 level = copysign(min(truncate(scale_ * share + dither), I32{} + kM), m);
+    return bits<I32>((bits<U32>(level) + 64u) << 9) | code;
+  }
+
+  // floor(32 log2 sqrt(x) + u) + kBias, for x > 0
+  JADAM_INLINE I32 biased_level(F32 x, F32 u) const {
+    I32 b = bits<I32>(x);
+    F32 mantissa = bits<F32>((b & 0x7FFFFF) | 0x3F800000);
+#if defined(JADAM_PLACES)
+    I32 place = b >> kPlaceShift;
+    F32 r = mantissa * reciprocal_[place] - 1.0f;
+    return level_of(place) + truncate(log2_[place] + u + r * series_(r));
+#else
+    return ((b >> 19) & ~15) + truncate(log2_(mantissa * 2.0f - 3.0f) + u);
+#endif
+  }
+
+  // 2^(level/32)
+  JADAM_INLINE F32 power_of_two(I32 level) const {
+#if JADAM_PLACES == 32
+    return bits<F32>(bits<I32>(exp2_[level]) + (level << 18));
+#elif JADAM_PLACES == 8
+    I32 eighths = level >> 2;
+    return bits<F32>(bits<I32>(exp2_[eighths]) + (eighths << 20)) * exp2_rest_[level];
+#else
+    F32 fraction = bits<F32>(((level & 31) << 18) | 0x3F800000);
+    return bits<F32>(bits<I32>(exp2_(fraction * 2.0f - 3.0f)) + ((level >> 5) << 23));
+#endif
+  }
+
+ private:
+  const Numbers s_;
+  const float scale_ = kM * s_.now_s;
+#if JADAM_PLACES == 32
+  static constexpr int kPlaceShift = 18;  // 32 places in an octave of 16 levels
+  static JADAM_INLINE I32 level_of(I32 place) { return place >> 1; }
+  const Table32 exp2_, reciprocal_, log2_;
+  const Polynomial<3> series_;
+#elif JADAM_PLACES == 8
+  static constexpr int kPlaceShift = 20;  // 8 places
+  static JADAM_INLINE I32 level_of(I32 place) { return place << 1; }
+  const Table8 exp2_, reciprocal_, log2_;
+  const Table4 exp2_rest_;
+  const Polynomial<4> series_;
+#else
+  const Polynomial<7> exp2_;
+  const Polynomial<10> log2_;
+#endif
+};
+
+// ---- _masters.py
+
+constexpr int32_t kSign = INT32_MIN, kLargest = 0x7F7F;
+
+JADAM_INLINE Mask is_finite(F32 x) { return abs(x) < __builtin_inff(); }
+JADAM_INLINE I32 size_of(I32 order) { return max(order, -order); }
+
+// float32's numbers in their order.
+JADAM_INLINE I32 ordered(F32 x) {
+  const I32 b = bits<I32>(x), sign = b >> 31;
+  return ((b & ~kSign) ^ sign) - sign;
+}
+
+// u with x + u = target; -0 where nothing moves.
+JADAM_INLINE F32 difference(F32 target, F32 x) {
+  const float largest = 0x1.fffffep127f;
+  const F32 moved = at_most(at_least(target - x, all(-largest)), all(largest));
+  return select(bits<I32>(target) == bits<I32>(x), all(-0.0f),
+                select(is_finite(target), moved, target));
+}
+
+template <class R>
+JADAM_INLINE F32 join(F32 x, I32 residual) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  const I32 order = ordered(x) + (residual << kShift);
+  const I32 joined = size_of(order) | (select(order == 0, bits<I32>(x), order) & kSign);
+  return select(is_finite(x), bits<F32>(joined), x);
+}
+
+// A weight after its step: the update, the bfloat16 that x and the update give, the residual there.
+struct Narrowed {
+  F32 update, landed;
+  I32 residual;
+};
+
+// The bfloat16 nearest to the master, and what it leaves.
+template <class R>
+JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither) {
+  constexpr int kShift = 16 - 8 * int(sizeof(R));
+  const I32 sign = bits<I32>(master) & kSign;
+  I32 order = ordered(master);
+  if constexpr (kShift > 0) order += bits<I32>(dither >> (32 - kShift));
+  I32 upper = (order + 0x8000) >> 16;
+  // As nearly always: the numbers are finite and the sum is exact, so that it lands on the target.
+  const F32 near = bits<F32>((size_of(upper) << 16) | sign), moved = near - x;
+  const Mask is_usual = (abs(master) < 0x1p127f) & (x + moved == near);
+  if (__builtin_expect(!any(!is_usual), true)) {
+    const F32 update = select(bits<I32>(near) == bits<I32>(x), all(-0.0f), moved);
+    return {update, near, (order - (upper << 16)) >> kShift};
+  }
+  const Mask finite = is_finite(master);
+  upper = min(max(upper, I32{} - kLargest), I32{} + kLargest);
+  const I32 target = (size_of(upper) << 16) | sign;
+  const F32 update = difference(select(finite, bits<F32>(target), master), x);
+  const F32 landed = nearest_bf16(x + update);
+  const I32 place = ordered(landed);
+  order = min(max(order, place - 0x8000), place + 0x7FFF);
+  return {update, landed, select(finite, (order - place) >> kShift, I32{})};
+}
+
+// One of the two neighbours of the master.
+JADAM_INLINE F32 round_randomly(F32 master, U32 random) {
+  const F32 size = abs(master), s = at_least(power(master) * 0x1p-7f, all(0x1p-126f));
+  const F32 steps = size / s, below = to_float(truncate(steps));
+  const F32 share = to_float(bits<I32>(random >> 8)) * 0x1p-24f;
+  const F32 rounded = (below + select(share < steps - below, all(1.0f), F32{})) * s;
+  const I32 with_sign = bits<I32>(rounded) | (bits<I32>(master) & kSign);
+  const Mask in_range = (bits<I32>(master) & ~kSign) <= (kLargest << 16);
+  return select(in_range, bits<F32>(with_sign), nearest_bf16(master));
+}
+
+// _masters.random_bits of these places.
+JADAM_INLINE U32 random_bits(U32 place, const uint32_t (&words)[2]) {
+  for (const uint32_t word : words) {
+    place ^= word;
+    place = (place ^ (place >> 16)) * 0x7FEB352Du;
+    place = (place ^ (place >> 15)) * 0x846CA68Bu;
+    place ^= place >> 16;
+  }
+  return place;
+}
+
+}  // namespace JADAM_ISA
+}  // namespace jadam

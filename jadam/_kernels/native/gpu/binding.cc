@@ -1,0 +1,190 @@
+// The kernels for NVIDIA's GPUs behind jax.ffi: leaves to launches.
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../leaves.h"
+#include "driver.h"
+#include "launch.h"
+
+// The kernels as text that the driver compiles, once for each context.
+asm(".pushsection .rodata\n"
+    "jadam_ptx:\n"
+    ".incbin \"" JADAM_PTX
+    "\"\n"
+    ".byte 0\n"
+    ".popsection\n");
+extern const char jadam_ptx[] asm("jadam_ptx");
+
+namespace jadam {
+namespace {
+
+constexpr int kPtxVersion = 11040;  // of CUDA, whose drivers compile PTX 7.4
+constexpr int kCapability = 8;      // sm_80, whose warps have a maximum in one instruction
+constexpr int kMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
+
+// Makes the context of a stream that of this thread.
+class InContext {
+ public:
+  InContext(const Driver& driver, CudaContext context) : driver_(driver) {
+    driver_.push_context(context);
+  }
+  ~InContext() {
+    CudaContext popped;
+    driver_.pop_context(&popped);
+  }
+
+ private:
+  const Driver& driver_;
+};
+
+// A kernel by its name. It may be looked for while a stream is captured into a graph, where loading
+// a module counts as unsafe unless this thread says otherwise.
+int find_kernel(const Driver& driver, CudaContext context, const std::string& name,
+                CudaFunction& found) {
+  static std::mutex mutex;
+  static std::map<CudaContext, CudaModule> modules;
+  static std::map<std::pair<CudaContext, std::string>, CudaFunction> functions;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto known = functions.find({context, name}); known != functions.end()) {
+    found = known->second;
+    return 0;
+  }
+  int mode = kRelaxed;
+  driver.exchange_capture_mode(&mode);
+  int error = 0;
+  if (modules.count(context) == 0) {
+    CudaModule module;
+    error = driver.load_module(&module, jadam_ptx);
+    if (error == 0) modules[context] = module;
+  }
+  if (error == 0) error = driver.find_function(&found, modules[context], name.c_str());
+  if (error == 0) functions[{context, name}] = found;
+  driver.exchange_capture_mode(&mode);
+  return error;
+}
+
+const char* kernel_of(const Leaf& leaf) {
+  if (leaf.weights == Weights::kPlain) return leaf.is_coded ? "jadam_codes" : "jadam_floats";
+  return leaf.is_coded ? "jadam_codes_narrow" : "jadam_floats_narrow";
+}
+
+bool is_aligned(const Leaf& leaf) {
+  for (const void* x : {leaf.g, leaf.p, leaf.m, leaf.is_coded ? nullptr : leaf.v, leaf.residual,
+                        (const void*)leaf.out}) {
+    if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
+  }
+  return leaf.rows == 1 || leaf.n % 4 == 0;
+}
+
+DeviceLeaf on_device(const Leaf& leaf, uint32_t first_chunk) {
+  const auto is_narrow = [](Float dtype) { return dtype == Float::kBF16; };
+  DeviceLeaf found{};
+  found.g = leaf.g;
+  found.p = leaf.p;
+  found.m = leaf.m;
+  found.v = leaf.v;
+  found.residual = leaf.residual;
+  found.out = leaf.out;
+  found.m_out = leaf.m_out;
+  found.v_out = leaf.v_out;
+  found.residual_out = leaf.residual_out;
+  found.words = static_cast<const uint32_t*>(leaf.counted);
+  found.n = leaf.n;
+  found.blocks = uint32_t(leaf.blocks());
+  found.blocks_in_row = uint32_t(leaf.blocks_in_row());
+  found.first_chunk = first_chunk;
+  found.salt = leaf.salt;
+  found.options = (leaf.decays ? kDecays : 0) | (leaf.writes_params ? kWritesParams : 0) |
+                  (is_narrow(leaf.g_dtype) ? kNarrowG : 0) |
+                  (is_narrow(leaf.p_dtype) ? kNarrowP : 0) |
+                  (is_narrow(leaf.m_dtype) ? kNarrowM : 0) |
+                  (is_narrow(leaf.v_dtype) ? kNarrowV : 0) | (is_aligned(leaf) ? kIsAligned : 0);
+  found.weights = leaf.weights;
+  return found;
+}
+
+// As many leaves of one kernel in a launch as it takes.
+ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                         ffi::Span<const int32_t> decays, bool writes_params,
+                         ffi::Span<const int32_t> weights, ffi::Span<const int32_t> salts) {
+  Shared shared;
+  std::vector<Leaf> leaves;
+  ffi::Error error = read_call(args, rets, decays, writes_params, weights, salts, shared, leaves);
+  if (error.failure()) return error;
+  const Driver& driver = Driver::get();
+  const auto failed = [&](const std::string& what, int code) {
+    return ffi::Error::Internal("jadam_step: " + what + ": " + driver.what(code));
+  };
+  if (!driver.missing.empty()) return ffi::Error::Internal("jadam_step: no " + driver.missing);
+  CudaContext context;
+  if (int code = driver.stream_context(stream, &context)) return failed("no context", code);
+  const InContext in_context(driver, context);
+  std::map<std::string, std::vector<const Leaf*>> of_kernel;
+  for (const Leaf& leaf : leaves) {
+    if (leaf.blocks() > int64_t(UINT32_MAX) - kBlocksInChunk) return wrong("a leaf is too large");
+    of_kernel[kernel_of(leaf)].push_back(&leaf);
+  }
+  for (const auto& [name, those] : of_kernel) {
+    CudaFunction kernel;
+    if (int code = find_kernel(driver, context, name, kernel)) {
+      return failed("the driver does not take the kernel", code);
+    }
+    for (size_t first = 0; first < those.size(); first += kLeavesInLaunch) {
+      Launch launch{shared.numbers, shared.tables, shared.count, shared.first_lane, 0, {}};
+      uint32_t chunks = 0;
+      for (size_t i = first; i < those.size() && launch.leaves < kLeavesInLaunch; ++i) {
+        const DeviceLeaf leaf = on_device(*those[i], chunks);
+        chunks += (leaf.blocks - 1) / kBlocksInChunk + 1;
+        launch.leaf[launch.leaves++] = leaf;
+      }
+      void* parameters[] = {&launch};
+      const int code = driver.launch(kernel, chunks, 1, 1, kThreads, 1, 1, 0, stream, parameters,
+                                     nullptr);
+      if (code != 0) return failed("no launch", code);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+std::string why_not() {
+  const Driver& driver = Driver::get();
+  if (!driver.missing.empty()) return "no " + driver.missing;
+  if (int error = driver.init(0)) return "no GPU: " + driver.what(error);
+  int version = 0, devices = 0;
+  driver.version(&version);
+  if (version < kPtxVersion) {
+    return "a driver for CUDA " + std::to_string(kPtxVersion / 1000) + "." +
+           std::to_string(kPtxVersion % 1000 / 10) + " or later is needed, this one is for " +
+           std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  }
+  driver.device_count(&devices);
+  for (int device = 0; device < devices; ++device) {
+    int capability = 0;
+    driver.attribute(&capability, kMajor, device);
+    if (capability < kCapability) {
+      return "GPU " + std::to_string(device) + " has compute capability " +
+             std::to_string(capability) + ", the kernel needs " + std::to_string(kCapability);
+    }
+  }
+  return devices > 0 ? "" : "no GPU";
+}
+
+}  // namespace
+}  // namespace jadam
+
+// Why the kernels cannot run on this machine's GPUs; empty if they can.
+extern "C" const char* jadam_why_not_on_gpu() {
+  static const std::string reason = jadam::why_not();
+  return reason.c_str();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jadam_step_on_gpu, jadam::launch_leaves,
+    jadam::with_attributes(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<jadam::CudaStream>>()),
+    {xla::ffi::Traits::kCmdBufferCompatible});
