@@ -7,7 +7,7 @@
 It runs from the source tree. The machine needs Python 3.11 or later, jax with CUDA, optax, flax,
 jaxtyping and rich, PyTorch for its optimizers, and jadam's library beside the sources:
 
-    cmake -S jadam/_kernels/cpu -B build/k -DCMAKE_BUILD_TYPE=Release
+    cmake -S jadam/_kernels/native -B build/k -DCMAKE_BUILD_TYPE=Release
     cmake --build build/k && cp build/k/_kernel.so jadam/_kernel.so
 
 Peers take part where they are installed: flashoptim-jax, flashoptim, bitsandbytes, torchao, whose
