@@ -1,14 +1,20 @@
 """The speed bench: what it compares is comparable, and what it cannot time it names."""
 
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.bench import bars, contenders, program, rounds, speed
+from experiments.bench.device import tables
+from experiments.bench.device.rows import MARK, heard
 from experiments.bench.rounds import Workers
 from experiments.bench.workloads import GPT2, QUICK, WORKLOADS, llama3_layer
 from experiments.common import picture, report
@@ -183,8 +189,6 @@ def test_a_run_from_the_processes_to_the_tables(measured, tmp_path):
 
 def test_a_worker_that_dies_takes_only_its_own_contenders():
     """The next call has a new process."""
-    import os
-
     with Workers() as workers:
         with pytest.raises(Exception, match="terminated abruptly"):
             workers.call("jax", os._exit, 1)
@@ -217,3 +221,48 @@ def test_a_stopped_bench_goes_on(tmp_path, monkeypatch):
         found = speed.measured_once(GPT2, config, {})
         assert found == {"rounds": 5}
     assert len(measured) == 2
+
+
+def rehearsed(folder):
+    """The JSON of each part, and what the command for a GPU printed, of tiny sizes on this CPU."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.device", "--tiny", "--out", folder],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    parts = ("numbers", "speed", "memory", "training")
+    found = {name: json.loads((folder / f"device-{name}.json").read_text()) for name in parts}
+    return found, answer.stdout
+
+
+def test_the_command_for_a_gpu_is_rehearsed(tmp_path_factory):
+    """On the day when a device is there, every part runs, rows have figures, tables are made."""
+    folder = tmp_path_factory.mktemp("device")
+    found, printed = rehearsed(folder)
+    for name, part in found.items():
+        assert part["versions"]["jax"] == jax.__version__, name
+        assert "commit" in part
+        bad = {key: row for key, row in part["rows"].items() if "failed" in row}
+        assert part["rows"]
+        assert not bad, (name, bad)
+    for name, row in found["numbers"]["rows"].items():
+        assert row["within"], (name, row)
+        assert row["kernels"] == int("native" in found["numbers"]["kernels"])
+    framed = [row for row in found["speed"]["rows"].values() if row.get("framework") == "jax"]
+    assert [len(row["rates" if "rates" in row else "device"]) for row in framed] == [7] * 4
+    (smallest,) = (row for key, row in found["memory"]["rows"].items() if "7 bytes" in key)
+    assert smallest["least"] / smallest["parameters"] == pytest.approx(7, abs=0.1)
+    losses = [row["losses"] for row in found["training"]["rows"].values()]
+    assert len(losses) == 2
+    # The same model, and the same batches: before the warm-up has moved much, the same losses.
+    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=1e-3)
+    assert tables.markdown(folder) in printed
+
+
+def test_rows_are_told_from_messages():
+    """A library that prints does not break what a process says."""
+    assert heard("WARNING: something\n") is None
+    assert heard(f'{MARK}["key", {{"x": 1}}]\n') == ("key", {"x": 1})

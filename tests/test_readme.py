@@ -10,6 +10,7 @@ import pytest
 import jadam
 from docs import tables
 from experiments.bench import accuracy, publish, speed
+from experiments.bench.device import tables as device
 from experiments.common import report
 from experiments.lowmem import report as lowmem
 
@@ -61,6 +62,8 @@ def test_the_full_tables_are_the_committed_ones():
     """Nor in the READMEs of the bench and of the small-memory study."""
     block = report.readme_block("speed-full", publish.README)[1]
     assert block == speed.of_each(speed.committed(), speed.full_markdown) + "\n"
+    block = report.readme_block("device", publish.README)[1]
+    assert block == device.markdown(publish.RESULTS) + "\n"
     results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
     assert block == lowmem.markdown(results) + "\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ PACKAGES = (
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     answer = subprocess.run(git, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"

@@ -1,0 +1,110 @@
+"""The steps in JAX that are compared, by name, and the workloads that each is timed on."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jadam
+from experiments.bench.ahead import BITS_8, BITS_16, OPTIONS, Program
+from experiments.bench.workloads import (
+    GPT2,
+    LLAMA3_LAYER,
+    MANY_LEAVES,
+    ONE_LEAF,
+    TINY_LEAVES,
+    WORKLOADS,
+    Workload,
+)
+
+BF16 = jnp.bfloat16
+
+
+def fused(tx: Any, dtype: Any = jnp.float32) -> Program:
+    """Parameters and state by jadam's `step`."""
+    return Program(tx, lambda params, state, grads: tx.step(grads, state, params), dtype)
+
+
+def in_two(tx: Any, dtype: Any = jnp.float32) -> Program:
+    """`update`, then `optax.apply_updates`."""
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Program(tx, step, dtype)
+
+
+def _jadam(dtype: Any = jnp.float32, **options: Any) -> Program:
+    return fused(jadam.adamw(**OPTIONS, **options), dtype)
+
+
+def _compensated(**options: Any) -> Program:
+    return fused(jadam.compensated_weights(jadam.adamw(**OPTIONS, **options)), BF16)
+
+
+def _flashoptim(dtype: Any, bits: int | None) -> Program:
+    from flashoptim_jax import flash_adamw
+
+    # Its kernel is for GPUs.
+    is_fused = jax.default_backend() == "gpu"
+    tx: Any = flash_adamw(**OPTIONS, master_weight_bits=bits, fused=is_fused)
+    return Program(tx, tx.step, dtype)
+
+
+OPTAX, FLOAT32, CODES = "optax float32", "jadam float32", "jadam 8-bit moments"
+BF16_MOMENTS = "jadam bf16 weights and moments"
+COMPENSATED, SMALLEST = "jadam compensated bf16 weights", "jadam 7 bytes: compensated, 8-bit"
+UPDATE = "jadam float32, update"
+FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
+XLA = ", XLA's form"
+
+_OWN: dict[str, Callable[..., Program]] = {
+    FLOAT32: _jadam,
+    BF16_MOMENTS: partial(_jadam, BF16, **BITS_16),
+    CODES: partial(_jadam, **BITS_8),
+    COMPENSATED: _compensated,
+    SMALLEST: partial(_compensated, **BITS_8),
+}
+PROGRAMS: dict[str, Callable[[], Program]] = {
+    **_OWN,
+    UPDATE: lambda: in_two(jadam.adamw(**OPTIONS)),
+    OPTAX: lambda: in_two(optax.adamw(**OPTIONS)),
+    **{name + XLA: partial(make, kernel="xla") for name, make in _OWN.items()},
+    FLASH: partial(_flashoptim, jnp.float32, None),
+    FLASH_BF16: partial(_flashoptim, BF16, 24),
+}
+
+BASIC = (*_OWN, OPTAX)
+PEERS = (FLASH, FLASH_BF16)
+IN_XLA = tuple(name + XLA for name in _OWN)
+(ONE_BILLION,) = (workload for workload in WORKLOADS if workload.gpu_only)
+TIMED: tuple[tuple[Workload, tuple[str, ...]], ...] = (
+    (ONE_LEAF, (*BASIC, UPDATE, *PEERS, *IN_XLA)),
+    (GPT2, (*BASIC, UPDATE, *PEERS, FLOAT32 + XLA)),
+    (ONE_BILLION, (*BASIC, *PEERS)),
+    (LLAMA3_LAYER, BASIC),
+    (MANY_LEAVES, BASIC),
+    # Leaves of 2,000 are too small for codes.
+    (TINY_LEAVES, (FLOAT32, BF16_MOMENTS, OPTAX)),
+)
+TINY_TIMED: tuple[tuple[Workload, tuple[str, ...]], ...] = (
+    (Workload("20 leaves of 64 x 64", ((64, 64),) * 20), (FLOAT32, SMALLEST, OPTAX)),
+)
+LATENCIES = (OPTAX, FLOAT32, CODES, SMALLEST)
+"""Of these a user's first step is timed, on GPT-2."""
+MEMORY = LATENCIES
+
+
+def why_not(name: str, leaves: int) -> str | None:
+    """Why a program is not compiled for so many leaves, if it is not."""
+    if name in PEERS and importlib.util.find_spec("flashoptim_jax") is None:
+        return "not installed"
+    in_xla = name.endswith(XLA) or jadam.kernels()[jax.default_backend()].startswith("xla")
+    if in_xla and leaves > 20 and name.removesuffix(XLA) in (CODES, SMALLEST):
+        return "XLA's form of codes compiles for minutes"
+    return None
