@@ -172,11 +172,11 @@ class Codec {
     v = root * root;
   }
 
-  // The code of v after a step: base + code is its biased level. `fed` is 1 where the gradient is
-  // not 0, the dither is in [0, 1).
+  // The code of v after a step: base + code is its biased level. `fed` is more than 0 where the
+  // gradient is not 0, the dither is in [0, 1). Of NaN it is any number.
   JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, F32 dither) const {
     I32 raised = biased_level(v, dither) - base;
-    return select(v > 0.0f, max(min(raised, I32{} + kTop), fed), I32{});
+    return max(min(raised, I32{} + kTop), min(min(bits<I32>(v), fed), I32{} + 1));
   }
 
   // Both codes, with that of v.
@@ -315,12 +315,12 @@ JADAM_INLINE I32 residual_of(I32 raised, I32 sign) {
 }
 
 // The bfloat16 nearest to the master, and what it leaves. `is_usual` says where this holds: the
-// numbers are finite and the sum of x and the update to it is exact.
+// numbers are finite and the sum of x and the update to it is exact. The product is 0 or NaN.
 template <class R>
 JADAM_INLINE Narrowed split_usual(F32 master, F32 x, U32 dither, Mask& is_usual) {
   const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
   const F32 near = bits<F32>(to & ~0xFFFF);
-  is_usual = (x + (near - x)) - near == 0.0f;
+  is_usual = master * 0.0f + ((x + (near - x)) - near) == 0.0f;
   return {near, residual_of<R>(to, sign)};
 }
 

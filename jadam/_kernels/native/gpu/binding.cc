@@ -74,7 +74,15 @@ struct Kernel {
   std::vector<Leaf> leaves;
 };
 
-size_t kernel_of(const Leaf& leaf) { return 2 * (leaf.weights != Weights::kPlain) + leaf.is_coded; }
+// Its place below.
+size_t kernel_of(const Leaf& leaf) {
+  if (leaf.weights != Weights::kPlain) return leaf.is_coded ? 4 : 3;
+  if (leaf.is_coded) return 2;
+  for (Float x : {leaf.g_dtype, leaf.p_dtype, leaf.m_dtype, leaf.v_dtype}) {
+    if (x == Float::kBF16) return 1;
+  }
+  return 0;
+}
 
 bool is_aligned(const Leaf& leaf, const Division& division) {
   const void* const v = leaf.is_coded ? nullptr : leaf.v;  // tops are read one by one
@@ -124,10 +132,11 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
   CudaContext context;
   if (int code = driver.stream_context(stream, &context)) return failed("no context", code);
   const InContext in_context(driver, context);
-  Kernel kernels[] = {{"jadam_floats", kFloats, {}},
+  Kernel kernels[] = {{"jadam_float32", kFloat32, {}},
+                      {"jadam_floats", kFloats, {}},
                       {"jadam_codes", kCodes, {}},
-                      {"jadam_floats_narrow", kNarrowFloats, {}},
-                      {"jadam_codes_narrow", kNarrowCodes, {}}};
+                      {"jadam_narrow_floats", kNarrowFloats, {}},
+                      {"jadam_narrow_codes", kNarrowCodes, {}}};
   for (const Leaf& leaf : leaves) {
     if (leaf.blocks() > int64_t(UINT32_MAX / 2)) return wrong("a leaf is too large");
     if (leaf.m != leaf.m_out || leaf.v != leaf.v_out || leaf.residual != leaf.residual_out) {

@@ -107,10 +107,10 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
   size = group_max<kN>(size);
   // The same in all threads of the group; those of a warp stay together for what follows.
   const bool is_special = code == kNaN || size > kLargestG;
-  bool is_fed[kN];
+  I32 fed[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    is_fed[i] = b.g[i] != 0.0f;
+    fed[i] = bits<I32>(abs(b.g[i]));
     codec.decode(b.codes[i], b.top - kTop, b.m[i], b.v[i]);
   }
   if (__builtin_expect(any_of_warp(is_special), false)) {
@@ -132,7 +132,7 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
   step_limited(b, s);
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    const I32 of_v = codec.encode_v(b.v[i], is_fed[i], b.top - kTop + kBias, unit(weyl.of[i]));
+    const I32 of_v = codec.encode_v(b.v[i], fed[i], b.top - kTop + kBias, unit(weyl.of[i]));
     b.codes[i] = codec.encode_m(b.m[i], of_v, b.top - kTop, unit(weyl.of[i] + kSalt));
   }
   if (__builtin_expect(is_special, false)) {

@@ -9,6 +9,20 @@ namespace jadam {
 namespace gpu {
 namespace {
 
+// What a kernel steps: moments as floats, all arrays float32 or not, or as codes; parameters that
+// are what they stand for, or weights that stand for more.
+enum class Kind { kFloat32, kFloats, kCodes, kNarrowFloats, kNarrowCodes };
+constexpr bool has_codes(Kind kind) { return kind == Kind::kCodes || kind == Kind::kNarrowCodes; }
+constexpr bool has_weights(Kind kind) {
+  return kind == Kind::kNarrowFloats || kind == Kind::kNarrowCodes;
+}
+
+// The options of a leaf, as far as they are not known of the kernel.
+template <Kind kKind>
+__device__ __forceinline__ uint32_t options_of(const DeviceLeaf& leaf) {
+  return leaf.options & (kKind == Kind::kFloat32 ? ~uint32_t(kNarrow) : ~0u);
+}
+
 // A thread's numbers as they lie in memory, of 1, 2 or 4 bytes each.
 template <int kN>
 struct Lot {
@@ -110,23 +124,23 @@ __device__ __forceinline__ void store_floats(const Lot<kN>& x, void* to, bool is
 
 // What a step takes of a block and what it leaves there. All loads are under way before the first
 // of the numbers is looked at.
-template <int kN, bool kCodes, bool kNarrow>
+template <int kN, Kind kKind>
 struct Lying {
   Lot<kN> g, p, m, v, residual, out;
   int16_t top;
 
   template <class Access>
   __device__ __forceinline__ void load(const DeviceLeaf& leaf, const Place& at, uint32_t block) {
-    const uint32_t options = leaf.options;
+    const uint32_t options = options_of<kKind>(leaf);
     g = load_floats<Access>(leaf.g, options & kNarrowG, at);
-    if constexpr (kCodes) {
+    if constexpr (has_codes(kKind)) {
       m = Access::template load<uint16_t>(leaf.m, at);
       top = block < leaf.blocks ? static_cast<const int16_t*>(leaf.v)[block] : int16_t(0);
     } else {
       m = load_floats<Access>(leaf.m, options & kNarrowM, at);
       v = load_floats<Access>(leaf.v, options & kNarrowV, at);
     }
-    if constexpr (kNarrow) {
+    if constexpr (has_weights(kKind)) {
       p = Access::template load<uint16_t>(leaf.p, at);
       if (leaf.weights == Weights::kCompensated8) {
         residual = Access::template load<uint8_t>(leaf.residual, at);
@@ -141,8 +155,8 @@ struct Lying {
   template <class Access>
   __device__ __forceinline__ void store(const DeviceLeaf& leaf, const Place& at,
                                         uint32_t block) const {
-    const uint32_t options = leaf.options;
-    if constexpr (kCodes) {
+    const uint32_t options = options_of<kKind>(leaf);
+    if constexpr (has_codes(kKind)) {
       Access::template store<uint16_t>(m, leaf.m, at);
       const bool is_first = threadIdx.x % (kBlock / kN) == 0;
       if (is_first && block < leaf.blocks) static_cast<int16_t*>(leaf.v)[block] = top;
@@ -151,7 +165,7 @@ struct Lying {
       store_floats<Access>(v, leaf.v, options & kNarrowV, at);
     }
     bool is_narrow = options & kWritesParams;
-    if constexpr (kNarrow) {
+    if constexpr (has_weights(kKind)) {
       if (leaf.weights == Weights::kCompensated8) {
         Access::template store<uint8_t>(residual, leaf.residual, at);
       } else if (leaf.weights == Weights::kCompensated16) {
@@ -240,15 +254,15 @@ __device__ __forceinline__ void compensate(Block<kN>& b, Lot<kN>& residual, cons
   residual = from_integers<R>(b.residual);
 }
 
-template <int kN, bool kCodes, bool kNarrow>
-__device__ __forceinline__ void step(Lying<kN, kCodes, kNarrow>& x, const DeviceLeaf& leaf,
+template <int kN, Kind kKind>
+__device__ __forceinline__ void step(Lying<kN, kKind>& x, const DeviceLeaf& leaf,
                                      const Numbers& s, const Codec& codec, const Weyl<kN>& weyl,
                                      const U32 (&dither)[kN], uint32_t element) {
-  const uint32_t options = leaf.options;
+  const uint32_t options = options_of<kKind>(leaf);
   Block<kN> b;
   to_floats(x.g, options & kNarrowG, b.g);
-  to_floats(x.p, kNarrow || (options & kNarrowP), b.p);
-  if constexpr (kCodes) {
+  to_floats(x.p, has_weights(kKind) || (options & kNarrowP), b.p);
+  if constexpr (has_codes(kKind)) {
     b.top = x.top;
     to_integers<uint16_t>(x.m, b.codes);
     step_codes(b, s, codec, weyl);
@@ -266,7 +280,7 @@ __device__ __forceinline__ void step(Lying<kN, kCodes, kNarrow>& x, const Device
     x.m = from_floats(b.m, options & kNarrowM);
     x.v = from_floats(b.v, options & kNarrowV);
   }
-  if constexpr (kNarrow) {
+  if constexpr (has_weights(kKind)) {
     if (leaf.weights == Weights::kCompensated8) {
       compensate<int8_t>(b, x.residual, s, options, dither);
     } else if (leaf.weights == Weights::kCompensated16) {
@@ -318,10 +332,9 @@ struct Walk {
   }
 };
 
-template <int kN, bool kCodes, bool kNarrow>
+template <Kind kKind, int kN, bool kAhead>
 __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chunk) {
   constexpr int kGroup = int(kBlock) / kN, kGroups = kThreads / kGroup;
-  using Lies = Lying<kN, kCodes, kNarrow>;
   const DeviceLeaf& leaf = leaf_of(launch, blockIdx.x);
   const uint32_t begin = (blockIdx.x - leaf.first_chunk) * blocks_in_chunk;
   const uint32_t end = leaf.blocks - begin < blocks_in_chunk ? leaf.blocks : begin + blocks_in_chunk;
@@ -335,14 +348,14 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
   const uint32_t lane = threadIdx.x % kGroup * kN;
   const Weyl<kN> weyl(*launch.first_lane + lane, *launch.count);
   U32 of_residual[kN] = {};
-  if (kNarrow && leaf.weights == Weights::kCompensated8) {
+  if (has_weights(kKind) && leaf.weights == Weights::kCompensated8) {
     // Its own count, in the place of the step's.
     const uint32_t phase = (*leaf.words - weyl.count) * kStep + leaf.salt * kSalt;
 #pragma unroll
     for (int i = 0; i < kN; ++i) of_residual[i] = weyl.of[i] + phase;
   }
   struct Fetched {
-    Lies x;
+    Lying<kN, kKind> x;
     Place at;
     uint32_t block;
     bool is_whole;
@@ -362,21 +375,22 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
     walk.advance();
     return y;
   };
-  // The next block is on its way while one is computed.
-  Fetched now, next;
-  for (bool has_one = false;; has_one = true) {
-    const bool has_next = walk.block - ahead_of_warp < end;
-    if (has_next) next = fetch();
-    if (has_one) {
-      step(now.x, leaf, s, codec, weyl, of_residual, uint32_t(now.at.first));
-      if (now.is_whole) {
-        now.x.template store<Whole<kN>>(leaf, now.at, now.block);
-      } else {
-        now.x.template store<Ragged<kN>>(leaf, now.at, now.block);
-      }
+  const auto finish = [&](Fetched& y) {
+    step(y.x, leaf, s, codec, weyl, of_residual, uint32_t(y.at.first));
+    if (y.is_whole) {
+      y.x.template store<Whole<kN>>(leaf, y.at, y.block);
+    } else {
+      y.x.template store<Ragged<kN>>(leaf, y.at, y.block);
     }
-    if (!has_next) return;
-    now = next;
+  };
+  Fetched now = fetch();
+  while (true) {
+    const bool is_last = walk.block - ahead_of_warp >= end;
+    Fetched next;
+    if (kAhead && !is_last) next = fetch();
+    finish(now);
+    if (is_last) return;
+    now = kAhead ? next : fetch();
   }
 }
 
@@ -384,12 +398,14 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
 }  // namespace gpu
 }  // namespace jadam
 
-#define JADAM_KERNEL(name, division, codes, narrow)                                        \
-  extern "C" __global__ void __launch_bounds__(jadam::kThreads, jadam::division.resident)   \
-      name(const __grid_constant__ jadam::Launch launch) {                                  \
-    jadam::gpu::run<jadam::division.numbers, codes, narrow>(launch, jadam::division.blocks); \
+#define JADAM_KERNEL(name, kind)                                                               \
+  extern "C" __global__ void __launch_bounds__(jadam::kThreads, jadam::kind.resident)          \
+      name(const __grid_constant__ jadam::Launch launch) {                                     \
+    jadam::gpu::run<jadam::gpu::Kind::kind, jadam::kind.numbers, jadam::kind.ahead>(           \
+        launch, jadam::kind.blocks);                                                           \
   }
-JADAM_KERNEL(jadam_floats, kFloats, false, false)
-JADAM_KERNEL(jadam_codes, kCodes, true, false)
-JADAM_KERNEL(jadam_floats_narrow, kNarrowFloats, false, true)
-JADAM_KERNEL(jadam_codes_narrow, kNarrowCodes, true, true)
+JADAM_KERNEL(jadam_float32, kFloat32)
+JADAM_KERNEL(jadam_floats, kFloats)
+JADAM_KERNEL(jadam_codes, kCodes)
+JADAM_KERNEL(jadam_narrow_floats, kNarrowFloats)
+JADAM_KERNEL(jadam_narrow_codes, kNarrowCodes)

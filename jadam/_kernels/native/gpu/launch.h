@@ -13,9 +13,10 @@ struct Division {
   int numbers;      // of a thread, of each block
   uint32_t blocks;  // of a thread block: a chunk
   int resident;     // thread blocks that a multiprocessor has room for, at least
+  bool ahead;       // a block is on its way while one is computed
 };
-constexpr Division kFloats{4, 32, 2}, kCodes{4, 16, 4}, kNarrowFloats{4, 16, 3},
-    kNarrowCodes{8, 64, 2};
+constexpr Division kFloat32{4, 16, 3, false}, kFloats{4, 64, 3, true}, kCodes{4, 16, 4, true},
+    kNarrowFloats{4, 16, 3, false}, kNarrowCodes{8, 128, 2, true};
 
 // The options of a leaf, as bits.
 enum : uint32_t {
@@ -26,6 +27,7 @@ enum : uint32_t {
   kNarrowM = 16,
   kNarrowV = 32,
   kIsAligned = 64,  // all its arrays, and its rows
+  kNarrow = kNarrowG | kNarrowP | kNarrowM | kNarrowV,
 };
 
 // Moments and residual are replaced where they are.
