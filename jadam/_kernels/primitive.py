@@ -22,8 +22,9 @@ from jadam._members import Rule
 from jadam._storage import BLOCK
 from jadam._types import Count, Scalar
 
-# More leaves in one call compile slowly, fewer cost a call each.
-GROUP = 32
+GROUP = {"cpu": 32, "gpu": 256, "tpu": 32}
+"""How many leaves there are in one call. XLA:CPU compiles more of them slowly; on a GPU a call is a
+launch, which takes as many."""
 
 
 class Leaf(NamedTuple):
@@ -124,11 +125,11 @@ def through_kernel(
         if rule.member.coefficients is None
         else native.numbers_of(rule, learning_rate, weight_decay, count)
     )
-    results = []
-    for first in range(0, len(rows), GROUP):
-        group = rows[first : first + GROUP]
+    results, size = [], GROUP.get(jax.default_backend(), 32)
+    for first in range(0, len(rows), size):
+        group = rows[first : first + size]
         options = tuple(options for _, _, options, *_ in group)
-        platforms = tuple(on[first : first + GROUP])
+        platforms = tuple(on[first : first + size])
         plan = Plan(structure, known, len(rule.member.moments), options, platforms)
         operands = [
             jnp.asarray(x)

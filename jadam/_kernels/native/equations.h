@@ -264,19 +264,17 @@ JADAM_INLINE F32 difference(F32 target, F32 x) {
 template <class R>
 constexpr int kBelow = 16 - 8 * int(sizeof(R));
 
-// The master weight of a bfloat16 x.
-template <class R>
-JADAM_INLINE F32 join_carefully(F32 x, I32 residual) {
-  const I32 order = ordered(x) + (residual << kBelow<R>);
+// The master weight of a bfloat16 x, so many float32 numbers above it.
+JADAM_INLINE F32 join_carefully(F32 x, I32 steps) {
+  const I32 order = ordered(x) + steps;
   const I32 joined = size_of(order) | (select(order == 0, bits<I32>(x), order) & kSign);
   return select(is_finite(x), bits<F32>(joined), x);
 }
 
 // The same where the weight surely is a number with the sign of x: x is neither 0 nor infinite.
-template <class R>
-JADAM_INLINE F32 join_usual(F32 x, I32 residual) {
+JADAM_INLINE F32 join_usual(F32 x, I32 steps) {
   const I32 b = bits<I32>(x), sign = b >> 31;
-  return bits<F32>(b + ((residual << kBelow<R>) ^ sign) - sign);
+  return bits<F32>(b + (steps ^ sign) - sign);
 }
 JADAM_INLINE bool any_unusual(F32 x) {
   const U32 size = bits<U32>(abs(x)) - 0x8000u;
@@ -285,15 +283,22 @@ JADAM_INLINE bool any_unusual(F32 x) {
 
 template <class R>
 JADAM_INLINE F32 join(F32 x, I32 residual) {
-  if (__builtin_expect(any_unusual(x), false)) return join_carefully<R>(x, residual);
-  return join_usual<R>(x, residual);
+  const I32 steps = residual << kBelow<R>;
+  if (__builtin_expect(any_unusual(x), false)) return join_carefully(x, steps);
+  return join_usual(x, steps);
 }
 
-// A weight after its step: the bfloat16 that x and the update give, the residual there.
+// A weight after its step: the bfloat16 that x and the update give and, in the lower 16 bits, 2^15
+// more than the master is above it.
 struct Narrowed {
   F32 landed;
-  I32 residual;
+  I32 above;
 };
+
+template <class R>
+JADAM_INLINE I32 residual_of(I32 above) {
+  return ((above << 16) ^ kSign) >> (16 + kBelow<R>);
+}
 
 // A master's bits with half of the distance of bfloat16 numbers added, and its dither: upwards, so
 // away from 0 or towards it. The upper 16 are then the nearest of them.
@@ -308,12 +313,6 @@ JADAM_INLINE I32 raised(I32 master, I32 sign, U32 dither) {
   return bits<I32>(bits<U32>(master) + up);
 }
 
-// What the lower 16 bits then say: how far the master is above that number.
-template <class R>
-JADAM_INLINE I32 residual_of(I32 raised, I32 sign) {
-  return (((raised ^ sign) << 16) ^ kSign) >> (16 + kBelow<R>);
-}
-
 // The bfloat16 nearest to the master, and what it leaves. `is_usual` says where this holds: the
 // numbers are finite and the sum of x and the update to it is exact. The product is 0 or NaN.
 template <class R>
@@ -321,13 +320,13 @@ JADAM_INLINE Narrowed split_usual(F32 master, F32 x, U32 dither, Mask& is_usual)
   const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
   const F32 near = bits<F32>(to & ~0xFFFF);
   is_usual = master * 0.0f + ((x + (near - x)) - near) == 0.0f;
-  return {near, residual_of<R>(to, sign)};
+  return {near, to ^ sign};
 }
 
 // The same wherever it is, with the update.
 template <class R>
 JADAM_INLINE Narrowed split_carefully(F32 master, F32 x, U32 dither, F32& update) {
-  const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
+  const I32 b = bits<I32>(master), to = raised<R>(b, b >> 31, dither);
   const Mask finite = is_finite(master);
   const I32 largest = (b & kSign) | (kLargest << 16);
   const I32 target = select((to & ~kSign) < (0x7F80 << 16), to & ~0xFFFF, largest);
@@ -337,9 +336,10 @@ JADAM_INLINE Narrowed split_carefully(F32 master, F32 x, U32 dither, F32& update
   I32 order = ordered(master);
   if constexpr (kBelow<R> > 0) order += bits<I32>(dither >> (32 - kBelow<R>));
   order = min(max(order, place - 0x8000), place + 0x7FFF);
-  return {landed, select(finite, (order - place) >> kBelow<R>, I32{})};
+  return {landed, select(finite, order - place, I32{}) + 0x8000};
 }
 
+// Either.
 template <class R>
 JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither, F32& update) {
   Mask is_usual;

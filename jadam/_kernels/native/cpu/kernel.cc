@@ -400,7 +400,7 @@ JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* resid
     } else {
       store(to, update);
     }
-    if (residual_out != nullptr) store_integers(residual_out, found.residual);
+    if (residual_out != nullptr) store_integers(residual_out, residual_of<R>(found.above));
   };
   const int64_t whole = n - n % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) vector(i, p + i, shifted(residual, i), out + i);

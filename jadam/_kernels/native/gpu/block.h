@@ -15,7 +15,8 @@ struct Block {
   F32 g[kN], p[kN], m[kN], v[kN];
   I32 codes[kN];     // of m and v
   I32 top;           // of the block, where it has codes
-  I32 residual[kN];  // of p
+  I32 steps[kN];     // of p to the weight that it stands for, in float32's numbers
+  I32 above[kN];     // the same after a step, as `Narrowed` has it
 };
 
 // The larger of what the threads of a group have.
@@ -188,17 +189,17 @@ JADAM_INLINE void to_update(Block<kN>& b, const F32 (&p)[kN], const Numbers& s, 
 }
 
 // The weights that are trained, of parameters with a residual.
-template <class R, int kN>
+template <int kN>
 JADAM_INLINE void join_weights(const Block<kN>& b, F32 (&master)[kN]) {
   bool is_rare = false;
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     is_rare |= any_unusual(b.p[i]);
-    master[i] = join_usual<R>(b.p[i], b.residual[i]);
+    master[i] = join_usual(b.p[i], b.steps[i]);
   }
   if (__builtin_expect(is_rare, false)) {
 #pragma unroll
-    for (int i = 0; i < kN; ++i) master[i] = join_carefully<R>(b.p[i], b.residual[i]);
+    for (int i = 0; i < kN; ++i) master[i] = join_carefully(b.p[i], b.steps[i]);
   }
 }
 
@@ -214,7 +215,6 @@ JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dit
     Mask is_usual;
     found[i] = split_usual<R>(master[i], b.p[i], dither[i], is_usual);
     is_rare |= !is_usual;
-    b.residual[i] = found[i].residual;
   }
   if (!writes_params) {
 #pragma unroll
@@ -224,11 +224,13 @@ JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dit
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       found[i] = split_carefully<R>(master[i], b.p[i], dither[i], b.g[i]);
-      b.residual[i] = found[i].residual;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kN; ++i) b.p[i] = found[i].landed;
+  for (int i = 0; i < kN; ++i) {
+    b.p[i] = found[i].landed;
+    b.above[i] = found[i].above;
+  }
 }
 
 // The same for parameters that are rounded randomly, the first of them the element `place`.

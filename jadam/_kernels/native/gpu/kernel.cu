@@ -210,22 +210,45 @@ __device__ __forceinline__ Lot<kN> from_floats(const F32 (&x)[kN], bool is_narro
   return y;
 }
 
-// Signed or not, of 1 or 2 bytes.
-template <class T, int kN>
-__device__ __forceinline__ void to_integers(const Lot<kN>& x, I32 (&y)[kN]) {
+// Codes.
+template <int kN>
+__device__ __forceinline__ void to_codes(const Lot<kN>& x, I32 (&y)[kN]) {
 #pragma unroll
-  for (int i = 0; i < kN; ++i) y[i] = T(x.words[i * sizeof(T) / 4] >> (i * sizeof(T) % 4 * 8));
+  for (int i = 0; i < kN; ++i) y[i] = x.words[i / 2] >> (16 * (i % 2)) & 0xFFFF;
 }
-template <class T, int kN>
-__device__ __forceinline__ Lot<kN> from_integers(const I32 (&x)[kN]) {
+template <int kN>
+__device__ __forceinline__ Lot<kN> from_codes(const I32 (&x)[kN]) {
+  Lot<kN> y{};
+#pragma unroll
+  for (int i = 0; i < kN; i += 2) y.words[i / 2] = __byte_perm(x[i], x[i + 1], 0x5410);
+  return y;
+}
+
+// Residuals as steps of float32, and back from `Narrowed::above`: its upper byte, or both.
+template <class R, int kN>
+__device__ __forceinline__ void to_steps(const Lot<kN>& x, I32 (&y)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    if constexpr (sizeof(R) == 2) {
+      y[i] = int16_t(x.words[i / 2] >> (16 * (i % 2)));
+    } else {
+      // The byte, above one of zeros, with its sign.
+      const uint32_t byte = i % 4, select = 0x8804 + 0x1110 * byte;
+      asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y[i]) : "r"(x.words[i / 4]), "r"(select));
+    }
+  }
+}
+template <class R, int kN>
+__device__ __forceinline__ Lot<kN> from_above(const I32 (&x)[kN]) {
   Lot<kN> y{};
 #pragma unroll
   for (int i = 0; i < kN; i += 2) {
-    const uint32_t pair = __byte_perm(x[i], x[i + 1], sizeof(T) == 2 ? 0x5410 : 0x0040);
-    if constexpr (sizeof(T) == 2) {
-      y.words[i / 2] = pair;
+    if constexpr (sizeof(R) == 2) {
+      y.words[i / 2] = __byte_perm(x[i], x[i + 1], 0x5410) ^ 0x80008000u;
     } else {
-      y.words[i / 4] = i % 4 == 0 ? pair : __byte_perm(y.words[i / 4], pair, 0x5410);
+      const uint32_t pair = __byte_perm(x[i], x[i + 1], 0x0051);
+      y.words[i / 4] =
+          i % 4 == 0 ? pair : __byte_perm(y.words[i / 4], pair, 0x5410) ^ 0x80808080u;
     }
   }
   return y;
@@ -247,11 +270,11 @@ template <class R, int kN>
 __device__ __forceinline__ void compensate(Block<kN>& b, Lot<kN>& residual, const Numbers& s,
                                            uint32_t options, const U32 (&dither)[kN]) {
   F32 master[kN];
-  to_integers<R>(residual, b.residual);
-  join_weights<R>(b, master);
+  to_steps<R>(residual, b.steps);
+  join_weights(b, master);
   to_update(b, master, s, options & kDecays);
   split_weights<R>(b, master, dither, options & kWritesParams);
-  residual = from_integers<R>(b.residual);
+  residual = from_above<R>(b.above);
 }
 
 template <int kN, Kind kKind>
@@ -264,9 +287,9 @@ __device__ __forceinline__ void step(Lying<kN, kKind>& x, const DeviceLeaf& leaf
   to_floats(x.p, has_weights(kKind) || (options & kNarrowP), b.p);
   if constexpr (has_codes(kKind)) {
     b.top = x.top;
-    to_integers<uint16_t>(x.m, b.codes);
+    to_codes(x.m, b.codes);
     step_codes(b, s, codec, weyl);
-    x.m = from_integers<uint16_t>(b.codes);
+    x.m = from_codes(b.codes);
     x.top = int16_t(b.top);
   } else {
     to_floats(x.m, options & kNarrowM, b.m);

@@ -15,7 +15,7 @@ struct Division {
   int resident;     // thread blocks that a multiprocessor has room for, at least
   bool ahead;       // a block is on its way while one is computed
 };
-constexpr Division kFloat32{4, 16, 3, false}, kFloats{4, 64, 3, true}, kCodes{4, 16, 4, true},
+constexpr Division kFloat32{4, 16, 4, false}, kFloats{4, 64, 3, true}, kCodes{8, 32, 2, true},
     kNarrowFloats{4, 16, 3, false}, kNarrowCodes{8, 128, 2, true};
 
 // The options of a leaf, as bits.
