@@ -277,6 +277,8 @@ def _within(limit: Limit, summary: dict[str, float]) -> bool:
 def main(given: Order) -> None:
     """All cases are compiled side by side."""
     say(ABOUT, about())
+    # Compiled by several threads before any was compiled by one, programs for a GPU have crashed.
+    jax.block_until_ready(jax.jit(jnp.negative)(jnp.ones(3)))
     shapes = TINY_SHAPES if given.tiny else SHAPES
     names = TINY_CASES if given.tiny else tuple(CASES)
     pool = ThreadPoolExecutor(8)
