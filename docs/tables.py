@@ -113,8 +113,8 @@ def costs_on_gpu(results: dict[str, Any]) -> str:
     jax, torch = (results["versions"][name] for name in ("jax", "torch"))
     return (
         f"{report.table(columns, lines)}\n\nBytes a parameter, the least that a step can move; the "
-        f"share is that of the last column ({results['device']}, jax {jax}, torch {torch}, jadam of "
-        f"commit {results['commit']})."
+        f"share is that of the last column ({results['device']}, jax {jax}, torch {torch}, "
+        f"jadam of commit {results['commit']})."
     )
 
 
