@@ -288,13 +288,8 @@ JADAM_INLINE F32 join(F32 x, I32 residual) {
   return join_usual(x, steps);
 }
 
-// A weight after its step: the bfloat16 that x and the update give and, in the lower 16 bits, 2^15
-// more than the master is above it.
-struct Narrowed {
-  F32 landed;
-  I32 above;
-};
-
+// The residual of a weight that is so many float32 numbers, and 2^15, above its bfloat16: the lower
+// 16 bits of `above` say it.
 template <class R>
 JADAM_INLINE I32 residual_of(I32 above) {
   return ((above << 16) ^ kSign) >> (16 + kBelow<R>);
@@ -313,42 +308,41 @@ JADAM_INLINE I32 raised(I32 master, I32 sign, U32 dither) {
   return bits<I32>(bits<U32>(master) + up);
 }
 
-// The bfloat16 nearest to the master, and what it leaves. `is_usual` says where this holds: the
-// numbers are finite and the sum of x and the update to it is exact. The product is 0 or NaN.
+// The bfloat16 nearest to the master, and what it leaves above it. True where this is what x and the
+// update give: the numbers are finite and the sum of the two is exact. The product is 0 or NaN.
 template <class R>
-JADAM_INLINE Narrowed split_usual(F32 master, F32 x, U32 dither, Mask& is_usual) {
+JADAM_INLINE Mask split_usual(F32 master, F32 x, U32 dither, F32& landed, I32& above) {
   const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
-  const F32 near = bits<F32>(to & ~0xFFFF);
-  is_usual = master * 0.0f + ((x + (near - x)) - near) == 0.0f;
-  return {near, to ^ sign};
+  landed = bits<F32>(to & ~0xFFFF);
+  above = to ^ sign;
+  return master * 0.0f + ((x + (landed - x)) - landed) == 0.0f;
 }
 
 // The same wherever it is, with the update.
 template <class R>
-JADAM_INLINE Narrowed split_carefully(F32 master, F32 x, U32 dither, F32& update) {
+JADAM_INLINE void split_carefully(F32 master, F32 x, U32 dither, F32& update, F32& landed,
+                                  I32& above) {
   const I32 b = bits<I32>(master), to = raised<R>(b, b >> 31, dither);
   const Mask finite = is_finite(master);
   const I32 largest = (b & kSign) | (kLargest << 16);
   const I32 target = select((to & ~kSign) < (0x7F80 << 16), to & ~0xFFFF, largest);
   update = difference(select(finite, bits<F32>(target), master), x);
-  const F32 landed = nearest_bf16(x + update);
+  landed = nearest_bf16(x + update);
   const I32 place = ordered(landed);
   I32 order = ordered(master);
   if constexpr (kBelow<R> > 0) order += bits<I32>(dither >> (32 - kBelow<R>));
   order = min(max(order, place - 0x8000), place + 0x7FFF);
-  return {landed, select(finite, order - place, I32{}) + 0x8000};
+  above = select(finite, order - place, I32{}) + 0x8000;
 }
 
 // Either.
 template <class R>
-JADAM_INLINE Narrowed split(F32 master, F32 x, U32 dither, F32& update) {
-  Mask is_usual;
-  const Narrowed found = split_usual<R>(master, x, dither, is_usual);
+JADAM_INLINE void split(F32 master, F32 x, U32 dither, F32& update, F32& landed, I32& above) {
+  const Mask is_usual = split_usual<R>(master, x, dither, landed, above);
+  update = difference(landed, x);
   if (__builtin_expect(any(!is_usual), false)) {
-    return split_carefully<R>(master, x, dither, update);
+    split_carefully<R>(master, x, dither, update, landed, above);
   }
-  update = difference(found.landed, x);
-  return found;
 }
 
 // One of the two neighbours of the master.

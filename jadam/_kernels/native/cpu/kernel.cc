@@ -388,19 +388,20 @@ void expand(const BF16* p, const R* residual, int64_t n, float* master) {
 }
 
 // Float32 weights as they lie in memory: the parameter, or the update to it, and the residual.
-// `step(master, x, i, update)` is that of the vector at i.
+// `step(master, x, i, update, landed, above)` is that of the vector at i.
 template <class R, class Out, class Step>
 JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* residual, Out* out,
                          const Step& step) {
   const auto vector = [&](int64_t i, const BF16* from, R* residual_out, Out* to) {
-    F32 update;
-    const Narrowed found = step(load(master + i), load(from), i, update);
+    F32 update, landed;
+    I32 above;
+    step(load(master + i), load(from), i, update, landed, above);
     if constexpr (std::is_same_v<Out, BF16>) {
-      store_u16(&to->bits, bits<I32>(bits<U32>(found.landed) >> 16));
+      store_u16(&to->bits, bits<I32>(bits<U32>(landed) >> 16));
     } else {
       store(to, update);
     }
-    if (residual_out != nullptr) store_integers(residual_out, residual_of<R>(found.above));
+    if (residual_out != nullptr) store_integers(residual_out, residual_of<R>(above));
   };
   const int64_t whole = n - n % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) vector(i, p + i, shifted(residual, i), out + i);
@@ -419,24 +420,25 @@ template <class Out>
 void narrow_leaf(const Leaf& leaf, const float* master, int64_t first, int64_t n, Out* out) {
   const BF16* p = static_cast<const BF16*>(leaf.p) + first;
   if (leaf.weights == Weights::kCompensated8) {
-    const auto step = [&](F32 to, F32 x, int64_t i, F32& update) {
+    const auto step = [&](F32 to, F32 x, int64_t i, F32& update, F32& landed, I32& above) {
       const uint32_t lane = (leaf.first_lane + uint32_t(i)) % kBlock;
       const U32 dither = load_vector<U32>(kLanesOfBlock.weyl + lane) + leaf.phase;
-      return split<int8_t>(to, x, dither, update);
+      split<int8_t>(to, x, dither, update, landed, above);
     };
     narrow(master, p, n, static_cast<int8_t*>(leaf.residual_out) + first, out, step);
   } else if (leaf.weights == Weights::kCompensated16) {
-    const auto step = [](F32 to, F32 x, int64_t, F32& update) {
-      return split<int16_t>(to, x, U32{}, update);
+    const auto step = [](F32 to, F32 x, int64_t, F32& update, F32& landed, I32& above) {
+      split<int16_t>(to, x, U32{}, update, landed, above);
     };
     narrow(master, p, n, static_cast<int16_t*>(leaf.residual_out) + first, out, step);
   } else {
     U32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = uint32_t(i);
-    const auto step = [&](F32 to, F32 x, int64_t i, F32& update) -> Narrowed {
+    const auto step = [&](F32 to, F32 x, int64_t i, F32& update, F32& landed, I32& above) {
       const U32 random = random_bits(lane + uint32_t(first + i), leaf.words);
       update = difference(round_randomly(to, random), x);
-      return {nearest_bf16(x + update), I32{}};
+      landed = nearest_bf16(x + update);
+      above = I32{};
     };
     narrow(master, p, n, static_cast<int8_t*>(nullptr), out, step);
   }

@@ -16,7 +16,7 @@ struct Block {
   I32 codes[kN];     // of m and v
   I32 top;           // of the block, where it has codes
   I32 steps[kN];     // of p to the weight that it stands for, in float32's numbers
-  I32 above[kN];     // the same after a step, as `Narrowed` has it
+  I32 above[kN];     // the same after a step, as `residual_of` reads it
 };
 
 // The larger of what the threads of a group have.
@@ -208,29 +208,24 @@ template <class R, int kN>
 JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dither)[kN],
                                 bool writes_params) {
   bool is_rare = false;
-  Narrowed found[kN];
+  F32 landed[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     master[i] += b.g[i];
-    Mask is_usual;
-    found[i] = split_usual<R>(master[i], b.p[i], dither[i], is_usual);
-    is_rare |= !is_usual;
+    is_rare |= !split_usual<R>(master[i], b.p[i], dither[i], landed[i], b.above[i]);
   }
   if (!writes_params) {
 #pragma unroll
-    for (int i = 0; i < kN; ++i) b.g[i] = difference(found[i].landed, b.p[i]);
+    for (int i = 0; i < kN; ++i) b.g[i] = difference(landed[i], b.p[i]);
   }
   if (__builtin_expect(is_rare, false)) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      found[i] = split_carefully<R>(master[i], b.p[i], dither[i], b.g[i]);
+      split_carefully<R>(master[i], b.p[i], dither[i], b.g[i], landed[i], b.above[i]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    b.p[i] = found[i].landed;
-    b.above[i] = found[i].above;
-  }
+  for (int i = 0; i < kN; ++i) b.p[i] = landed[i];
 }
 
 // The same for parameters that are rounded randomly, the first of them the element `place`.

@@ -224,7 +224,7 @@ __device__ __forceinline__ Lot<kN> from_codes(const I32 (&x)[kN]) {
   return y;
 }
 
-// Residuals as steps of float32, and back from `Narrowed::above`: its upper byte, or both.
+// Residuals as steps of float32, and back from `Block::above`: its upper byte, or both.
 template <class R, int kN>
 __device__ __forceinline__ void to_steps(const Lot<kN>& x, I32 (&y)[kN]) {
 #pragma unroll
