@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import accuracy, publish, speed
+from experiments.bench.device import tables as device
 from experiments.common import report
 from experiments.lowmem import report as lowmem
 
 ROOT = Path(__file__).parent.parent
 WORKLOAD = "GPT-2 124M"
+GPU_WORKLOADS = ("GPT-2 124M", "Llama 3 8B, a layer")
+# The same for a GPU: the README's words and the bench's.
+ON_GPU = {
+    "`optax.adamw`": "optax float32",
+    "torch, fused": "torch fused float32",
+    "`jadam.adamw`, `step`": "jadam float32",
+    "bfloat16 weights and moments, `step`": "jadam bf16 weights and moments",
+    "torch, fused, bfloat16": "torch fused bf16",
+    "8-bit moments, `step`": "jadam 8-bit moments",
+    "flashoptim-jax, 8-bit": "flashoptim-jax 8-bit",
+    "bfloat16 weights, compensated, `step`": "jadam compensated bf16 weights",
+    "bfloat16 weights, compensated, 8-bit moments, `step`": "jadam 7 bytes: compensated, 8-bit",
+}
 # What the README compares: its words, the study of memory's name, the name in the bench.
 COSTS = {
     "`optax.adamw`": ("optax.adamw float32", "optax"),
@@ -80,11 +94,36 @@ def costs(times: dict[str, Any], memory: dict[str, dict[str, float]]) -> str:
     )
 
 
+def costs_on_gpu(results: dict[str, Any]) -> str:
+    """What a step of each setting takes on the GPU that was measured, beside others."""
+    rows = results["rows"]
+    copy = max(filter(None, (device.copy_rate(rows, x) for x in ("jax", "torch"))))
+    lines = []
+    for words, contender in ON_GPU.items():
+        timed = [rows[f"{workload} / {contender}"] for workload in GPU_WORKLOADS]
+        lines.append(
+            [
+                words,
+                f"{timed[0]['bytes']:.0f}",
+                *(f"{1e3 * report.quartiles(row['device'])['median']:.2f}" for row in timed),
+                f"{100 * device.rate(timed[-1], 'device') / copy:.0f}%",
+            ]
+        )
+    columns = ["AdamW", "bytes moved", *(f"{x} [ms]" for x in GPU_WORKLOADS), "of a copy's rate"]
+    jax, torch = (results["versions"][name] for name in ("jax", "torch"))
+    return (
+        f"{report.table(columns, lines)}\n\nBytes a parameter, the least that a step can move; the "
+        f"share is that of the last column ({results['device']}, jax {jax}, torch {torch}, "
+        f"jadam of commit {results['commit']})."
+    )
+
+
 def blocks() -> dict[tuple[str, Path], str]:
     """Each table, by the name between whose markers it stands, and the page."""
     rows = json.loads((publish.RESULTS / "accuracy.json").read_text())
     times = speed.committed()
     on_most, *_ = (x for x in times if x["instruction_set"] == "avx2")
+    on_gpu = json.loads((publish.RESULTS / "device-speed.json").read_text())
     small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     tables = {
         "accuracy": accuracy.markdown(rows),
@@ -102,6 +141,8 @@ def blocks() -> dict[tuple[str, Path], str]:
     return written | {
         ("bytes", settings): advice(small["memory"]),
         ("costs", ROOT / "README.md"): costs(on_most, small["memory"]),
+        ("costs on a GPU", ROOT / "README.md"): costs_on_gpu(on_gpu),
+        ("gpu", report.NUMBERS): costs_on_gpu(on_gpu),
     }
 
 

@@ -112,14 +112,14 @@ def update(
         mask: which leaves decay: a tree of booleans like the parameters or a prefix of it, or a
             function of the parameters that makes one. Default: all.
         nesterov: NAdam's look-ahead m̂ = b1·m/(1-b1ᵗ⁺¹) + (1-b1)·g/(1-b1ᵗ).
-        kernel: "auto" takes the kernel in C++ where a leaf is on a CPU, it is installed
-            (`jadam.kernels`) and faster: in `step`, and for moments of 16 or 8 bits. "native"
-            takes it for float32 moments in `update` too, and raises where it is not installed;
-            "xla" never takes it. Moments agree to 2 ulps, and one code in a thousand may be its
-            neighbour. Updates agree to 3 units in the last place of a learning rate, or of the
-            update where it is longer, and to 4 from 8-bit moments: where terms cancel, so that an
-            update is short, that is more of its own units. Without fused products (the baseline of
-            x86-64) it is one and a half more.
+        kernel: "auto" takes the kernel in C++ where a leaf is on a CPU, or that in CUDA where it
+            is on a GPU, if it is there (`jadam.kernels`) and faster: in `step`, and for moments of
+            16 or 8 bits. "native" takes it for float32 moments in `update` too, and raises where
+            there is none; "xla" never takes it. Moments agree to 2 ulps, and one code in a thousand
+            may be its neighbour. Updates agree to 3 units in the last place of a learning rate, or
+            of the update where it is longer, and to 4 from 8-bit moments (5 on a GPU): where terms
+            cancel, so that an update is short, that is more of its own units. Without fused
+            products (the baseline of x86-64) it is one and a half more.
 
     Raises:
         RuntimeError: `kernel` is "native" and there is none.

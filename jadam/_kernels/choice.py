@@ -233,6 +233,10 @@ def kernels() -> dict[str, str]:
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.
 
+    On an NVIDIA GPU of compute capability 8.0 or later, with a driver for CUDA 12.1 or later, the
+    same features are a kernel in CUDA, which the driver compiles when it is first used. Up to 256
+    leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
+
     On a TPU a kernel in Pallas takes leaves with 8-bit moments and compensated weights, on one
     device and under `jax.shard_map(check_vma=False)`. It was compiled for TPUs and compared with
     XLA's form on a CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but
@@ -257,7 +261,7 @@ def kernels() -> dict[str, str]:
     else:
         tpu = f"xla: {reason}"
     if (reason := why_not_on_gpu()) is None:
-        gpu = f"cuda: it has {_listed(GPU.features)}"
+        gpu = f"cuda: loaded; it has {_listed(GPU.features)}"
     else:
         gpu = f"xla: {reason}"
     return {"cpu": cpu, "gpu": gpu, "tpu": tpu}

@@ -87,10 +87,17 @@ PARTS: dict[str, tuple[Process, ...]] = {
 class Part:
     """What is known of a part, in a file that is always up to date."""
 
-    def __init__(self, name: str, out: Path, about: dict[str, Any]) -> None:
+    def __init__(self, name: str, out: Path, about: dict[str, Any], add: bool) -> None:
         self.path = out / f"device-{name}.json"
         self.about, self.rows = about, {}
         self._lock = threading.Lock()
+        if add and self.path.exists():
+            known = json.loads(self.path.read_text())
+            if known.get("driver") != about["driver"]:
+                raise SystemExit(f"{self.path} is of another device or driver: {known['driver']}")
+            self.rows = known["rows"]
+            commits = dict.fromkeys((known.get("commit"), about.get("commit")))
+            self.about = {**about, "commit": ", ".join(filter(None, commits))}
 
     def keep(self, key: str, row: dict[str, Any]) -> None:
         """Keeps a row, in the file too."""
@@ -139,15 +146,20 @@ def run(process: Process, part: Part, order: Order) -> None:
 def run_part(name: str, given: argparse.Namespace, until: float, cache: str) -> None:
     """All processes of a part: those that are not timed at once, the others one by one."""
     about = {"driver": driver(), **({"commit": given.commit} if given.commit else {})}
-    part = Part(name, given.out, about)
+    part = Part(name, given.out, about, given.add)
 
     def one(process: Process, share: int) -> None:
         left = (until - time.time()) / share
         limit = min(process.limit * given.minutes / MINUTES, left)
         seconds = 0.5 if given.tiny else given.seconds
-        run(process, part, Order(given.tiny, time.time() + limit, seconds, process.names, cache))
+        names = process.names or tuple(given.workloads)
+        run(process, part, Order(given.tiny, time.time() + limit, seconds, names, cache))
 
-    processes = [process for process in PARTS[name] if process.rehearsed or not given.tiny]
+    processes = [
+        process
+        for process in PARTS[name]
+        if process.needs in given.frameworks and (process.rehearsed or not given.tiny)
+    ]
     if name == "memory":
         with ThreadPoolExecutor(len(processes)) as pool:
             list(pool.map(lambda process: one(process, 1), processes))
@@ -171,6 +183,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m experiments.bench.device", description="Measures jadam on a GPU."
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--frameworks", nargs="+", default=["jax", "torch"], metavar="NAME")
+    parser.add_argument(
+        "--workloads", nargs="+", default=[], metavar="NAME", help="of the speed, all if none"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows of the JSON that are not measured again"
+    )
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the JSON")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")

@@ -47,16 +47,16 @@ def about() -> dict[str, Any]:
     return {**report.provenance(command), "backend": backend, "kernels": jadam.kernels()[backend]}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _filled(drawn: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _filled(drawn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     size = math.prod(shape)
-    return drawn[jnp.arange(size) % drawn.size].reshape(shape).astype(dtype)
+    return drawn[jnp.arange(size) % drawn.size].reshape(shape)
 
 
 def arrays(shapes: Shapes, dtype: Any, seed: int) -> list[jax.Array]:
     """A million normal numbers, repeated, as leaves."""
     drawn = jnp.asarray(np.random.default_rng(seed).standard_normal(2**20, np.float32))
-    return [_filled(drawn, shape, jnp.dtype(dtype)) for shape in shapes]
+    return [_filled(drawn.astype(dtype), shape) for shape in shapes]
 
 
 class Compiled(NamedTuple):
@@ -176,7 +176,8 @@ def speed(given: Order) -> None:
     attempt("copy, jax", lambda: copied(given.tiny), given, framework="jax")
     workloads = programs.TINY_TIMED if given.tiny else programs.TIMED
     first = workloads[0][0] if given.tiny else GPT2
-    for name in programs.LATENCIES[-1:] if given.tiny else programs.LATENCIES:
+    latencies = programs.LATENCIES[-1:] if given.tiny else programs.LATENCIES
+    for name in () if given.names and first.name not in given.names else latencies:
         if (missing := programs.why_not(name, len(first.shapes))) is not None:
             say(f"first step, {name}", {"contender": name, "missing": missing})
             continue
@@ -189,6 +190,8 @@ def speed(given: Order) -> None:
         )
     pool = ThreadPoolExecutor(8)
     for workload, names in workloads:
+        if given.names and workload.name not in given.names:
+            continue
         reasons = {name: programs.why_not(name, len(workload.shapes)) for name in names}
         making = {
             name: pool.submit(compiled, name, workload.shapes)

@@ -34,17 +34,18 @@ def _missing(row: dict[str, Any]) -> str | None:
 
 
 def _numbers(rows: Rows) -> str:
+    """Of each kind the case with the largest distance, and the largest share that differs."""
     lines = []
-    for name, row in rows.items():
-        if reason := _missing(row):
-            lines.append([name, "", "failed", reason])
-            continue
-        found = "; ".join(
-            f"{kind} {f['largest']:.3g}" + (f" ({f['share']:.1e})" if f["largest"] else "")
-            for kind, f in row["found"].items()
-        )
-        lines.append([name, str(row["kernels"]), "yes" if row["within"] else "**no**", found])
-    return table(("case", "kernels", "within", "largest distance (share that differs)"), lines)
+    for kind in dict.fromkeys(kind for row in rows.values() for kind in row.get("found", {})):
+        found = {name: row.get("found", {}) for name, row in rows.items()}
+        cases = {name: kinds[kind] for name, kinds in found.items() if kind in kinds}
+        worst = max(cases, key=lambda name: cases[name]["largest"])
+        largest, share = (max(case[x] for case in cases.values()) for x in ("largest", "share"))
+        shown = (worst, f"{largest:.3g}", f"{share:.1e}") if largest else ("", "0", "0")
+        lines.append([kind, str(len(cases)), *shown])
+    failed = [[name, "", reason, "", ""] for name, row in rows.items() if (reason := _missing(row))]
+    columns = ("", "cases", "most in", "largest distance", "largest share that differs")
+    return table(columns, [*lines, *failed])
 
 
 def _ms(seconds: list[float] | None) -> str:
@@ -73,23 +74,24 @@ def _share(row: dict[str, Any], clock: str, copy: float | None) -> str:
     return "–" if own is None or copy is None else f"{100 * own / copy:.0f}%"
 
 
-SPEED = ("", "call [ms]", "device [ms]", "bytes", "GB/s", "of the copy", "in a call")
+SPEED = ("", "call [ms]", "in a loop [ms]", "bytes", "GB/s", "of a copy")
 
 
 def _speed(rows: Rows) -> str:
     copies = {framework: copy_rate(rows, framework) for framework in ("jax", "torch")}
-    shown = ", ".join(f"{x} {r / 1e9:.0f} GB/s" for x, r in copies.items() if r)
-    parts = [f"A copy, bytes read and written: {shown}."]
+    shown = ", ".join(f"{r / 1e9:.0f} GB/s in {x}" for x, r in copies.items() if r)
+    parts = [f"A copy, bytes read and written: {shown}. The faster one is what steps are held to."]
+    copy = max((r for r in copies.values() if r), default=None)
     timed = [row for row in rows.values() if "framework" in row and "workload" in row]
     for workload in dict.fromkeys(row["workload"] for row in timed):
         lines = []
+        left_out: dict[str, list[str]] = {}
         for row in timed:
             if row["workload"] != workload:
                 continue
             if reason := _missing(row):
-                lines.append([row["contender"], reason, *[""] * 5])
+                left_out.setdefault(reason, []).append(row["contender"])
                 continue
-            copy = copies[row["framework"]]
             best = rate(row, "device") or rate(row, "call")
             lines.append(
                 [
@@ -99,10 +101,10 @@ def _speed(rows: Rows) -> str:
                     f"{row['bytes']:.2f}",
                     f"{best / 1e9:.0f}" if best else "–",
                     _share(row, "device" if row.get("device") else "call", copy),
-                    _share(row, "call", copy),
                 ]
             )
-        parts.append(f"**{workload}**\n\n{table(SPEED, lines)}")
+        missing = (f"{reason}: {', '.join(names)}." for reason, names in left_out.items())
+        parts.append("\n\n".join([f"**{workload}**", table(SPEED, lines), *missing]))
     firsts = [
         [row["contender"], _missing(row) or f"{row['first_s']:.1f}", *_compile_cells(row)]
         for key, row in rows.items()
@@ -122,9 +124,13 @@ def _memory(rows: Rows) -> str:
         if reason := _missing(row):
             lines.append([name, reason, "", ""])
             continue
-        sizes = (row["least"], row["before"], row["peak"])
+        peak = row["peak"]
+        if peak is not None and peak == row.get("peak_before"):
+            # What made the state needed more. Then a step has what XLA says that it allocates.
+            peak = row["before"] + row["temporary"]
+        sizes = (row["least"], row["before"], peak)
         lines.append([name, *("–" if x is None else f"{x / row['parameters']:.2f}" for x in sizes)])
-    columns = ("bytes a parameter", "parameters, gradients, state", "before a step", "at its peak")
+    columns = ("bytes a parameter", "parameters, gradients, state", "before a step", "in a step")
     return table(columns, lines)
 
 

@@ -82,12 +82,12 @@ JADAM_INLINE F32 sqrt(F32 x) {
   return std::fma(std::fma(-root, root, x), 0.5f * y, root);
 }
 
-// x/y for y that is neither tiny nor huge, in the same way.
+// x/y for y that is neither tiny nor huge, in the same way; infinity and NaN for themselves.
 JADAM_INLINE F32 divide(F32 x, F32 y) {
   F32 inverse = reciprocal(y);
   inverse = std::fma(std::fma(-y, inverse, 1.0f), inverse, inverse);
-  const F32 quotient = x * inverse;
-  return std::fma(std::fma(-y, quotient, x), inverse, quotient);
+  const F32 quotient = x * inverse, rest = std::fma(-y, quotient, x);
+  return std::fma(abs(quotient) < 0x1p127f ? rest : 0.0f, inverse, quotient);
 }
 
 // The same to about two ulps.
