@@ -1,6 +1,8 @@
 // Leaves to what the kernels take of them.
 #pragma once
 
+#include <initializer_list>
+
 #include "launch.h"
 
 namespace jadam {
@@ -35,7 +37,8 @@ inline bool is_aligned(const Leaf& leaf, const Division& division) {
 }
 
 inline DeviceLeaf on_device(const Leaf& leaf, const Division& division, uint32_t first_chunk) {
-  const auto is_narrow = [](Float dtype) { return dtype == Float::kBF16; };
+  const auto option = [](uint32_t bit, bool is_on) { return is_on ? bit : 0; };
+  const auto narrow = [&](uint32_t bit, Float dtype) { return option(bit, dtype == Float::kBF16); };
   DeviceLeaf found{};
   found.g = leaf.g;
   found.p = leaf.p;
@@ -49,11 +52,10 @@ inline DeviceLeaf on_device(const Leaf& leaf, const Division& division, uint32_t
   found.blocks_in_row = uint32_t(leaf.blocks_in_row());
   found.first_chunk = first_chunk;
   found.salt = leaf.salt;
-  found.options = (leaf.decays ? kDecays : 0) | (leaf.writes_params ? kWritesParams : 0) |
-                  (is_narrow(leaf.g_dtype) ? kNarrowG : 0) |
-                  (is_narrow(leaf.p_dtype) ? kNarrowP : 0) |
-                  (is_narrow(leaf.m_dtype) ? kNarrowM : 0) |
-                  (is_narrow(leaf.v_dtype) ? kNarrowV : 0) | (is_aligned(leaf, division) ? kIsAligned : 0);
+  found.options = option(kDecays, leaf.decays) | option(kWritesParams, leaf.writes_params) |
+                  narrow(kNarrowG, leaf.g_dtype) | narrow(kNarrowP, leaf.p_dtype) |
+                  narrow(kNarrowM, leaf.m_dtype) | narrow(kNarrowV, leaf.v_dtype) |
+                  option(kIsAligned, is_aligned(leaf, division));
   found.weights = leaf.weights;
   return found;
 }
