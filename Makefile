@@ -12,7 +12,7 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native lint soak bench experiments playground scale docs wheel \
+.PHONY: help mnist test check check-native ptx lint soak bench experiments playground scale docs wheel \
   format clean
 
 help: ## list the targets
@@ -41,6 +41,9 @@ check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and wi
 	  cmake --build $$dir --target check --parallel && \
 	  $$dir/check $(if $(SHORT),--short) || exit 1; \
 	done
+
+ptx: ## the CUDA kernels compiled, into jadam/_kernels/native/gpu/kernel.ptx: with nvcc 13.0
+	.ci/ptx.sh
 
 soak: $(call STAMP,test) ## the long forms of the tests, several processes among them
 	$(RUN) -m pytest -m soak

@@ -655,7 +655,7 @@ def test_kernels_says_what_is_in_use_and_why():
     assert jadam.kernels().keys() == {"cpu", "gpu", "tpu"}
     for text in jadam.kernels().values():
         kind, reason = text.split(": ", 1)
-        assert kind.split(" ")[0] in ("native", "pallas", "xla")
+        assert kind.split(" ")[0] in ("native", "cuda", "pallas", "xla")
         assert reason
 
 

@@ -1,7 +1,8 @@
-// The native kernel by itself: every template of it, in every instruction set that this machine
-// has, against the equations of _math.py, _rounding.py and codes.py in double precision; and a
-// Work's jobs on several threads. Built with sanitizers it also shows that nothing is read or
-// written out of bounds, undefined or raced for.
+// The native kernels by themselves: every template of that for CPUs, in every instruction set that
+// this machine has, and the CUDA source as plain C++ (simt.h), as one more set, against the equations
+// of _math.py, _rounding.py, codes.py and _masters.py in double precision; and a Work's jobs on
+// several threads. Built with sanitizers it also shows that nothing is read or written out of
+// bounds, undefined or raced for.
 //
 // The reference holds intervals: a float32 operation is off by half a unit in the last place and
 // flushes what is under 2^-126, so a chain of them gives a number between two that can be said,
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "cpu/work.h"
+#include "on_gpu.h"
 
 namespace {
 
@@ -30,12 +32,23 @@ using jadam::Float;
 using jadam::Leaf;
 using jadam::Numbers;
 using jadam::Tables;
+using jadam::Weights;
 
 const Tables kTables = {
 #include "tables.inc"
 };
 
+// An instruction set; that for GPUs has no kernel for CPUs.
 using Isa = jadam::InstructionSet;
+bool is_gpu(const Isa& isa) { return isa.kernel == nullptr; }
+
+std::vector<Isa> all_sets() {
+  std::vector<Isa> found = jadam::instruction_sets();
+#if defined(JADAM_HAS_gpu)
+  found.push_back({"gpu", nullptr});
+#endif
+  return found;
+}
 
 // ---- intervals
 
@@ -99,8 +112,8 @@ double spacing_of_bf16(double x, int smallest) {
 double to_float32(double x) { return double(float(x)); }
 double to_bf16(double x) {
   if (!std::isfinite(x)) return x;
-  const double s = spacing_of_bf16(x, -133);
-  return std::nearbyint(x / s) * s;
+  const double s = spacing_of_bf16(x, -133), nearest = std::nearbyint(x / s) * s;
+  return std::abs(nearest) < 0x1p128 ? nearest : std::copysign(INFINITY, x);
 }
 double dithered(double x, uint32_t lane, uint32_t count, uint32_t salt) {
   if (!std::isfinite(x)) return x;
@@ -208,6 +221,80 @@ int code_of_m(double m, double root, double u, const Numbers& s, int way) {
   return m < 0 ? -kept : kept;
 }
 
+// ---- _masters.py
+
+// float32's numbers in their order.
+int64_t ordered(double x) {
+  const float in_float32 = float(x);
+  uint32_t bits;
+  std::memcpy(&bits, &in_float32, 4);
+  const int64_t size = bits & 0x7FFFFFFFu;
+  return bits >> 31 ? -size : size;
+}
+double of_order(int64_t order) {
+  const uint32_t bits = uint32_t(std::abs(order));
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return order < 0 ? -x : x;
+}
+
+int bits_below(Weights weights) { return weights == Weights::kCompensated8 ? 8 : 0; }
+
+double join(double x, int residual, Weights weights) {
+  return std::isfinite(x) ? of_order(ordered(x) + residual * (1 << bits_below(weights))) : x;
+}
+
+double difference(double target, double x) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  if (!std::isfinite(target)) return target == x ? -0.0 : target;
+  return std::min(std::max(to_float32(target - x), -kMost), kMost);
+}
+
+// The parameter after an update to it.
+double landed(double x, double update) { return to_bf16(flush(to_float32(x + update))); }
+
+// A weight as it lies in memory: the update that takes x there, the parameter then, and the place of
+// the weight with its residual among float32's numbers.
+struct Lying {
+  double update, param;
+  int64_t place;
+};
+
+Lying split(double master, double x, Weights weights, uint32_t dither) {
+  const int below = bits_below(weights);
+  int64_t order = ordered(master);
+  if (below > 0) order += dither >> (32 - below);
+  constexpr int64_t kLargest = 0x7F7F;
+  const int64_t upper = std::min(std::max((order + 0x8000) >> 16, -kLargest), kLargest);
+  const double update = difference(std::isfinite(master) ? of_order(upper * 0x10000) : master, x);
+  const double param = landed(x, update);
+  const int64_t there = ordered(param);
+  if (!std::isfinite(master)) return {update, param, there};
+  const int64_t kept = std::min(std::max(order, there - 0x8000), there + 0x7FFF) - there;
+  return {update, param, there + (kept >> below) * (1 << below)};
+}
+
+uint32_t random_bits(uint32_t place, const uint32_t (&words)[2]) {
+  for (const uint32_t word : words) {
+    place ^= word;
+    place = (place ^ place >> 16) * 0x7FEB352Du;
+    place = (place ^ place >> 15) * 0x846CA68Bu;
+    place ^= place >> 16;
+  }
+  return place;
+}
+
+Lying round_randomly(double master, double x, uint32_t random) {
+  double target = to_bf16(master);
+  if (std::abs(master) <= 0x1.FEp127) {
+    const double s = spacing_of_bf16(master, -126), u = (random >> 8) * 0x1p-24;
+    const double steps = std::abs(master) / s, below = std::floor(steps);
+    target = std::copysign((below + (u < steps - below)) * s, master);
+  }
+  const double update = difference(target, x), param = landed(x, update);
+  return {update, param, ordered(param)};
+}
+
 // ---- memory
 
 int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }
@@ -235,7 +322,7 @@ class Buffer {
  public:
   Buffer(const std::vector<char>& bytes, int64_t offset)
       : offset_(offset), size_(bytes.size()), memory_(new char[offset + bytes.size()]) {
-    std::memcpy(data(), bytes.data(), size_);
+    std::copy(bytes.begin(), bytes.end(), data());
   }
   char* data() { return memory_.get() + offset_; }
   std::vector<char> bytes() { return {data(), data() + size_}; }
@@ -250,6 +337,8 @@ class Buffer {
 
 enum class Kind { kF32, kBF16, kBF16M, kCodes };
 const char* const kKinds[] = {"float32", "bfloat16", "bfloat16 m", "codes"};
+const char* const kWeights[] = {"", ", compensated in 8 bits", ", compensated in 16 bits",
+                                ", rounded randomly"};
 
 struct Case {
   Leaf leaf;  // without buffers
@@ -258,8 +347,16 @@ struct Case {
   Hyper hyper;
   Numbers step;
 
-  Float written() const { return leaf.writes_params ? leaf.p_dtype : leaf.g_dtype; }
-  bool has_params() const { return leaf.writes_params || leaf.decays; }
+  bool is_plain() const { return leaf.weights == Weights::kPlain; }
+  Float written() const {
+    return leaf.writes_params ? leaf.p_dtype : is_plain() ? leaf.g_dtype : Float::kF32;
+  }
+  bool has_params() const { return leaf.writes_params || leaf.decays || !is_plain(); }
+  int64_t residual_size() const {
+    return leaf.weights == Weights::kCompensated8    ? 1
+           : leaf.weights == Weights::kCompensated16 ? 2
+                                                     : 0;
+  }
   int64_t size() const { return leaf.rows * leaf.n; }
   uint32_t count() const { return uint32_t(hyper.t); }
 
@@ -267,13 +364,13 @@ struct Case {
     const auto dtype = [](Float x) { return x == Float::kF32 ? "float32" : "bfloat16"; };
     return std::string("g ") + dtype(leaf.g_dtype) + ", p " + dtype(leaf.p_dtype) + ", moments " +
            kKinds[int(kind)] + (leaf.writes_params ? ", params" : ", update") +
-           (leaf.decays ? ", decay" : "") + (nesterov ? ", Nesterov, " : ", ") +
+           (leaf.decays ? ", decay" : "") + kWeights[int(leaf.weights)] + (nesterov ? ", Nesterov, " : ", ") +
            std::to_string(leaf.rows) + " x " + std::to_string(leaf.n) + ", " + hyper.name;
   }
 };
 
-Case make_case(Float g, Float p, Kind kind, bool writes_params, bool decays, bool nesterov,
-               int64_t rows, int64_t n, const Hyper& hyper) {
+Case make_case(Float g, Float p, Kind kind, Weights weights, bool writes_params, bool decays,
+               bool nesterov, int64_t rows, int64_t n, const Hyper& hyper) {
   Leaf leaf{};
   leaf.rows = rows;
   leaf.n = n;
@@ -284,17 +381,30 @@ Case make_case(Float g, Float p, Kind kind, bool writes_params, bool decays, boo
   leaf.is_coded = kind == Kind::kCodes;
   leaf.decays = decays;
   leaf.writes_params = writes_params;
+  leaf.weights = weights;
+  leaf.salt = 5;
+  leaf.words[0] = uint32_t(12345 * n);  // also the count of the residual's dither
+  leaf.words[1] = 0xFEDCBA98u;
+  leaf.phase = leaf.words[0] * jadam::kStep + leaf.salt * jadam::kSalt;
   return {leaf, kind, nesterov, hyper, step_of(hyper, nesterov)};
 }
 
 struct Inputs {
-  std::vector<char> g, p, m, v;
+  std::vector<char> g, p, m, v, residual;
 };
 
 struct Outputs {
-  std::vector<char> out, m, v;
-  bool operator==(const Outputs& x) const { return out == x.out && m == x.m && v == x.v; }
+  std::vector<char> out, m, v, residual;
+  bool operator==(const Outputs& x) const {
+    return out == x.out && m == x.m && v == x.v && residual == x.residual;
+  }
 };
+
+int residual_of(const Case& c, const std::vector<char>& from, int64_t i) {
+  return c.leaf.weights == Weights::kCompensated8    ? read<int8_t>(from, i)
+         : c.leaf.weights == Weights::kCompensated16 ? read<int16_t>(from, i)
+                                                     : 0;
+}
 
 class Random {
  public:
@@ -316,13 +426,35 @@ class Random {
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-const float kSpecial[] = {0,      -0.0f,  kInfinity, -kInfinity, NAN,    1e30f,
-                          -1e30f, 1e-30f, -1e-30f,   1e-42f,     3e-39f, 0x1p63f};
+float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// Among them NaN with bits that no operation gives it. To round those of the second and third up is
+// to come to another sign.
+const float kSpecial[] = {0,
+                          -0.0f,
+                          kInfinity,
+                          -kInfinity,
+                          NAN,
+                          of_bits(0x7FFFFFFF),
+                          of_bits(0xFFFFFFFF),
+                          of_bits(0x7F800001),
+                          of_bits(0xFF810000),
+                          1e30f,
+                          -1e30f,
+                          0x1.FEp127f,
+                          1e-30f,
+                          -1e-30f,
+                          1e-42f,
+                          3e-39f,
+                          0x1p63f};
 
 Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
   Random random(seed);
   const int64_t size = c.size();
-  const auto gradient = [&] {
+  const auto number = [&] {
     const bool is_here = is_special && random.below(16) == 0;
     return is_here ? kSpecial[random.below(std::size(kSpecial))] : random.number();
   };
@@ -332,8 +464,8 @@ Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
   in.m.resize(size * size_of(c.leaf.m_dtype));
   in.v.resize(c.leaf.is_coded ? 2 * c.leaf.blocks() : size * size_of(c.leaf.v_dtype));
   for (int64_t i = 0; i < size; ++i) {
-    write(in.g, c.leaf.g_dtype, i, gradient());
-    write(in.p, c.leaf.p_dtype, i, random.number());
+    write(in.g, c.leaf.g_dtype, i, number());
+    write(in.p, c.leaf.p_dtype, i, number());
     if (c.leaf.is_coded) {
       const bool is_nan = is_special && random.below(64) == 0, is_zero = random.below(16) == 0;
       const int x = is_nan ? 0 : random.between(-kM, kM);
@@ -346,6 +478,11 @@ Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
       write(in.m, c.leaf.m_dtype, i, scale * random.number());
       write(in.v, c.leaf.v_dtype, i, scale * root * root);
     }
+  }
+  in.residual.resize(size * c.residual_size());
+  for (char& x : in.residual) {
+    const char edges[] = {0, 127, -128};
+    x = random.below(8) == 0 ? edges[random.below(3)] : char(random.between(-128, 127));
   }
   for (int64_t i = 0; c.leaf.is_coded && i < c.leaf.blocks(); ++i) {
     const int edges[] = {-1900, 1700, 0};
@@ -371,11 +508,19 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   Buffer m = buffer(in.m, c.leaf.m_dtype), v = buffer(in.v, v_dtype);
   const std::vector<char> empty(c.size() * size_of(c.written()), char(0xAA));
   Buffer out = buffer(empty, c.written());
-  Buffer m_out = buffer(std::vector<char>(in.m.size(), char(0xAA)), c.leaf.m_dtype);
-  Buffer v_out = buffer(std::vector<char>(in.v.size(), char(0xAA)), v_dtype);
-  Buffer& moved = !in_place ? out : c.leaf.writes_params ? p : g;
+  // On a GPU moments and residuals are replaced where they are: XLA copies them there before.
+  const auto before = [&](const std::vector<char>& x) {
+    return is_gpu(isa) ? x : std::vector<char>(x.size(), char(0xAA));
+  };
+  Buffer m_out = buffer(before(in.m), c.leaf.m_dtype);
+  Buffer v_out = buffer(before(in.v), v_dtype);
+  Buffer residual(in.residual, unaligned ? c.residual_size() : 0);
+  Buffer residual_out(before(in.residual), unaligned ? c.residual_size() : 0);
+  Buffer& replaced = c.leaf.writes_params ? p : g;
+  Buffer& moved = in_place && replaced.bytes().size() == empty.size() ? replaced : out;
   Buffer& new_m = in_place ? m : m_out;
   Buffer& new_v = in_place ? v : v_out;
+  Buffer& new_residual = in_place ? residual : residual_out;
 
   Leaf leaf = c.leaf;
   leaf.g = g.data();
@@ -385,17 +530,30 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   leaf.out = moved.data();
   leaf.m_out = new_m.data();
   leaf.v_out = new_v.data();
+  leaf.counted = c.leaf.words;
+  if (c.residual_size() > 0) {
+    leaf.residual = residual.data();
+    leaf.residual_out = new_residual.data();
+  }
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
-  const jadam::Dithers dithers = jadam::dithers_of(c.count(), 0);
+  const jadam::Dithers dithers = jadam::dithers_of(c.count(), leaf.first_lane);
   const jadam::FlushSubnormals flush;
-  isa.kernel(leaf, {0, half}, c.step, kTables, dithers);
-  isa.kernel(leaf, {half, blocks}, c.step, kTables, dithers);
-  return {moved.bytes(), new_m.bytes(), new_v.bytes()};
+  for (const jadam::Range range : {jadam::Range{0, half}, jadam::Range{half, blocks}}) {
+#if defined(JADAM_HAS_gpu)
+    if (is_gpu(isa)) {
+      simt::run_on_gpu(leaf, range, c.step, c.count());
+      continue;
+    }
+#endif
+    isa.kernel(leaf, range, c.step, kTables, dithers);
+  }
+  return {moved.bytes(), new_m.bytes(), new_v.bytes(), new_residual.bytes()};
 }
 
 // ---- what a step gives
 
-// A leaf after a step, before it is stored; `bounds` is the second moment of the largest finite v
+// A leaf after a step, before it is stored: `out` as it is written, or the weights that stand for
+// more than their 16 bits in float32; `bounds` is the second moment of the largest finite v
 // and |g| of each block of codes.
 struct Expected {
   std::vector<Interval> out, m, v, bounds;
@@ -412,10 +570,11 @@ Span elements(const Leaf& leaf, int64_t block) {
 }
 
 Interval written(const Case& c, Interval direction, double p) {
-  const auto in_g = c.leaf.g_dtype == Float::kF32 ? to_float32 : to_bf16;
-  const auto in_p = c.leaf.p_dtype == Float::kF32 ? to_float32 : to_bf16;
   if (c.leaf.decays) direction = direction + Interval(c.step.weight_decay) * p;
   const Interval update = Interval(-c.step.learning_rate) * direction;
+  if (!c.is_plain()) return p + update;
+  const auto in_g = c.leaf.g_dtype == Float::kF32 ? to_float32 : to_bf16;
+  const auto in_p = c.leaf.p_dtype == Float::kF32 ? to_float32 : to_bf16;
   const Interval stored(in_g(update.lo), in_g(update.hi));
   if (!c.leaf.writes_params) return stored;
   const Interval moved = p + stored;
@@ -446,7 +605,8 @@ Expected expect(const Case& c, const Inputs& in) {
       }
       m = m + s.complement1 * (g - m);
       v = second_moment(v, g, s);
-      const double p = flush(read(in.p, c.leaf.p_dtype, i));
+      const double in_memory = read(in.p, c.leaf.p_dtype, i);
+      const double p = flush(join(in_memory, residual_of(c, in.residual, i), c.leaf.weights));
       expected.out.push_back(written(c, direction(g, m, v, c.nesterov, s), p));
       expected.m.push_back(m);
       expected.v.push_back(v);
@@ -475,16 +635,21 @@ struct Tally {
 // One leaf's outputs against what is expected of them.
 class Comparison {
  public:
-  Comparison(const Isa& isa, const Case& c, const Expected& expected, const Outputs& got)
-      : isa_(isa), c_(c), expected_(expected), got_(got) {}
+  Comparison(const Isa& isa, const Case& c, const Inputs& in, const Expected& expected,
+             const Outputs& got)
+      : isa_(isa), c_(c), in_(in), expected_(expected), got_(got) {}
 
   void of_all(Tally& codes) const {
     for (int64_t block = 0; block < c_.leaf.blocks(); ++block) {
       const Span span = elements(c_.leaf, block);
       if (c_.leaf.is_coded) of_top(block);
       for (int64_t i = span.begin; i < span.end; ++i) {
-        const uint32_t lane = uint32_t(i - span.begin);
-        of_number("out", i, read(got_.out, c_.written(), i), expected_.out[i]);
+        const uint32_t lane = (uint32_t(i - span.begin) + c_.leaf.first_lane) % jadam::kBlock;
+        if (c_.is_plain()) {
+          of_number("out", i, read(got_.out, c_.written(), i), expected_.out[i]);
+        } else {
+          of_weight(i, lane);
+        }
         if (c_.leaf.is_coded) {
           of_codes(i, lane, read<int16_t>(got_.v, block), codes);
         } else {
@@ -503,6 +668,33 @@ class Comparison {
     std::snprintf(line, sizeof line, "%s[%lld] is %.9g, not in [%.9g, %.9g]", what,
                   static_cast<long long>(i), got, expected.lo, expected.hi);
     fail(isa_.name, c_, line);
+  }
+
+  // Every step from a weight to how it lies is monotone.
+  void of_weight(int64_t i, uint32_t lane) const {
+    const double x = flush(read(in_.p, Float::kBF16, i));
+    const Weights weights = c_.leaf.weights;
+    const auto lying = [&](double master) {
+      if (weights == Weights::kStochastic) {
+        return round_randomly(to_float32(master), x, random_bits(uint32_t(i), c_.leaf.words));
+      }
+      return split(to_float32(master), x, weights, weyl(lane, c_.leaf.words[0], c_.leaf.salt));
+    };
+    const Lying lo = lying(expected_.out[i].lo), hi = lying(expected_.out[i].hi);
+    double param = read(got_.out, c_.written(), i);
+    if (!c_.leaf.writes_params) {
+      // Where NaN stays as it is nothing moves.
+      if (!std::isnan(x)) of_number("update", i, param, {lo.update, hi.update});
+      param = landed(x, param);
+    }
+    of_number("param", i, param, {lo.param, hi.param});
+    const int residual = residual_of(c_, got_.residual, i);
+    if (std::isfinite(param)) {
+      const double place = double(ordered(param) + residual * (1 << bits_below(weights)));
+      of_number("weight", i, place, {double(lo.place), double(hi.place)});
+    } else {
+      of_number("residual", i, residual, 0);
+    }
   }
 
   void of_moment(const char* what, int64_t i, const std::vector<char>& got, Float dtype,
@@ -545,6 +737,7 @@ class Comparison {
 
   const Isa& isa_;
   const Case& c_;
+  const Inputs& in_;
   const Expected& expected_;
   const Outputs& got_;
 };
@@ -567,14 +760,20 @@ struct Totals {
   Tally from_equations, between_sets;
 };
 
-void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, Totals& totals) {
+// A thread block is 256 fibers, which take their time: a GPU has each seventh leaf.
+constexpr int kTurnOfGpu = 7;
+
+void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& totals) {
+  if (totals.cases % kTurnOfGpu != 0) {
+    isas.erase(std::remove_if(isas.begin(), isas.end(), is_gpu), isas.end());
+  }
   const Inputs in = make_inputs(c, is_special, uint64_t(++totals.cases));
   const Expected expected = expect(c, in);
   totals.elements += c.size();
   std::vector<Outputs> of_sets;
   for (const Isa& isa : isas) {
     const Outputs got = run(c, in, isa, Place::kApart);
-    Comparison(isa, c, expected, got).of_all(totals.from_equations);
+    Comparison(isa, c, in, expected, got).of_all(totals.from_equations);
     for (const Place place :
          {Place::kUnaligned, Place::kInPlace, Place::kInPlaceUnaligned, Place::kInTwoParts}) {
       if (!(run(c, in, isa, place) == got)) {
@@ -586,8 +785,9 @@ void check_case(const Case& c, bool is_special, const std::vector<Isa>& isas, To
   for (size_t i = 1; i < isas.size(); ++i) {
     if (c.leaf.is_coded) {
       count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
-    } else if (isas[i].kernel != jadam::baseline::run && !(of_sets[i] == of_sets[0])) {
-      // Both fuse the same products; baseline fuses none.
+    } else if (!is_gpu(isas[i]) && isas[i].kernel != jadam::baseline::run &&
+               !(of_sets[i] == of_sets[0])) {
+      // Both fuse the same products; baseline fuses none, and a GPU others.
       fail(isas[i].name, c, std::string("other bits than ") + isas[0].name);
     }
   }
@@ -601,27 +801,45 @@ constexpr std::pair<Float, Float> kDtypes[] = {
     {Float::kF32, Float::kF32}, {Float::kBF16, Float::kF32}, {Float::kBF16, Float::kBF16}};
 
 void check_templates(const std::vector<Isa>& isas, bool is_short) {
-  // Rows that end within a vector of 16, within a block of 128 and on both; more than 16 blocks.
-  // With the sizes up to 300 their number is prime: each shape comes with each kind of numbers.
-  std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 1000}, {1, 4099}, {33, 5},  {7, 15},
+  // Rows that end within a vector of 16, within a block of 128 and on both; in which each second
+  // begins between two accesses of 16 bytes; more than 16 blocks, and more than a thread block of
+  // any kernel has. With the sizes up to 300 their number is prime: each shape comes with each kind
+  // of numbers.
+  std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 1000}, {1, 4099}, {140, 3}, {7, 15},
                                                      {5, 17},   {20, 40},  {4, 130}, {17, 129},
-                                                     {3, 256},  {3, 384},  {2, 2200}};
+                                                     {3, 256},  {3, 388},  {2, is_short ? 2200 : 8328}};
   for (int64_t n = 1; n <= 300; n += is_short ? 23 : 1) shapes.push_back({1, n});
   Totals totals;
-  for (int flags = 0; flags < 8; ++flags) {
-    for (const auto& [g, p] : kDtypes) {
-      for (const Kind kind : {Kind::kF32, Kind::kBF16, Kind::kBF16M, Kind::kCodes}) {
-        for (const auto& [rows, n] : shapes) {
-          const Hyper& hyper = kHypers[totals.cases % std::size(kHypers)];
-          check_case(make_case(g, p, kind, flags & 1, flags & 2, flags & 4, rows, n, hyper),
-                     totals.cases % 3 == 0, isas, totals);
+  const auto check = [&](Float g, Float p, Kind kind, Weights weights, int flags, size_t shape) {
+    const auto& [rows, n] = shapes[shape];
+    const Hyper& hyper = kHypers[totals.cases % std::size(kHypers)];
+    Case c = make_case(g, p, kind, weights, flags & 1, flags & 2, flags & 4, rows, n, hyper);
+    if (n % 3 == 0) c.leaf.first_lane = uint32_t(37 * n % jadam::kBlock);
+    check_case(c, totals.cases % 3 == 0, isas, totals);
+  };
+  size_t first = 0;
+  for (const Kind kind : {Kind::kF32, Kind::kBF16, Kind::kBF16M, Kind::kCodes}) {
+    for (int flags = 0; flags < 8; ++flags) {
+      for (const auto& [g, p] : kDtypes) {
+        for (size_t shape = 0; shape < shapes.size(); ++shape) {
+          check(g, p, kind, Weights::kPlain, flags, shape);
+        }
+      }
+      for (const Weights weights :
+           {Weights::kCompensated8, Weights::kCompensated16, Weights::kStochastic}) {
+        for (const Float g : {Float::kF32, Float::kBF16}) {
+          // In short each second template has the other half of the shapes.
+          const size_t stride = is_short ? 2 : 1;
+          for (size_t shape = first++ % stride; shape < shapes.size(); shape += stride) {
+            check(g, Float::kBF16, kind, weights, flags, shape);
+          }
         }
       }
     }
   }
   std::string names;
   for (const Isa& isa : isas) names += std::string(names.empty() ? "" : ", ") + isa.name;
-  std::printf("%s: %lld leaves of 96 templates, %lld numbers\n", names.c_str(),
+  std::printf("%s: %lld leaves of 288 templates, %lld numbers\n", names.c_str(),
               static_cast<long long>(totals.cases), static_cast<long long>(totals.elements));
   std::printf("codes: %.4f%% are not those of exact arithmetic, %.4f%% differ between sets\n",
               100 * totals.from_equations.share(), 100 * totals.between_sets.share());
@@ -645,8 +863,8 @@ class Group {
       const bool is_large = i == small_leaves / 2 && large_rows > 0;
       const int64_t rows = is_large ? large_rows : random.between(1, 4);
       const int64_t n = is_large ? 50021 : random.between(1, 40);
-      const Case c = make_case(g, p, Kind(random.below(4)), random.below(2), random.below(2),
-                               nesterov, rows, n, kHypers[1]);
+      const Case c = make_case(g, p, Kind(random.below(4)), Weights::kPlain, random.below(2),
+                               random.below(2), nesterov, rows, n, kHypers[1]);
       cases_.push_back(c);
       inputs_.push_back(make_inputs(c, true, seed + uint64_t(i)));
       alone_.push_back(run(c, inputs_.back(), isa, Place::kApart));
@@ -719,12 +937,12 @@ void check_threads(const Isa& isa, int rounds) {
 
 // The sets that are named, all that the machine has where none is.
 std::vector<Isa> sets_named(const std::vector<std::string>& names) {
-  std::vector<Isa> all = jadam::instruction_sets(), found;
+  std::vector<Isa> all = all_sets(), found;
   if (names.empty()) return all;
   for (const std::string& name : names) {
     const auto set = std::find_if(all.begin(), all.end(), [&](Isa x) { return name == x.name; });
     if (set == all.end()) {
-      std::fprintf(stderr, "check: this processor does not have %s\n", name.c_str());
+      std::fprintf(stderr, "check: this processor or build does not have %s\n", name.c_str());
       std::exit(2);
     }
     found.push_back(*set);
@@ -741,5 +959,7 @@ int main(int argc, char** argv) {
   if (is_short) names.erase(names.begin());
   const std::vector<Isa> isas = sets_named(names);
   check_templates(isas, is_short);
-  for (const Isa& isa : isas) check_threads(isa, is_short ? 1 : 5);
+  for (const Isa& isa : isas) {
+    if (!is_gpu(isa)) check_threads(isa, is_short ? 1 : 5);
+  }
 }

@@ -330,7 +330,9 @@ JADAM_INLINE void split_carefully(F32 master, F32 x, U32 dither, F32& update, F3
   landed = nearest_bf16(x + update);
   const I32 place = ordered(landed);
   I32 order = ordered(master);
-  if constexpr (kBelow<R> > 0) order += bits<I32>(dither >> (32 - kBelow<R>));
+  if constexpr (kBelow<R> > 0) {  // of NaN it may wrap
+    order = bits<I32>(bits<U32>(order) + (dither >> (32 - kBelow<R>)));
+  }
   order = min(max(order, place - 0x8000), place + 0x7FFF);
   above = select(finite, order - place, I32{}) + 0x8000;
 }

@@ -31,7 +31,11 @@ JADAM_INLINE To bits(From x) {
 
 JADAM_INLINE F32 all(float x) { return x; }
 JADAM_INLINE F32 to_float(I32 x) { return float(x); }
-JADAM_INLINE F32 abs(F32 x) { return std::fabs(x); }
+#if defined(__CUDA_ARCH__)
+JADAM_INLINE F32 abs(F32 x) { return std::fabs(x); }  // where it flushes subnormal numbers
+#else
+JADAM_INLINE F32 abs(F32 x) { return std::fabs(x) < 0x1p-126f ? 0 : std::fabs(x); }
+#endif
 template <class T>
 JADAM_INLINE T select(Mask mask, T x, T y) {
   return mask ? x : y;

@@ -1,5 +1,6 @@
 // The kernels for NVIDIA's GPUs behind jax.ffi: leaves to launches.
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -7,8 +8,8 @@
 #include <vector>
 
 #include "../leaves.h"
+#include "device_leaf.h"
 #include "driver.h"
-#include "launch.h"
 
 // The kernels as text that the driver compiles, once for each context.
 asm(".pushsection .rodata\n"
@@ -68,54 +69,6 @@ int find_kernel(const Driver& driver, CudaContext context, const std::string& na
   return error;
 }
 
-struct Kernel {
-  const char* name;
-  Division division;
-  std::vector<Leaf> leaves;
-};
-
-// Its place below.
-size_t kernel_of(const Leaf& leaf) {
-  if (leaf.weights != Weights::kPlain) return leaf.is_coded ? 4 : 3;
-  if (leaf.is_coded) return 2;
-  for (Float x : {leaf.g_dtype, leaf.p_dtype, leaf.m_dtype, leaf.v_dtype}) {
-    if (x == Float::kBF16) return 1;
-  }
-  return 0;
-}
-
-bool is_aligned(const Leaf& leaf, const Division& division) {
-  const void* const v = leaf.is_coded ? nullptr : leaf.v;  // tops are read one by one
-  for (const void* x : {leaf.g, leaf.p, leaf.m, v, leaf.residual, (const void*)leaf.out}) {
-    if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
-  }
-  return leaf.rows == 1 || leaf.n % division.numbers == 0;
-}
-
-DeviceLeaf on_device(const Leaf& leaf, const Division& division, uint32_t first_chunk) {
-  const auto is_narrow = [](Float dtype) { return dtype == Float::kBF16; };
-  DeviceLeaf found{};
-  found.g = leaf.g;
-  found.p = leaf.p;
-  found.out = leaf.out;
-  found.m = leaf.m_out;
-  found.v = leaf.v_out;
-  found.residual = leaf.residual_out;
-  found.words = static_cast<const uint32_t*>(leaf.counted);
-  found.n = leaf.n;
-  found.blocks = uint32_t(leaf.blocks());
-  found.blocks_in_row = uint32_t(leaf.blocks_in_row());
-  found.first_chunk = first_chunk;
-  found.salt = leaf.salt;
-  found.options = (leaf.decays ? kDecays : 0) | (leaf.writes_params ? kWritesParams : 0) |
-                  (is_narrow(leaf.g_dtype) ? kNarrowG : 0) |
-                  (is_narrow(leaf.p_dtype) ? kNarrowP : 0) |
-                  (is_narrow(leaf.m_dtype) ? kNarrowM : 0) |
-                  (is_narrow(leaf.v_dtype) ? kNarrowV : 0) | (is_aligned(leaf, division) ? kIsAligned : 0);
-  found.weights = leaf.weights;
-  return found;
-}
-
 // As many leaves of one kernel in a launch as it takes.
 ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                          ffi::Span<const int32_t> decays, bool writes_params,
@@ -132,19 +85,17 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
   CudaContext context;
   if (int code = driver.stream_context(stream, &context)) return failed("no context", code);
   const InContext in_context(driver, context);
-  Kernel kernels[] = {{"jadam_float32", kFloat32, {}},
-                      {"jadam_floats", kFloats, {}},
-                      {"jadam_codes", kCodes, {}},
-                      {"jadam_narrow_floats", kNarrowFloats, {}},
-                      {"jadam_narrow_codes", kNarrowCodes, {}}};
+  std::vector<Leaf> leaves_of[std::size(kEntries)];
   for (const Leaf& leaf : leaves) {
     if (leaf.blocks() > int64_t(UINT32_MAX / 2)) return wrong("a leaf is too large");
     if (leaf.m != leaf.m_out || leaf.v != leaf.v_out || leaf.residual != leaf.residual_out) {
       return wrong("moments or a residual are not replaced where they are");
     }
-    kernels[kernel_of(leaf)].leaves.push_back(leaf);
+    leaves_of[entry_of(leaf)].push_back(leaf);
   }
-  for (const auto& [name, division, those] : kernels) {
+  for (size_t entry = 0; entry < std::size(kEntries); ++entry) {
+    const auto& [name, division] = kEntries[entry];
+    const std::vector<Leaf>& those = leaves_of[entry];
     if (those.empty()) continue;
     CudaFunction kernel;
     if (int code = find_kernel(driver, context, name, kernel)) {
@@ -155,7 +106,7 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
       uint32_t chunks = 0;
       for (size_t i = first; i < those.size() && launch.leaves < kLeavesInLaunch; ++i) {
         const DeviceLeaf leaf = on_device(those[i], division, chunks);
-        chunks += (leaf.blocks - 1) / division.blocks + 1;
+        chunks += chunks_of(leaf, division);
         launch.leaf[launch.leaves++] = leaf;
       }
       void* parameters[] = {&launch};

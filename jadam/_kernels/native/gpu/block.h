@@ -22,7 +22,6 @@ struct Block {
 // The larger of what the threads of a group have.
 template <int kN>
 JADAM_INLINE I32 group_max(I32 x) {
-#if defined(__CUDACC__)
   constexpr int kThreadsOfBlock = int(kBlock) / kN;
   if constexpr (kThreadsOfBlock == 32) {
     x = __reduce_max_sync(0xFFFFFFFFu, x);
@@ -32,18 +31,11 @@ JADAM_INLINE I32 group_max(I32 x) {
       x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, apart));
     }
   }
-#endif
   return x;
 }
 
 // Whether it is so in any thread of a warp, which may have several groups.
-JADAM_INLINE bool any_of_warp(bool x) {
-#if defined(__CUDACC__)
-  return __any_sync(0xFFFFFFFFu, x);
-#else
-  return x;
-#endif
-}
+JADAM_INLINE bool any_of_warp(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
 // _rounding.weyl of a thread's numbers, the first of them at `lane`. It is that of all blocks.
 template <int kN>

@@ -192,9 +192,13 @@ __device__ __forceinline__ void to_floats(const Lot<kN>& x, bool is_narrow, F32 
 
 // Two floats as the nearest numbers of bfloat16, the first in the lower half.
 __device__ __forceinline__ uint32_t in_bf16(F32 x, F32 y) {
+#if defined(__CUDA_ARCH__)
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
   return both;
+#else
+  return bits<U32>(nearest_bf16(x)) >> 16 | bits<U32>(nearest_bf16(y));
+#endif
 }
 
 template <int kN>
@@ -224,6 +228,17 @@ __device__ __forceinline__ Lot<kN> from_codes(const I32 (&x)[kN]) {
   return y;
 }
 
+// The signed byte at a place of four, above one of zeros.
+__device__ __forceinline__ I32 raised_byte(uint32_t four, uint32_t place) {
+#if defined(__CUDA_ARCH__)
+  I32 raised;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(raised) : "r"(four), "r"(0x8804 + 0x1110 * place));
+  return raised;
+#else
+  return int8_t(four >> (8 * place)) * 256;
+#endif
+}
+
 // Residuals as steps of float32, and back from `Block::above`: its upper byte, or both.
 template <class R, int kN>
 __device__ __forceinline__ void to_steps(const Lot<kN>& x, I32 (&y)[kN]) {
@@ -232,9 +247,7 @@ __device__ __forceinline__ void to_steps(const Lot<kN>& x, I32 (&y)[kN]) {
     if constexpr (sizeof(R) == 2) {
       y[i] = int16_t(x.words[i / 2] >> (16 * (i % 2)));
     } else {
-      // The byte, above one of zeros, with its sign.
-      const uint32_t byte = i % 4, select = 0x8804 + 0x1110 * byte;
-      asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y[i]) : "r"(x.words[i / 4]), "r"(select));
+      y[i] = raised_byte(x.words[i / 4], i % 4);
     }
   }
 }
