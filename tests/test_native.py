@@ -745,9 +745,7 @@ def test_comments_in_the_kernel_name_python_that_exists():
     """A reader who follows one finds it."""
     for text in SOURCES.values():
         comments = "\n".join(re.findall(r"//.*", text))
-        for module, name in re.findall(
-            r"\b(codes|native|_math|_rounding)\.(?!py\b)(\w+)", comments
-        ):
+        for module, name in re.findall(r"\b(codes|native|_math|_rounding)\.(?!py\b)(\w+)", comments):
             where = {"codes": codes, "native": native, "_math": jadam._math, "_rounding": _rounding}
             assert hasattr(where[module], name), (module, name)
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jadam._kernels.native import TARGET
-
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(r"\b(pred|(?:bf|[fsu])\d+)\[([\d,]*)\]")
 _NOT_LAUNCHED = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
 _COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all-to-all")
+_STEP = "jadam_step"
 _LEAVES_IN_LAUNCH = 256
 
 
@@ -61,7 +60,7 @@ def launches(text: str) -> Iterator[Launch]:
             target[1] if target else "",
             sum(sizes.get(operand, 0) for operand in operands),
             sizes[name],
-            _kernels_of_step(results, rest) if target and target[1] == TARGET else 1,
+            _kernels_of_step(results, rest) if target and target[1] == _STEP else 1,
         )
 
 
