@@ -109,6 +109,9 @@ ENTRY %main (a: f32[8,128], b: bf16[128]) -> (f32[8,128]) {
   %b = bf16[128]{0} parameter(1)
   %c = f32[8,128]{1,0:T(8,128)} copy(%a), metadata={op_name="f(%b)"}
   %s = f32[8,128]{1,0} all-reduce(%c), to_apply=%sum
+  %t = f32[12,24]{1,0:T(8,128)} parameter(2)
+  %slice-start.1 = ((f32[12,24]{1,0:T(8,128)}), f32[4,24]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%t), slice={[0:4], [0:24]}
+  %slice-done.1 = f32[4,24]{1,0:T(8,128)S(1)} slice-done(%slice-start.1)
   %call = (f32[8,128]{1,0}, f32[8,128]{1,0}, f32[8,128]{1,0}, /*index=3*/bf16[128]{0}, u16[128]{0}, s16[1]{0}, s8[128]{0}, bf16[128]{0}, u16[128]{0}, s16[1]{0}) custom-call(%s, %b), custom_call_target="jadam_step", backend_config={decays = dense<1> : tensor<3xi32>, salts = dense<[0, 1, 2]> : tensor<3xi32>, weights = dense<[0, 1, 0]> : tensor<3xi32>, writes_params = true}
   ROOT %g = f32[8,128]{1,0} get-tuple-element(%call), index=0
 }
@@ -117,13 +120,16 @@ ENTRY %main (a: f32[8,128], b: bf16[128]) -> (f32[8,128]) {
 
 def test_what_is_launched_is_read_off_a_program():
     """The bytes that the page counts, by hand: 4,096 of an array, and each kernel of a call."""
-    copy, reduced, call = entry.launches(PROGRAM)
-    assert copy == ("copy", "", 4096, 4096, 1)
+    copy, reduced, fetched, call = entry.launches(PROGRAM)
+    assert copy == ("copy", "", 4096, 4096, 8192, 1)
     assert reduced.is_collective
     assert not copy.is_collective
     written = 3 * 4096 + (256 + 256 + 2 + 128) + (256 + 256 + 2)
     # float32 alone, codes under compensated weights, codes.
-    assert call == ("custom-call", "jadam_step", 4096 + 256, written, 3)
+    assert call == ("custom-call", "jadam_step", 4096 + 256, written, 4096 + 256 + written, 3)
+    # Of 12 rows of 24 numbers a slice of 4 is brought to the chip, as a tile of 8 x 128.
+    assert fetched.read + fetched.written == 8 * 128 * 4
+    assert not fetched.is_of_arrays
     assert entry.aliased(PROGRAM) == 2
 
 

@@ -40,6 +40,7 @@ CASES = {
     "int16": ((40, 256), "float32", "bfloat16", "int16", False, True, "adam"),
     "amsgrad": ((40, 256), "float32", "float32", None, True, True, "amsgrad"),
     "ademamix": ((40, 256), "float32", "float32", None, True, True, "ademamix"),
+    "bf16 moments": ((40, 600), "float32", "float32", None, "bfloat16", True, "adam"),
 }
 
 
@@ -81,7 +82,11 @@ def assert_close(found, expected, codes):
             assert np.max(np.abs(np.asarray(x, int) - np.asarray(y, int))) <= 1
     else:
         for x, y in zip(stored, stored_y, strict=True):
-            np.testing.assert_allclose(x, y, rtol=2 * 2.0**-23)
+            # Beside the middle of two neighbours a moment of 16 bits may go to the other one.
+            is_narrow = x.dtype == jnp.bfloat16
+            x, y = (np.asarray(x, np.float64) for x in (x, y))
+            np.testing.assert_allclose(x, y, rtol=2.0**-7 if is_narrow else 2 * 2.0**-23)
+            assert not is_narrow or np.mean((x != y) & ~np.isnan(x)) <= 1e-3
     for x, y in zip(extra, extra_y, strict=True):
         # The master weight may differ by a few ulps: from the same parameter as many in the
         # residual, or all of it where the parameter went to the other neighbour.
@@ -101,7 +106,8 @@ def test_the_kernel_makes_the_step_of_xlas_form(name, monkeypatch):
     rule, rng = RULES[member], np.random.default_rng(0)
     weights = None if residual is None else Compensated(np.dtype(residual), 3)
     options = Options(decays=True, to_params=to_params, weights=weights)
-    kind = ("int8", "uint8") if codes else (None, None)
+    dtype, codes = (codes, False) if isinstance(codes, str) else (None, codes)
+    kind = ("int8", "uint8") if codes else (dtype, dtype)
     stored = chooser(rule.member.moments, *kind, 0)(jnp.zeros(shape)).zeros(jnp.zeros(shape))
     p = jnp.asarray(rng.standard_normal(shape), p_dtype)
     extra = () if residual is None else (jnp.zeros(shape, residual),)
@@ -156,15 +162,16 @@ def test_floats_are_left_to_xla_on_a_tpu():
     plain = {"member adam", "moments float32 float32", "to_params"}
     assert choice.TPU.has(frozenset(plain), (64, 256))
     assert not choice.TPU.is_faster(frozenset(plain))
-    assert choice.TPU.is_faster(frozenset({*plain, "moments 8-bit codes"}))
+    for narrow in ("8-bit codes", "bfloat16 bfloat16"):
+        assert choice.TPU.is_faster(frozenset({*plain, f"moments {narrow}"}))
 
 
 AHEAD = """
 import json
 from experiments.bench.ahead.chips import V5E
 from experiments.bench.ahead.compiled import figures
-from experiments.bench.ahead.programs import CODES, COMPENSATED, PROGRAMS, SMALLEST
-names, shapes = (CODES, COMPENSATED, SMALLEST), ((8192, 4096),)
+from experiments.bench.ahead.programs import BF16_MOMENTS, CODES, COMPENSATED, PROGRAMS, SMALLEST
+names, shapes = (BF16_MOMENTS, CODES, COMPENSATED, SMALLEST), ((8192, 4096),)
 print(json.dumps({name: figures(PROGRAMS[name](), shapes, V5E) for name in names}))
 """
 

@@ -48,19 +48,18 @@ def compile_for(chip: Chip, step: Any, *args: Any) -> Any:
 def read_off(compiled: Any, chip: Chip, parameters: int) -> dict[str, Any]:
     """What a compiled program moves, needs and launches; bytes are bytes a parameter.
 
-    Of a TPU's program XLA counts the bytes itself, padding included. A kernel in Pallas says what
-    it accesses, which is its operands and results: its grid visits each tile once. Of a GPU's
-    program they are the operands and results of all that is launched. A kernel is what a GPU
-    starts; of a TPU, which computes scalars in between, what touches an array.
+    They are the operands and results of all that is launched: a kernel in Pallas or CUDA visits
+    each once. Those that a TPU's program keeps on the chip are not among them; XLA's own count has
+    these too, and what is read from there. A kernel is what a GPU starts; of a TPU, which computes
+    scalars in between and moves arrays to the chip beside its kernels, what computes or copies an
+    array.
     """
     text = compiled.as_text()
     launched = list(entry.launches(text))
-    if chip.platform == "tpu":
-        accessed = compiled.cost_analysis()["bytes accessed"]
-    else:
-        accessed = sum(x.read + x.written for x in launched)
+    cost = compiled.cost_analysis()  # None for a GPU
     return {
-        "bytes": accessed / parameters,
+        "bytes": sum(x.read + x.written for x in launched) / parameters,
+        "xlas_count": cost["bytes accessed"] / parameters if cost else None,
         "temporary": compiled.memory_analysis().temp_size_in_bytes / parameters,
         "copied": sum(x.written for x in launched if x.kind.startswith("copy")) / parameters,
         "kernels": sum(x.kernels for x in launched if chip.platform == "cuda" or x.is_of_arrays),
