@@ -40,10 +40,12 @@ def lying(tree, shardings):
 
 state = lying(jax.eval_shape(tx.init, params), state_shardings(tx, params, rows, mesh=mesh))
 params = lying(params, {"w": NamedSharding(mesh, rows)})
-def step(params, state, grads):
-    return in_parts(grads, state, params)
-parts = read_off(compile_for(H100, step, params, state, params), H100, 4096 * 1024 // 4)
-print(json.dumps({"alone": alone, "parts": parts}))
+
+def divided(step):
+    moved = compile_for(H100, lambda p, s, g: step(g, s, p), params, state, params)
+    return read_off(moved, H100, 4096 * 1024 // 4)
+
+print(json.dumps({"alone": alone, "parts": divided(in_parts), "by XLA": divided(tx.step)}))
 """
 
 compiled_for_gpus = pytest.mark.skipif(
@@ -88,9 +90,10 @@ def test_a_step_is_one_call_in_place_on_a_gpu():
 
 @compiled_for_gpus
 @with_kernel
-def test_a_step_in_parts_sends_nothing_on_gpus():
+@pytest.mark.parametrize("divided", ["parts", "by XLA"])
+def test_a_divided_step_sends_nothing_on_gpus(divided):
     """Four GPUs that hold a quarter each step it by the same kernel, in place."""
-    figures = compiled_ahead()["parts"]
+    figures = compiled_ahead()[divided]
     assert figures["calls"] == {"jadam_step": 1}
     assert figures["collectives"] == 0
     # Parameter, residual, m, v, and the two counts.

@@ -63,7 +63,7 @@ def launches(text: str) -> Iterator[Launch]:
             continue
         operands = re.findall(r"%[\w.\-]+", rest.split("), ", 1)[0])
         target = re.search(r'custom_call_target="([^"]+)"', rest)
-        read, touched = (sum(x) for x in zip((0, 0), *(sizes.get(o, (0, 0)) for o in operands)))
+        read, touched = np.sum([(0, 0), *(sizes.get(x, (0, 0)) for x in operands)], 0).tolist()
         written = sizes[name][0]
         if kind.endswith("-start"):
             # Between memory and chip: what lies on the chip, since only a slice may have moved.
