@@ -33,7 +33,7 @@ SHOWN = {
     SMALLEST: (SMALLEST,),
     FLASH_BF16: (FLASH_BF16 + PALLAS, FLASH_BF16 + XLA),
 }
-"""Each bar, and the programs of which the first that there is makes it."""
+"""Each bar, and the programs of which the one that moves least makes it."""
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -59,7 +59,11 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def _panel(axis: Any, name: str, rows: dict[str, dict[str, Any]]) -> None:
     found = {
-        bar: next((rows[x] for x in those if "bytes" in rows.get(x, {})), None)
+        bar: min(
+            (rows[x] for x in those if "bytes" in rows.get(x, {})),
+            key=lambda row: row["bytes"],
+            default=None,
+        )
         for bar, those in SHOWN.items()
     }
     for place, (bar, row) in enumerate(found.items()):
@@ -76,7 +80,8 @@ def _panel(axis: Any, name: str, rows: dict[str, dict[str, Any]]) -> None:
         label = f"{moved:.1f}" if moved < 100 else f"{moved:.0f}"
         axis.text(min(moved, FULL) + 0.6, place, label, va="center")
     axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis() if not axis.yaxis_inverted() else None
+    if not axis.yaxis_inverted():  # panels share it
+        axis.invert_yaxis()
     axis.set_title(name, loc="left", fontweight="bold")
     axis.set_xlim(0, FULL + 4)
     axis.spines[["top", "right"]].set_visible(False)
