@@ -72,6 +72,15 @@ class Recipe(NamedTuple):
     mask: Mask
 
 
+def is_local(tx: Any) -> bool:
+    """Whether a transformation's step of a part of the parameters is that part of its step.
+
+    So it is of the family's, if the parts are whole blocks of 128 along the last axis.
+    """
+    update = getattr(tx, "update", None)
+    return isinstance(update, FusedUpdate) and update.is_local
+
+
 def recipe_of(tx: Any) -> Recipe | None:
     """The recipe of one of the family's transformations, None for any other object."""
     update = getattr(tx, "update", None)
@@ -86,10 +95,12 @@ class FusedUpdate:
         move: `(grads, state, params, *, to_params, extra_args, weights=None) -> Advanced`, as in
             `advance`; the extra arguments of optax are for a transformation inside.
         recipe: what it is made of, if it is one of the family's.
+        is_local: whether a block of 128 elements steps without knowing others or its place.
     """
 
     move: Callable[..., Advanced]
     recipe: Recipe | None = field(default=None, compare=False)
+    is_local: bool = False
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -150,7 +161,7 @@ def _transformation(
         return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
     recipe = Recipe(rule, learning_rate, weight_decay, mask)
-    return FusedTransformation(init_fn, FusedUpdate(move, recipe))
+    return FusedTransformation(init_fn, FusedUpdate(move, recipe, is_local=True))
 
 
 def _as_optax_takes(mask: Mask) -> Mask:
@@ -272,7 +283,7 @@ def _direction(
         return advance(rule, grads, state, params, learning_rate=-1.0, kernel=kernel, **form)
 
     init = initializer(rule.member, mu_dtype, nu_dtype, min_size)
-    return FusedTransformation(init, FusedUpdate(move))
+    return FusedTransformation(init, FusedUpdate(move, is_local=True))
 
 
 def adam(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float32, UInt32
 from jadam import _math, _validate
 from jadam._kernels.choice import left_to_xla
 from jadam._masters import Compensated, Stochastic, Weights, join
-from jadam._transform import FusedTransformation, FusedUpdate
+from jadam._transform import FusedTransformation, FusedUpdate, is_local
 from jadam._types import DType, PyTree
 from jadam._update import Advanced
 
@@ -236,7 +236,7 @@ def compensated_weights(
         following = None if dither is None else dither + np.uint32(1)
         return Advanced(moved, CompensatedWeightsState(residual, following, inner_state), [])
 
-    return FusedTransformation(init_fn, FusedUpdate(move))
+    return FusedTransformation(init_fn, FusedUpdate(move, is_local=is_local(inner)))
 
 
 def _joined(params: PyTree, residual: PyTree) -> PyTree:

@@ -45,6 +45,7 @@ ORDER = [
     "jadam.rows",
     "jadam.sharding._rules",
     "jadam.sharding._streamed",
+    "jadam.sharding._parts",
     "jadam.sharding",
     "jadam.release._scan",
     "jadam.release._program",
@@ -129,6 +130,8 @@ EXPERIMENTS = PACKAGE.parent / "experiments"
 INSIDE_JADAM = {
     # The dither of jadam's codes is one of the roundings that the bench of codes compares.
     "experiments/bench/codecs/blocks.py": {"jadam._rounding"},
+    # How many leaves are joined in a call follows from the process's own backend.
+    "experiments/bench/ahead/compiled.py": {"jadam._kernels"},
     # Which instruction sets can be forced has no public name.
     "experiments/bench/contenders.py": {"jadam._kernels"},
     # jadam.diagnostics returns a histogram, and its edges have no public name.

@@ -19,7 +19,7 @@ import jadam
 from experiments.common.report import readme_block
 from experiments.scale import __main__ as scale
 from experiments.scale import tpu
-from jadam.sharding import divided, state_shardings, streamed
+from jadam.sharding import divided, state_shardings, step_in_parts, streamed
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 SIXTEEN_BITS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -340,6 +340,58 @@ def test_linen_annotations():
     codes, tops = (nn.unbox(moment)["params"]["kernel"] for moment in (state.mu, state.nu))
     assert codes.addressable_shards[0].data.shape == (32, 256)
     assert tops.addressable_shards[0].data.shape == (32, 2)
+
+
+# Each device's own part
+
+
+@pytest.mark.parametrize("zero_1", [False, True], ids=["FSDP", "ZeRO-1"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "8 bits", "residuals"])
+def test_a_step_in_parts_is_the_step(name, zero_1):
+    """One device's bits from eight, nothing sent: how a kernel that XLA cannot divide is used."""
+    tx = TRANSFORMATIONS[name]
+    params, gradients = trees(name)
+    expected = trained(
+        jax.jit(lambda p, s, g: tx.step(g, s, p)), params, jax.jit(tx.init)(params), gradients
+    )
+    arguments = {"mesh": mesh_of(), "axis": "data" if zero_1 else None}
+    specs = P() if zero_1 else SPECS
+    shardings = state_shardings(tx, params, specs, **arguments)
+    lies = divided(params, specs, mesh=mesh_of(), axis=arguments["axis"] or ())
+    params, *gradients = jax.device_put([params, *gradients], [lies] * (1 + len(gradients)))
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    in_parts = step_in_parts(tx, params, specs, **arguments)
+    step = jax.jit(lambda p, s, g: in_parts(g, s, p), donate_argnums=(0, 1))
+    compiled = step.lower(params, state, gradients[0]).compile()
+    got = trained(compiled, params, state, gradients)
+    assert collectives(compiled) == []
+    assert_equal(got, expected)
+    for x, sharding in zip(jax.tree.leaves(got), jax.tree.leaves((lies, shardings)), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_a_step_in_parts_refuses_what_a_part_does_not_know():
+    """A norm of all gradients, random bits by an element's place, a block on two devices."""
+    mesh, params = mesh_of(), {"a": {"w": shape_of(64, 1024)}, "b": shape_of(64, 512)}
+    adam, eight_bits = jadam.adam(1e-3), jadam.adam(1e-3, **EIGHT_BITS)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    for tx in (
+        clipped,
+        jadam.compensated_weights(clipped),
+        jadam.stochastic_rounding(adam),
+        adam._replace(update=clipped.update),
+    ):
+        with pytest.raises(TypeError, match=r"^tx: expected one of jadam's family"):
+            step_in_parts(tx, params, P("data"), mesh=mesh)
+    specs = {"a": P("data"), "b": P(None, "data")}
+    expected = r"^params\['b'\]: .* 128 .* uint16; got \(64, 64\) of \(64, 512\) by .*'data'"
+    with pytest.raises(ValueError, match=expected):
+        step_in_parts(eight_bits, params, specs, mesh=mesh)
+    with pytest.raises(ValueError, match=r"^params\['b'\]: .* bfloat16"):
+        step_in_parts(jadam.adam(1e-3, **SIXTEEN_BITS), params, specs, mesh=mesh)
+    step_in_parts(adam, params, specs, mesh=mesh)  # float32 may be cut anywhere
+    with pytest.raises(TypeError, match=r"^params\['b'\]: "):
+        step_in_parts(adam, {"b": jnp.ones((64, 512))})
 
 
 # Host memory

@@ -1,7 +1,6 @@
 """The kernel for TPUs: in Pallas's interpreter against XLA's form, and compiled ahead of time."""
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import jadam
+from experiments.bench.ahead import chips
 from jadam._kernels import choice
 from jadam._leaf import Options, leaf_step
 from jadam._masters import Compensated
@@ -40,6 +40,7 @@ CASES = {
     "int16": ((40, 256), "float32", "bfloat16", "int16", False, True, "adam"),
     "amsgrad": ((40, 256), "float32", "float32", None, True, True, "amsgrad"),
     "ademamix": ((40, 256), "float32", "float32", None, True, True, "ademamix"),
+    "bf16 moments": ((40, 600), "float32", "float32", None, "bfloat16", True, "adam"),
 }
 
 
@@ -81,7 +82,11 @@ def assert_close(found, expected, codes):
             assert np.max(np.abs(np.asarray(x, int) - np.asarray(y, int))) <= 1
     else:
         for x, y in zip(stored, stored_y, strict=True):
-            np.testing.assert_allclose(x, y, rtol=2 * 2.0**-23)
+            # Beside the middle of two neighbours a moment of 16 bits may go to the other one.
+            is_narrow = x.dtype == jnp.bfloat16
+            x, y = (np.asarray(x, np.float64) for x in (x, y))
+            np.testing.assert_allclose(x, y, rtol=2.0**-7 if is_narrow else 2 * 2.0**-23)
+            assert not is_narrow or np.mean((x != y) & ~np.isnan(x)) <= 1e-3
     for x, y in zip(extra, extra_y, strict=True):
         # The master weight may differ by a few ulps: from the same parameter as many in the
         # residual, or all of it where the parameter went to the other neighbour.
@@ -101,7 +106,8 @@ def test_the_kernel_makes_the_step_of_xlas_form(name, monkeypatch):
     rule, rng = RULES[member], np.random.default_rng(0)
     weights = None if residual is None else Compensated(np.dtype(residual), 3)
     options = Options(decays=True, to_params=to_params, weights=weights)
-    kind = ("int8", "uint8") if codes else (None, None)
+    dtype, codes = (codes, False) if isinstance(codes, str) else (None, codes)
+    kind = ("int8", "uint8") if codes else (dtype, dtype)
     stored = chooser(rule.member.moments, *kind, 0)(jnp.zeros(shape)).zeros(jnp.zeros(shape))
     p = jnp.asarray(rng.standard_normal(shape), p_dtype)
     extra = () if residual is None else (jnp.zeros(shape, residual),)
@@ -156,20 +162,17 @@ def test_floats_are_left_to_xla_on_a_tpu():
     plain = {"member adam", "moments float32 float32", "to_params"}
     assert choice.TPU.has(frozenset(plain), (64, 256))
     assert not choice.TPU.is_faster(frozenset(plain))
-    assert choice.TPU.is_faster(frozenset({*plain, "moments 8-bit codes"}))
+    for narrow in ("8-bit codes", "bfloat16 bfloat16"):
+        assert choice.TPU.is_faster(frozenset({*plain, f"moments {narrow}"}))
 
 
 AHEAD = """
-import json, sys
-import jax, jax.numpy as jnp
-jax.config.update("jax_platforms", "cpu")
-from experiments.bench import ahead
-where = ahead.chip()
-names = ["jadam 8-bit moments", "jadam compensated bf16 weights"]
-names += ["jadam compensated, 8-bit moments"]
-programs = dict(ahead.programs())
-shapes = ((8192, 4096),)
-print(json.dumps({name: ahead.figures(programs[name](), shapes, where) for name in names}))
+import json
+from experiments.bench.ahead.chips import V5E
+from experiments.bench.ahead.compiled import figures
+from experiments.bench.ahead.programs import BF16_MOMENTS, CODES, COMPENSATED, PROGRAMS, SMALLEST
+names, shapes = (BF16_MOMENTS, CODES, COMPENSATED, SMALLEST), ((8192, 4096),)
+print(json.dumps({name: figures(PROGRAMS[name](), shapes, V5E) for name in names}))
 """
 
 
@@ -182,15 +185,12 @@ def compiled_ahead():
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, **chips.ENVIRONMENT},
     )
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, which compiles for TPUs, is not installed: pip install libtpu",
-)
+@pytest.mark.skipif(chips.V5E.why_not() is not None, reason=f"for a TPU {chips.V5E.why_not()}")
 @pytest.mark.skipif(
     choice.why_not() is not None,
     reason="on a host without the kernel for CPUs a leaf is not lowered to that for TPUs",
@@ -198,7 +198,7 @@ def compiled_ahead():
 def test_a_step_is_one_pass_on_a_tpu():
     """Memory is what 8-bit moments are for: a step reads each array once and needs no other."""
     for name, figures in compiled_ahead().items():
-        assert figures["kernels"] == 1, (name, figures)
+        assert figures["calls"] == {"tpu_custom_call": 1}, (name, figures)
         # Tops are padded to 128 a row, of 32. A small leaf would be copied into the chip first.
-        assert figures["over_the_least"] <= 1.05, (name, figures)
+        assert figures["bytes"] <= 1.05 * figures["least"], (name, figures)
         assert figures["temporary"] <= 0.1, (name, figures)

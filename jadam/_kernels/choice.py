@@ -108,9 +108,15 @@ TPU = Kernel(
     platform="tpu",
     features=_members(lambda member: True) | _DTYPES_AND_OPTIONS,
     suits=_lies_in_blocks,
-    # XLA makes one pass of all others.
+    # XLA makes one pass of float32, and two of what it rounds to 16 bits.
     gains_by=frozenset(
-        ["moments 8-bit codes", "weights compensated int8", "weights compensated int16"]
+        [
+            "moments bfloat16 float32",
+            "moments bfloat16 bfloat16",
+            "moments 8-bit codes",
+            "weights compensated int8",
+            "weights compensated int16",
+        ]
     ),
 )
 
@@ -237,10 +243,11 @@ def kernels() -> dict[str, str]:
     same features are a kernel in CUDA, which the driver compiles when it is first used. Up to 256
     leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
 
-    On a TPU a kernel in Pallas takes leaves with 8-bit moments and compensated weights, on one
-    device and under `jax.shard_map(check_vma=False)`. It was compiled for TPUs and compared with
-    XLA's form on a CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but
-    those of other shapes with codes or residuals, and those divided over devices without it.
+    On a TPU a kernel in Pallas takes leaves with moments of 8 or 16 bits and compensated weights,
+    on one device and under `jax.shard_map(check_vma=False)`, as `jadam.sharding.step_in_parts`
+    makes it. It was compiled for TPUs and compared with XLA's form on a CPU, but has not run on a
+    TPU yet. XLA makes one pass of all other leaves but those of other shapes with such moments or
+    residuals, and those divided over devices without it.
 
     >>> import jadam
     >>> sorted(jadam.kernels())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from experiments.bench.ahead import Program
+from experiments.bench.ahead.programs import Program
 from experiments.bench.device import programs
 from experiments.bench.device.rows import (
     ABOUT,

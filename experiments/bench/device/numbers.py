@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from experiments.bench.ahead import BITS_8, BITS_16, Program
+from experiments.bench.ahead.programs import BITS_8, BITS_16, Program
 from experiments.bench.device.in_jax import about
 from experiments.bench.device.programs import fused, in_two
 from experiments.bench.device.rows import ABOUT, Order, attempt, end, order, say

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jadam
-from experiments.bench.ahead import BITS_8, BITS_16, OPTIONS, Program
+from experiments.bench.ahead.programs import BITS_8, BITS_16, OPTIONS, Program
 from experiments.bench.workloads import (
     GPT2,
     LLAMA3_LAYER,

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 import jadam
-from experiments.bench.ahead import BITS_8, Program
+from experiments.bench.ahead.programs import BITS_8, Program
 from experiments.bench.device.in_jax import about
 from experiments.bench.device.programs import fused, in_two
 from experiments.bench.device.rows import ABOUT, Order, attempt, end, order, say
