@@ -223,17 +223,17 @@ def test_a_stopped_bench_goes_on(tmp_path, monkeypatch):
     assert len(measured) == 2
 
 
-def rehearsed(folder):
+def rehearsed(folder, parts):
     """The JSON of each part, and what the command for a GPU printed, of tiny sizes on this CPU."""
+    command = [sys.executable, "-m", "experiments.bench.device", "--tiny", "--out", folder]
     answer = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.device", "--tiny", "--out", folder],
+        [*command, "--parts", *parts],
         check=True,
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
-    parts = ("numbers", "speed", "memory", "training")
     found = {name: json.loads((folder / f"device-{name}.json").read_text()) for name in parts}
     return found, answer.stdout
 
@@ -241,13 +241,8 @@ def rehearsed(folder):
 def test_the_command_for_a_gpu_is_rehearsed(tmp_path_factory):
     """On the day when a device is there, every part runs, rows have figures, tables are made."""
     folder = tmp_path_factory.mktemp("device")
-    found, printed = rehearsed(folder)
-    for name, part in found.items():
-        assert part["versions"]["jax"] == jax.__version__, name
-        assert "commit" in part
-        bad = {key: row for key, row in part["rows"].items() if "failed" in row}
-        assert part["rows"]
-        assert not bad, (name, bad)
+    found, printed = rehearsed(folder, ("numbers", "speed", "memory"))
+    assert_ran(found)
     for name, row in found["numbers"]["rows"].items():
         assert row["within"], (name, row)
         assert row["kernels"] == int("native" in found["numbers"]["kernels"])
@@ -255,11 +250,28 @@ def test_the_command_for_a_gpu_is_rehearsed(tmp_path_factory):
     assert [len(row["rates" if "rates" in row else "device"]) for row in framed] == [7] * 4
     (smallest,) = (row for key, row in found["memory"]["rows"].items() if "7 bytes" in key)
     assert smallest["least"] / smallest["parameters"] == pytest.approx(7, abs=0.1)
+    assert tables.markdown(folder) in printed
+
+
+def assert_ran(found):
+    """Each part has rows, none failed, and says of what it is."""
+    for name, part in found.items():
+        assert part["versions"]["jax"] == jax.__version__, name
+        assert "commit" in part
+        bad = {key: row for key, row in part["rows"].items() if "failed" in row}
+        assert part["rows"]
+        assert not bad, (name, bad)
+
+
+@pytest.mark.soak
+def test_its_training_is_rehearsed(tmp_path_factory):
+    """Both settings train, on the same batches."""
+    found, _ = rehearsed(tmp_path_factory.mktemp("device"), ("training",))
+    assert_ran(found)
     losses = [row["losses"] for row in found["training"]["rows"].values()]
     assert len(losses) == 2
     # The same model, and the same batches: before the warm-up has moved much, the same losses.
     assert losses[0][:5] == pytest.approx(losses[1][:5], rel=1e-3)
-    assert tables.markdown(folder) in printed
 
 
 def test_rows_are_told_from_messages():

@@ -106,9 +106,13 @@ def test_a_module_imports_only_modules_above_it(module):
 
 
 def test_importing_jadam_starts_no_backend_and_needs_no_extra():
-    """`import jadam` chooses no device for the program and pulls in no experiment."""
+    """`import jadam` chooses no device for the program and pulls in no experiment.
+
+    Nor does making a transformation: `jax.distributed.initialize` has to come before.
+    """
     code = (
         "import sys, jadam, jax._src.xla_bridge as xla;"
+        "jadam.compensated_weights(jadam.adamw(1e-3));"
         "assert not xla._backends, xla._backends;"
         "bad = {'flax', 'torch', 'equinox', 'experiments'} & set(sys.modules);"
         "assert not bad, bad"

@@ -186,10 +186,17 @@ def checked(choice: Any) -> Choice:
         ValueError: the argument is not one of the three.
     """
     _validate.choice("kernel", choice, ("auto", "xla", "native"))
-    here = why_not_on_gpu if jax.default_backend() == "gpu" else why_not
-    if choice == "native" and (reason := here()) is not None:
+    if choice == "native" and (reason := _why_not_here()) is not None:
         raise RuntimeError(f'kernel: expected one for "native", got none: {reason}')
     return choice
+
+
+def _why_not_here() -> str | None:
+    """Why there is no kernel of the library on this process's devices, which it asks JAX for.
+
+    To make a transformation must not: `jax.distributed.initialize` comes before anything that does.
+    """
+    return why_not_on_gpu() if jax.default_backend() == "gpu" else why_not()
 
 
 @functools.cache
