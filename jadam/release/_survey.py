@@ -24,6 +24,11 @@ def released(loss: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 
     All others get their step from a whole gradient, which is right as well, but needs its memory.
 
+    Args:
+        loss: as in `train_step`.
+        params: the parameters, or their shapes and dtypes.
+        args: what the loss takes beside them, or the shapes and dtypes of it; `kwargs` likewise.
+
     Raises:
         ValueError: as in `train_step`, but not where nothing is released.
 
