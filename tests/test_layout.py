@@ -113,6 +113,8 @@ def test_importing_jadam_starts_no_backend_and_needs_no_extra():
     code = (
         "import sys, jadam, jax._src.xla_bridge as xla;"
         "jadam.compensated_weights(jadam.adamw(1e-3));"
+        "is_there = jadam._kernels.choice.why_not() is None;"
+        "jadam.adamw(1e-3, kernel='native' if is_there else 'xla');"
         "assert not xla._backends, xla._backends;"
         "bad = {'flax', 'torch', 'equinox', 'experiments'} & set(sys.modules);"
         "assert not bad, bad"

@@ -172,7 +172,11 @@ def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list
 
 def _wanted(choice: Choice) -> frozenset[str]:
     """The platforms for which the argument `kernel` asks for a kernel that is there."""
+    # Only here: to make a transformation must not ask JAX for its devices, since
+    # `jax.distributed.initialize` comes before anything that does.
     here = jax.default_backend()
+    if choice == "native" and here == "gpu":
+        _insist(why_not_on_gpu())
     automatic = choice == "auto" and not _is_left_to_xla.get()
     asked = {here} if automatic else {"cpu", here} if choice == "native" else frozenset[str]()
     return frozenset(x for x in asked if x in _WHY_NOT and _WHY_NOT[x]() is None)
@@ -186,17 +190,14 @@ def checked(choice: Any) -> Choice:
         ValueError: the argument is not one of the three.
     """
     _validate.choice("kernel", choice, ("auto", "xla", "native"))
-    if choice == "native" and (reason := _why_not_here()) is not None:
-        raise RuntimeError(f'kernel: expected one for "native", got none: {reason}')
+    if choice == "native":
+        _insist(why_not())
     return choice
 
 
-def _why_not_here() -> str | None:
-    """Why there is no kernel of the library on this process's devices, which it asks JAX for.
-
-    To make a transformation must not: `jax.distributed.initialize` comes before anything that does.
-    """
-    return why_not_on_gpu() if jax.default_backend() == "gpu" else why_not()
+def _insist(reason: str | None) -> None:
+    if reason is not None:
+        raise RuntimeError(f'kernel: expected one for "native", got none: {reason}')
 
 
 @functools.cache
@@ -208,13 +209,11 @@ def why_not() -> str | None:
     return library.reason if library.instruction_set is None else None
 
 
-@functools.cache
 def why_not_on_gpu() -> str | None:
     """Why there is no kernel for NVIDIA's GPUs here; None if there is one."""
-    if (missing := _missing("jadam._kernels.primitive")) is not None:
-        return missing
-    library = importlib.import_module("jadam._kernels.native").library()
-    return library.reason if library.instruction_set is None else library.why_not_on_gpu()
+    if (reason := why_not()) is not None:
+        return reason
+    return importlib.import_module("jadam._kernels.native").library().why_not_on_gpu()
 
 
 @functools.cache

@@ -119,7 +119,7 @@ def through_kernel(
     numbers, structure = jax.tree.flatten((rule, learning_rate, weight_decay))
     arrays = [x for x in numbers if isinstance(x, jax.Array)]
     known = tuple(None if isinstance(x, jax.Array) else x for x in numbers)
-    # What the library for CPUs takes; of members that it has not, no leaf is lowered to it.
+    # What the library takes; of members that it has not, no leaf is lowered to it.
     packed = (
         jnp.zeros(len(native.NAMES))
         if rule.member.coefficients is None
