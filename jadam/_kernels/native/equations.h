@@ -50,15 +50,15 @@ JADAM_INLINE F32 nearest_bf16(F32 x) {
 // A number of bfloat16 from its bits.
 JADAM_INLINE F32 widened(I32 upper) { return bits<F32>(bits<U32>(upper) << 16); }
 
-// Whether m may be beyond its bound beside v, both as they are stored. The squares say by themselves
-// where it is far from that.
+// Whether m may be beyond its bound beside v of at least 2^-116, both as they are stored. The squares
+// say by themselves where it is far from that.
 JADAM_INLINE Mask may_be_beyond(F32 m, F32 v, float bound) {
-  return m * m > bound * bound * 0.999f * at_least(v, all(0x1p-116f));
+  return m * m > bound * bound * 0.999f * v;
 }
 
-// Bits of bfloat16 for m, as `kept`, cut where no rounding may take it past its bound.
+// Bits of bfloat16 for m, as `kept`, cut where no rounding may take it past its bound beside v.
 JADAM_INLINE I32 within_bound(I32 kept, F32 m, F32 v, float bound) {
-  const F32 most = bound * sqrt(at_least(v, all(0x1p-116f)));
+  const F32 most = bound * sqrt(v);
   const U32 sign = bits<U32>(m) & 0x80000000u;
   const U32 cut = (bits<U32>(at_most(abs(m), most)) | sign) >> 16;
   return select(abs(widened(kept)) > most, bits<I32>(cut), kept);
@@ -79,7 +79,10 @@ JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float 
   }
   if constexpr (kRoundsM) {
     m_bits = rounded_up(m, dither_m);
-    if (any(may_be_beyond(widened(m_bits), v, bound))) m_bits = within_bound(m_bits, m, v, bound);
+    const F32 second = at_least(v, all(0x1p-116f));
+    if (any(may_be_beyond(widened(m_bits), second, bound))) {
+      m_bits = within_bound(m_bits, m, second, bound);
+    }
   }
 }
 

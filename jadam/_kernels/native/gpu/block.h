@@ -151,7 +151,7 @@ JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, const Weyl<kN>& w
     m[i] = carried_to_bf16(b.m[i], of_m);
     v[i] = kRoundsV ? carried_to_bf16(b.v[i], of_v) : 0;
     const F32 stored_m = widened(m[i]), stored_v = kRoundsV ? widened(v[i]) : b.v[i];
-    is_rare |= stored_m * stored_m > s.bound * s.bound * 0.999f * stored_v;
+    is_rare |= may_be_beyond(stored_m, stored_v, s.bound);
   }
   // Small numbers are rounded otherwise, and m has no bound beside a small v.
   is_rare |= least < kSmallestUsual || most > int32_t(kMax);
