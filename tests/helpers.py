@@ -1,5 +1,10 @@
-"""What several tests need: the table of all optimizers, and distances in ulps."""
+"""What several tests need: all optimizers, distances in ulps, programs compiled ahead of time."""
 
+import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +16,7 @@ import optax.contrib
 from hypothesis import strategies as st
 
 import jadam
+from experiments.bench.ahead import chips
 
 
 @dataclass(frozen=True)
@@ -142,3 +148,17 @@ def trees_of(leaves: st.SearchStrategy) -> st.SearchStrategy:
         ),
         max_leaves=6,
     )
+
+
+@functools.cache
+def printed_ahead(code):
+    """The JSON that code prints, in a process of its own: JAX starts its platforms once."""
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **chips.ENVIRONMENT},
+    )
+    return json.loads(answer.stdout.splitlines()[-1])

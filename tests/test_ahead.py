@@ -1,12 +1,9 @@
 """Steps compiled ahead of time for a GPU that is not there, and the figures on the page."""
 
-import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers import printed_ahead
 
 from experiments.bench import publish
 from experiments.bench.ahead import chips, entry, tables
@@ -57,25 +54,11 @@ with_kernel = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def compiled_ahead():
-    """In a process of its own: JAX starts its platforms once, here with 8 devices."""
-    answer = subprocess.run(
-        [sys.executable, "-c", ON_GPU],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **chips.ENVIRONMENT},
-    )
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
 @compiled_for_gpus
 @with_kernel
 def test_a_step_is_one_call_in_place_on_a_gpu():
     """All leaves in a call, whose results lie where its operands lay: no copy, no other memory."""
-    figures = compiled_ahead()["alone"]
+    figures = printed_ahead(ON_GPU)["alone"]
     assert figures["calls"] == {"jadam_step": 1}
     # Of the call one for codes and one for floats; the step's numbers, its count and the dither's
     # count, and a copy of that count.
@@ -93,7 +76,7 @@ def test_a_step_is_one_call_in_place_on_a_gpu():
 @pytest.mark.parametrize("divided", ["parts", "by XLA"])
 def test_a_divided_step_sends_nothing_on_gpus(divided):
     """Four GPUs that hold a quarter each step it by the same kernel, in place."""
-    figures = compiled_ahead()[divided]
+    figures = printed_ahead(ON_GPU)[divided]
     assert figures["calls"] == {"jadam_step": 1}
     assert figures["collectives"] == 0
     # Parameter, residual, m, v, and the two counts.

@@ -1,15 +1,10 @@
 """The kernel for TPUs: in Pallas's interpreter against XLA's form, and compiled ahead of time."""
 
-import functools
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import printed_ahead
 
 import jadam
 from experiments.bench.ahead import chips
@@ -176,20 +171,6 @@ print(json.dumps({name: figures(PROGRAMS[name](), shapes, V5E) for name in names
 """
 
 
-@functools.cache
-def compiled_ahead():
-    """In a process of its own: JAX starts its platforms once, here with 8 devices."""
-    answer = subprocess.run(
-        [sys.executable, "-c", AHEAD],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, **chips.ENVIRONMENT},
-    )
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
 @pytest.mark.skipif(chips.V5E.why_not() is not None, reason=f"for a TPU {chips.V5E.why_not()}")
 @pytest.mark.skipif(
     choice.why_not() is not None,
@@ -197,7 +178,7 @@ def compiled_ahead():
 )
 def test_a_step_is_one_pass_on_a_tpu():
     """Memory is what 8-bit moments are for: a step reads each array once and needs no other."""
-    for name, figures in compiled_ahead().items():
+    for name, figures in printed_ahead(AHEAD).items():
         assert figures["calls"] == {"tpu_custom_call": 1}, (name, figures)
         # Tops are padded to 128 a row, of 32. A small leaf would be copied into the chip first.
         assert figures["bytes"] <= 1.05 * figures["least"], (name, figures)

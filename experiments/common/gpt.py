@@ -95,6 +95,11 @@ def cross_entropy(logits: Float[Array, "n t 256"], text: Int[Array, "n t+1"]) ->
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 
+def is_matrix(params: PyTree) -> PyTree:
+    """Which leaves decay: not the scales of norms, nor biases."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
 def scanned(model: GPT) -> tuple[PyTree, Callable[[PyTree, Array], Array]]:
     """The same model with its blocks stacked: `(params, loss)`, whose layers can be released.
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import PyTree
 
 import jadam
+from experiments.common.gpt import is_matrix
 
 Build: TypeAlias = Callable[
     [optax.ScalarOrSchedule, float, optax.GradientTransformation], optax.GradientTransformation
@@ -28,11 +29,6 @@ class Setting(NamedTuple):
     def is_installed(self) -> bool:
         """False for a peer that is not here: the tables name it all the same."""
         return find_spec(self.package) is not None
-
-
-def is_matrix(params: PyTree) -> PyTree:
-    """Which leaves decay: not the scales of norms, nor biases."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def adamw(**moments: str) -> Build:

@@ -31,27 +31,33 @@ class Program(NamedTuple):
     dtype: Any
 
 
-def _fused(tx: Any, dtype: Any = jnp.float32) -> Program:
+def fused(tx: Any, dtype: Any = jnp.float32) -> Program:
+    """Parameters and state by jadam's `step`."""
     return Program(tx, lambda params, state, grads: tx.step(grads, state, params), dtype)
 
 
-def _in_two(tx: Any) -> Program:
+def in_two(tx: Any, dtype: Any = jnp.float32) -> Program:
+    """`update`, then `optax.apply_updates`."""
+
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return Program(tx, step, jnp.float32)
+    return Program(tx, step, dtype)
 
 
-def _jadam(**options: Any) -> Program:
-    return _fused(jadam.adamw(**OPTIONS, **options))
+def adamw(dtype: Any = jnp.float32, **options: Any) -> Program:
+    """jadam's."""
+    return fused(jadam.adamw(**OPTIONS, **options), dtype)
 
 
-def _compensated(**options: Any) -> Program:
-    return _fused(jadam.compensated_weights(jadam.adamw(**OPTIONS, **options)), BF16)
+def compensated(**options: Any) -> Program:
+    """The same around weights in bfloat16 with a residual."""
+    return fused(jadam.compensated_weights(jadam.adamw(**OPTIONS, **options)), BF16)
 
 
-def _flashoptim(dtype: Any, bits: int | None, *, fused: bool) -> Program:
+def flashoptim(dtype: Any, bits: int | None, *, fused: bool) -> Program:
+    """flashoptim-jax's, by its kernel for GPUs or in XLA's operations."""
     from flashoptim_jax import flash_adamw
 
     tx: Any = flash_adamw(**OPTIONS, master_weight_bits=bits, fused=fused)
@@ -66,20 +72,20 @@ FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
 XLA, PALLAS = ", XLA's form", ", its kernel"
 
 _OWN: dict[str, Callable[..., Program]] = {
-    FLOAT32: _jadam,
-    BF16_MOMENTS: partial(_jadam, **BITS_16),
-    CODES: partial(_jadam, **BITS_8),
-    COMPENSATED: _compensated,
-    SMALLEST: partial(_compensated, **BITS_8),
+    FLOAT32: adamw,
+    BF16_MOMENTS: partial(adamw, **BITS_16),
+    CODES: partial(adamw, **BITS_8),
+    COMPENSATED: compensated,
+    SMALLEST: partial(compensated, **BITS_8),
 }
 _FLASH = {FLASH: (jnp.float32, None), FLASH_BF16: (BF16, 24)}
 PROGRAMS: dict[str, Callable[[], Program]] = {
-    OPTAX: lambda: _in_two(optax.adamw(**OPTIONS)),
+    OPTAX: lambda: in_two(optax.adamw(**OPTIONS)),
     **_OWN,
-    UPDATE: lambda: _in_two(jadam.adamw(**OPTIONS, **BITS_8)),
+    UPDATE: lambda: in_two(jadam.adamw(**OPTIONS, **BITS_8)),
     **{name + XLA: partial(make, kernel="xla") for name, make in _OWN.items()},
-    **{name + PALLAS: partial(_flashoptim, *how, fused=True) for name, how in _FLASH.items()},
-    **{name + XLA: partial(_flashoptim, *how, fused=False) for name, how in _FLASH.items()},
+    **{name + PALLAS: partial(flashoptim, *how, fused=True) for name, how in _FLASH.items()},
+    **{name + XLA: partial(flashoptim, *how, fused=False) for name, how in _FLASH.items()},
 }
 
 ONE_LEAF, ALL_LEAVES = "1 leaf of 8192 x 4096", f"{GPT2.name}, {len(GPT2.shapes)} leaves"

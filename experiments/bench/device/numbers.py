@@ -24,9 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from experiments.bench.ahead.programs import BITS_8, BITS_16, Program
+from experiments.bench.ahead.programs import BITS_8, BITS_16, Program, fused, in_two
 from experiments.bench.device.in_jax import about
-from experiments.bench.device.programs import fused, in_two
 from experiments.bench.device.rows import ABOUT, Order, attempt, end, order, say
 
 RATE, DECAY = 0.01, 0.1

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import optax
 
 import jadam
-from experiments.bench.ahead.programs import BITS_8, BITS_16, OPTIONS, Program
+from experiments.bench.ahead.programs import (
+    BF16,
+    BITS_8,
+    BITS_16,
+    OPTIONS,
+    Program,
+    adamw,
+    compensated,
+    flashoptim,
+    in_two,
+)
 from experiments.bench.workloads import (
     GPT2,
     LLAMA3_LAYER,
@@ -21,39 +31,10 @@ from experiments.bench.workloads import (
     Workload,
 )
 
-BF16 = jnp.bfloat16
-
-
-def fused(tx: Any, dtype: Any = jnp.float32) -> Program:
-    """Parameters and state by jadam's `step`."""
-    return Program(tx, lambda params, state, grads: tx.step(grads, state, params), dtype)
-
-
-def in_two(tx: Any, dtype: Any = jnp.float32) -> Program:
-    """`update`, then `optax.apply_updates`."""
-
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Program(tx, step, dtype)
-
-
-def _jadam(dtype: Any = jnp.float32, **options: Any) -> Program:
-    return fused(jadam.adamw(**OPTIONS, **options), dtype)
-
-
-def _compensated(**options: Any) -> Program:
-    return fused(jadam.compensated_weights(jadam.adamw(**OPTIONS, **options)), BF16)
-
 
 def _flashoptim(dtype: Any, bits: int | None) -> Program:
-    from flashoptim_jax import flash_adamw
-
     # Its kernel is for GPUs.
-    is_fused = jax.default_backend() == "gpu"
-    tx: Any = flash_adamw(**OPTIONS, master_weight_bits=bits, fused=is_fused)
-    return Program(tx, tx.step, dtype)
+    return flashoptim(dtype, bits, fused=jax.default_backend() == "gpu")
 
 
 OPTAX, FLOAT32, CODES = "optax float32", "jadam float32", "jadam 8-bit moments"
@@ -64,11 +45,11 @@ FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
 XLA = ", XLA's form"
 
 _OWN: dict[str, Callable[..., Program]] = {
-    FLOAT32: _jadam,
-    BF16_MOMENTS: partial(_jadam, BF16, **BITS_16),
-    CODES: partial(_jadam, **BITS_8),
-    COMPENSATED: _compensated,
-    SMALLEST: partial(_compensated, **BITS_8),
+    FLOAT32: adamw,
+    BF16_MOMENTS: partial(adamw, BF16, **BITS_16),
+    CODES: partial(adamw, **BITS_8),
+    COMPENSATED: compensated,
+    SMALLEST: partial(compensated, **BITS_8),
 }
 PROGRAMS: dict[str, Callable[[], Program]] = {
     **_OWN,

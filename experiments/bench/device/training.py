@@ -17,11 +17,10 @@ import optax
 from flax import nnx
 
 import jadam
-from experiments.bench.ahead.programs import BITS_8, Program
+from experiments.bench.ahead.programs import BITS_8, Program, fused, in_two
 from experiments.bench.device.in_jax import about
-from experiments.bench.device.programs import fused, in_two
 from experiments.bench.device.rows import ABOUT, Order, attempt, end, order, say
-from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.common.gpt import GPT, Shape, is_matrix, loss_fn
 from experiments.common.text import load
 
 SHAPE, BATCH = Shape(layers=12, width=768, heads=12, context=1024), 8
@@ -38,11 +37,6 @@ SAY_SECONDS = 3.0
 """Between two rows of a training that goes on."""
 RESERVE_SECONDS = 4.0
 """What is left of the time for the evaluation."""
-
-
-def is_matrix(params: Any) -> Any:
-    """Which leaves decay: not the scales of norms."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def _adamw(make: Any, **options: Any) -> Any:
