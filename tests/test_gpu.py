@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jadam
+from experiments.bench.ahead import entry
 from jadam._kernels import choice
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,13 @@ def test_the_ptx_has_what_the_library_asks_a_driver_for():
     assert re.findall(r"^\.version (.*)", text, re.MULTILINE) == ["8.1"]
     assert re.findall(r"^\.target (.*)", text, re.MULTILINE) == ["sm_80"]
     assert ".pragma" not in text
+
+
+def test_a_call_is_a_launch():
+    """As many leaves as are joined in one call fit in the arguments of one launch."""
+    primitive = pytest.importorskip("jadam._kernels.primitive")
+    found = re.search(r"kLeavesInLaunch = (\d+);", (FOLDER / "launch.h").read_text())
+    assert int(found[1]) == primitive.GROUP["gpu"] == entry.LEAVES_IN_LAUNCH
 
 
 def test_the_ptx_is_made_of_the_source_that_is_there(tmp_path):

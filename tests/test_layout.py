@@ -27,6 +27,7 @@ ORDER = [
     "jadam._leaf",
     "jadam._kernels.jax_internals",
     "jadam._kernels.native",
+    "jadam._kernels.tiles",
     "jadam._kernels.tpu",
     "jadam._kernels.partitioning",
     "jadam._kernels.primitive",

@@ -1,14 +1,18 @@
-"""The kernel for TPUs: in Pallas's interpreter against XLA's form, and compiled ahead of time."""
+"""The forms for TPUs: on a CPU against XLA's own, and compiled ahead of time."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import printed_ahead
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.bench.ahead import chips
-from jadam._kernels import choice
+from experiments.bench.ahead import chips, programs
+from jadam._kernels import choice, tiles
 from jadam._leaf import Options, leaf_step
 from jadam._masters import Compensated
 from jadam._members import ADAM, ADEMAMIX, AMSGRAD, NADAM
@@ -91,8 +95,14 @@ def assert_close(found, expected, codes):
         assert np.mean(off > units) <= 1e-3
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_makes_the_step_of_xlas_form(name, monkeypatch):
+FORMS = {"pallas": functools.partial(tpu.step, interpret=True), "tiles": tiles.step}
+OF_TILES = ("3 axes, nadam", "int8", "amsgrad", "ademamix")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [*((x, "pallas") for x in CASES), *((x, "tiles") for x in OF_TILES)]
+)
+def test_a_step_on_a_tpu_is_that_of_xlas_form(name, form, monkeypatch):
     """A TPU trains as all other devices do, over shapes, dtypes, members and special numbers."""
     # Small tiles, so that small leaves are cut along both axes.
     monkeypatch.setattr(tpu, "_MAX_ROWS", 32)
@@ -113,17 +123,53 @@ def test_the_kernel_makes_the_step_of_xlas_form(name, monkeypatch):
         return leaf_step(rule, rate, 0.1, count)(g, p, options, stored, extra)
 
     @jax.jit
-    def in_kernel(count, rate, g, p, stored, extra):
-        leaf = (g, p, stored, extra)
-        return tpu.step(rule, rate, 0.1, count, leaf, options, interpret=True)
+    def on_tpu(count, rate, g, p, stored, extra):
+        return FORMS[form](rule, rate, 0.1, count, (g, p, stored, extra), options)
 
     for i in range(2):
         g = gradients(rng, shape, g_dtype, i)
         args = (jnp.int32(i), jnp.float32(0.01), g, p, stored, (*extra, *dither))
-        expected, found = in_xla(*args), in_kernel(*args)
+        expected, found = in_xla(*args), on_tpu(*args)
         assert_close(found, expected, codes)
         p = expected.moved if to_params else p
         stored, extra = expected.stored, expected.extra
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(None, "a")], ids=["rows", "columns"])
+def test_codes_divided_over_tpus_need_no_communication(spec):
+    """Each device puts its own tiles in order: FSDP and ZeRO-1 send no state."""
+    shape, mesh = (64, 1024), jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    stored = chooser(ADAM.moments, "int8", "uint8", 0)(jnp.zeros(shape)).zeros(jnp.zeros(shape))
+    assert tiles.suits(stored, shape, 8)
+    leaf = (jnp.zeros(shape), jnp.zeros(shape), stored, ())
+    leaf = jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    @jax.jit
+    def step(leaf):
+        return tiles.step(RULES["adam"], 0.01, 0.1, jnp.int32(0), leaf, Options(True, True))
+
+    compiled = step.lower(leaf).compile()
+    assert "all-" not in compiled.as_text()
+    assert "collective" not in compiled.as_text()
+    assert all(
+        x.is_equivalent_to(leaf[0].sharding, 2) for x in jax.tree.leaves(compiled.output_shardings)
+    )
+
+
+def test_what_would_be_sent_or_padded_stays_in_rows():
+    """A row of tiles that two devices share would go from one to the other."""
+    codes = (jnp.zeros((1, 1), jnp.uint16),)
+    for shape, devices, suits in [
+        ((64, 1024), 8, True),
+        ((2, 64, 1024), 8, True),
+        ((32, 1024), 8, False),
+        ((64, 512), 8, False),
+        ((63, 128), 1, False),
+        ((64, 96), 1, False),
+        ((1024,), 1, False),
+    ]:
+        assert tiles.suits(codes, shape, devices) is suits, (shape, devices)
+    assert not tiles.suits((jnp.zeros((1, 1)),), (64, 1024), 1)
 
 
 SHAPES = {
@@ -165,9 +211,9 @@ AHEAD = """
 import json
 from experiments.bench.ahead.chips import V5E
 from experiments.bench.ahead.compiled import figures
-from experiments.bench.ahead.programs import BF16_MOMENTS, CODES, COMPENSATED, PROGRAMS, SMALLEST
-names, shapes = (BF16_MOMENTS, CODES, COMPENSATED, SMALLEST), ((8192, 4096),)
-print(json.dumps({name: figures(PROGRAMS[name](), shapes, V5E) for name in names}))
+from experiments.bench.ahead.programs import PROGRAMS
+names, shapes = {names}, ((8192, 4096),)
+print(json.dumps({{name: figures(PROGRAMS[name](), shapes, V5E) for name in names}}))
 """
 
 
@@ -178,8 +224,16 @@ print(json.dumps({name: figures(PROGRAMS[name](), shapes, V5E) for name in names
 )
 def test_a_step_is_one_pass_on_a_tpu():
     """Memory is what 8-bit moments are for: a step reads each array once and needs no other."""
-    for name, figures in printed_ahead(AHEAD).items():
+    own = (programs.BF16_MOMENTS, programs.CODES, programs.COMPENSATED, programs.SMALLEST)
+    by_xla = programs.CODES + programs.DIVIDED
+    found = printed_ahead(AHEAD.format(names=(*own, by_xla)))
+    divided = found.pop(by_xla)
+    for name, figures in found.items():
         assert figures["calls"] == {"tpu_custom_call": 1}, (name, figures)
         # Tops are padded to 128 a row, of 32. A small leaf would be copied into the chip first.
         assert figures["bytes"] <= 1.05 * figures["least"], (name, figures)
         assert figures["temporary"] <= 0.1, (name, figures)
+    # Without `step_in_parts`: three passes, no other memory and nothing sent.
+    assert divided["collectives"] == 0
+    assert divided["bytes"] <= 28 * 1.01, divided
+    assert divided["temporary"] <= 0.1, divided

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jadam._kernels import jax_internals, native
+from jadam._kernels import jax_internals, native, tiles
 from jadam._kernels.jax_internals import Place
 from jadam._kernels.partitioning import partitioned
 from jadam._leaf import Options, Stepped, increment, leaf_step
@@ -156,12 +156,7 @@ def _varying_alike(*operands: Array) -> list[Array]:
 
 def _in_xla(*operands: Any, plan: Plan) -> list[Any]:
     """The same step as XLA's operations."""
-    numbers, leaves = _numbers_and_leaves(plan, operands)
-    step = leaf_step(*numbers)
-    return _flat(
-        step(leaf.g, leaf.p, options, leaf.stored, leaf.extra)
-        for leaf, options in zip(leaves, plan.options, strict=True)
-    )
+    return _leaf_by_leaf(plan, operands)
 
 
 def _in_pallas(*operands: Any, plan: Plan) -> list[Any]:
@@ -170,14 +165,34 @@ def _in_pallas(*operands: Any, plan: Plan) -> list[Any]:
     Where `jax.shard_map` checks how arrays vary, it makes what Pallas does not lower: XLA's form.
     """
     if any(jax_internals.varying_axes(x) for x in operands):
-        return _in_xla(*operands, plan=plan)
+        return _in_tiles(*operands, plan=plan)
     # Imported where it is in use: Pallas takes a while.
     tpu = importlib.import_module("jadam._kernels.tpu")
+    return _leaf_by_leaf(plan, operands, tpu.step, lambda leaf, on: "tpu" in on)
+
+
+def _in_tiles(*operands: Any, plan: Plan, devices: int = 1) -> list[Any]:
+    """The same step as XLA's operations, of codes in the order of a TPU's memory."""
+
+    def has(leaf: Leaf, on: frozenset[str]) -> bool:
+        del on
+        return tiles.suits(leaf.stored, leaf.g.shape, devices)
+
+    return _leaf_by_leaf(plan, operands, tiles.step, has)
+
+
+def _leaf_by_leaf(
+    plan: Plan,
+    operands: Sequence[Any],
+    form: Callable[..., Stepped] | None = None,
+    has: Callable[[Leaf, frozenset[str]], bool] = lambda leaf, on: False,
+) -> list[Any]:
+    """The step of each leaf, by a form of `leaf_step` if that has it: it takes the leaf as one."""
     numbers, leaves = _numbers_and_leaves(plan, operands)
     in_xla = leaf_step(*numbers)
     return _flat(
-        tpu.step(*numbers, tuple(leaf), options)
-        if "tpu" in on
+        form(*numbers, tuple(leaf), options)
+        if form is not None and has(leaf, on)
         else in_xla(leaf.g, leaf.p, options, leaf.stored, leaf.extra)
         for leaf, options, on in zip(leaves, plan.options, plan.on, strict=True)
     )
@@ -285,8 +300,12 @@ def _form_of_library(platform: str, place: Place, devices: int) -> Callable[...,
 
 def _form_on_tpu(place: Place, devices: int) -> Callable[..., Any]:
     """The kernel for a whole leaf or a device's own part: it is not divided over devices."""
-    del devices
-    return _in_pallas if place is Place.ONE_DEVICE else _in_xla
+    forms = {
+        Place.ONE_DEVICE: _in_pallas,
+        Place.DIVIDED: functools.partial(_in_tiles, devices=devices),
+        Place.UNKNOWN: _in_xla,
+    }
+    return forms[place]
 
 
 _step_p = jax_internals.new_primitive(

@@ -17,12 +17,15 @@ from jadam._kernels import primitive
 
 def figures(program: Program, shapes: Shapes, chip: Chip) -> dict[str, Any]:
     """What XLA says of a program for these leaves on a chip; bytes are bytes a parameter."""
-    where = NamedSharding(Mesh(np.array(chip.devices()), "x"), P())
+    mesh = Mesh(np.array(chip.devices(program.chips)), "x")
+
+    def lying(x: Any) -> Any:
+        spec = P("x") if x.ndim > 1 and program.chips > 1 else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
     params = [jax.ShapeDtypeStruct(shape, program.dtype) for shape in shapes]
     state = jax.eval_shape(program.tx.init, params)
-    args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (params, state, params)
-    )
+    args = jax.tree.map(lying, (params, state, params))
     start = time.perf_counter()
     compiled = compile_for(chip, program.step, *args)
     seconds = time.perf_counter() - start
@@ -30,7 +33,7 @@ def figures(program: Program, shapes: Shapes, chip: Chip) -> dict[str, Any]:
     parameters = sum(p.size for p in params)
     least = sum(x.size * x.dtype.itemsize for x in (*jax.tree.leaves(args), *results)) / parameters
     return {
-        **read_off(compiled, chip, parameters),
+        **read_off(compiled, chip, parameters // program.chips),
         "least": least,
         "donated": len(jax.tree.leaves(args[:2])),
         "compile_s": seconds,

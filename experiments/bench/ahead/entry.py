@@ -13,7 +13,8 @@ _NOT_LAUNCHED = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast
 _NOT_A_KERNEL = "ConcatBitcast"  # slices that lie beside each other on a TPU, as one array
 _COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all-to-all")
 _STEP = "jadam_step"
-_LEAVES_IN_LAUNCH = 256
+LEAVES_IN_LAUNCH = 256
+"""Of jadam's library for GPUs."""
 
 
 class Launch(NamedTuple):
@@ -124,7 +125,7 @@ def _kernels_of_step(results: str, attributes: str) -> int:
         floats = "float32" if (p, m, v) == ("f32",) * 3 else "floats"
         kernel = (weights > 0, "codes" if m == "u16" else "floats" if weights else floats)
         leaves[kernel] = leaves.get(kernel, 0) + 1
-    return sum(math.ceil(n / _LEAVES_IN_LAUNCH) for n in leaves.values())
+    return sum(math.ceil(n / LEAVES_IN_LAUNCH) for n in leaves.values())
 
 
 def _attribute_size(name: str, attributes: str) -> int:

@@ -24,11 +24,13 @@ class Program(NamedTuple):
         tx: the transformation.
         step: `(params, state, grads) -> (params, state)`.
         dtype: of parameters and gradients.
+        chips: over how many XLA divides the rows of each array.
     """
 
     tx: Any
     step: Callable[..., tuple[Any, Any]]
     dtype: Any
+    chips: int = 1
 
 
 def fused(tx: Any, dtype: Any = jnp.float32) -> Program:
@@ -64,12 +66,17 @@ def flashoptim(dtype: Any, bits: int | None, *, fused: bool) -> Program:
     return Program(tx, tx.step, dtype)
 
 
+def over_chips(make: Callable[[], Program]) -> Program:
+    """The step of arrays that lie in parts on a host's chips, without `step_in_parts`."""
+    return make()._replace(chips=8)
+
+
 OPTAX, FLOAT32, BF16_MOMENTS = "optax", "jadam float32", "jadam bf16 moments"
 CODES, COMPENSATED = "jadam 8-bit moments", "jadam compensated bf16 weights"
 SMALLEST = "jadam 7 bytes: compensated, 8-bit"
 UPDATE = f"{CODES}, update"
 FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
-XLA, PALLAS = ", XLA's form", ", its kernel"
+XLA, PALLAS, DIVIDED = ", XLA's form", ", its kernel", ", divided by XLA"
 
 _OWN: dict[str, Callable[..., Program]] = {
     FLOAT32: adamw,
@@ -78,12 +85,14 @@ _OWN: dict[str, Callable[..., Program]] = {
     COMPENSATED: compensated,
     SMALLEST: partial(compensated, **BITS_8),
 }
+_OF_CODES = (CODES, SMALLEST)
 _FLASH = {FLASH: (jnp.float32, None), FLASH_BF16: (BF16, 24)}
 PROGRAMS: dict[str, Callable[[], Program]] = {
     OPTAX: lambda: in_two(optax.adamw(**OPTIONS)),
     **_OWN,
     UPDATE: lambda: in_two(jadam.adamw(**OPTIONS, **BITS_8)),
     **{name + XLA: partial(make, kernel="xla") for name, make in _OWN.items()},
+    **{name + DIVIDED: partial(over_chips, _OWN[name]) for name in _OF_CODES},
     **{name + PALLAS: partial(flashoptim, *how, fused=True) for name, how in _FLASH.items()},
     **{name + XLA: partial(flashoptim, *how, fused=False) for name, how in _FLASH.items()},
 }
@@ -104,4 +113,5 @@ def compiled_for(platform: str, leaves: str) -> list[str]:
     if leaves == ALL_LEAVES:
         return [OPTAX, *_OWN, *(flash if platform == "cuda" else [])]
     by_xla = [name + XLA for name in (*_OWN, *_FLASH)] if flash else [name + XLA for name in _OWN]
-    return list(dict.fromkeys([OPTAX, *_OWN, *flash, UPDATE, *by_xla]))
+    divided = [name + DIVIDED for name in _OF_CODES] if platform == "tpu" else []
+    return list(dict.fromkeys([OPTAX, *_OWN, *flash, UPDATE, *divided, *by_xla]))
