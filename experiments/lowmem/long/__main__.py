@@ -1,8 +1,8 @@
 """Trains and fine-tunes with each setting, long enough for what is lost to show.
 
-    python -m experiments.lowmem.long               # a night on two cores
-    python -m experiments.lowmem.long --seeds 8 --minutes 6      # on a GPU
-    python -m experiments.lowmem.long --tiny        # a rehearsal, in a minute
+    python -m experiments.lowmem.long                       # a night on two cores
+    python -m experiments.lowmem.long --seeds 8 --together 4 --minutes 6    # on a GPU
+    python -m experiments.lowmem.long --tiny --seeds 1      # a rehearsal, in two minutes
 
 Each finished run is a file in `--folder`, so that a stopped command goes on where it was, and all
 of them are one file, `--results`, which is written anew after each run. It needs jax, optax, flax,
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,12 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m experiments.lowmem.long", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--settings", nargs="+", choices=list(LONG), default=list(LONG))
-    parser.add_argument("--seeds", type=int, default=4, help="of parameters and data: 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="of parameters and data: 0, 1, ...")
     parser.add_argument(
         "--together", type=int, help="seeds in one program; default: 1 on a CPU, else all"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then no run is begun")
+    parser.add_argument("--steps", type=int, help="of a training, in place of the config's")
     parser.add_argument("--folder", type=Path, default=RUNS, help="where finished runs are")
     parser.add_argument("--results", type=Path, help=f"all of them as one file; {RESULTS.name}")
     parser.add_argument("--commit", help="what is run, where there is no git")
@@ -196,11 +197,12 @@ def main(given: argparse.Namespace) -> None:
     # A GPU's own choice for float32 is a product of 10 bits.
     jax.config.update("jax_default_matmul_precision", "float32")
     text = load(given.folder)
-    task = Task(TINY if given.tiny else Config(), text)
+    config = TINY if given.tiny else Config()
+    task = Task(replace(config, steps=given.steps or config.steps), text)
     origin = provenance(shlex.join(["python", "-m", "experiments.lowmem.long", *sys.argv[1:]]))
     origin |= {"commit": given.commit} if given.commit else {}
-    config = json.loads(json.dumps({**asdict(task.config), "text": text.origin}))
-    runs = Runs(given.folder, given.results, config, origin)
+    described = json.loads(json.dumps({**asdict(task.config), "text": text.origin}))
+    runs = Runs(given.folder, given.results, described, origin)
     groups = np.arange(given.seeds).reshape(-1, given.together).tolist()
     todo = [
         (setting, seeds)

@@ -16,7 +16,6 @@ import jadam
 from experiments.common.gpt import is_matrix
 from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM
-from jadam._state import Moment
 from jadam._storage import EightBitCodes, Storage
 from jadam._storage import storage_of as dithered
 
@@ -36,7 +35,7 @@ class NearestCodes(EightBitCodes):
         return super()._encode(moments, bounds, fed, relation, None)
 
 
-def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
+def storage_of(moments: tuple[Any, ...], stored: Sequence[Any]) -> Storage:
     """As jadam's; leaves too small for codes are float32 in both."""
     return NearestCodes(moments) if EightBitCodes.holds(stored) else dithered(moments, stored)
 

@@ -57,7 +57,7 @@ EVERY = 50
 class Config:
     """What all runs have in common."""
 
-    steps: int = 6000
+    steps: int = 4000
     warmup: int = 200
     chunk: int = 500
     """Steps of a compiled program, after which the validation loss is taken."""
