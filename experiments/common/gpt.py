@@ -96,8 +96,12 @@ def cross_entropy(logits: Float[Array, "n t 256"], text: Int[Array, "n t+1"]) ->
 
 
 def is_matrix(params: PyTree) -> PyTree:
-    """Which leaves decay: not the scales of norms, nor biases."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Which leaves decay: not biases, nor the scales of norms, those of stacked blocks included."""
+
+    def decays(path: tuple, p: Array) -> bool:
+        return p.ndim > 1 and not jax.tree_util.keystr(path).endswith("['scale']")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def scanned(model: GPT) -> tuple[PyTree, Callable[[PyTree, Array], Array]]:

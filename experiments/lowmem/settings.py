@@ -66,7 +66,10 @@ def flash_adamw(
     """The 7-byte peer, as a transformation; not fused, since its kernels are for GPUs."""
     from flashoptim_jax import flash_adamw
 
-    undecayed = {"params": lambda path, leaf: leaf.ndim < 2, "weight_decay": 0.0}
+    undecayed = {
+        "params": lambda path, leaf: leaf.ndim < 2 or path[-1] == "scale",
+        "weight_decay": 0.0,
+    }
     flash = flash_adamw(learning_rate, weight_decay=decay, fused=False, param_groups=[undecayed])
 
     def update(
