@@ -36,8 +36,8 @@ STEPS = 10
 """In a loop."""
 COPIED = 4_000_000_000
 """Bytes of the array whose copy is timed."""
-COMPILE_SECONDS = 40.0
-"""How long the programs of a workload may compile."""
+COMPILING = 0.4
+"""The share of the time that is left which the programs of a workload may compile for."""
 
 
 def about() -> dict[str, Any]:
@@ -199,11 +199,12 @@ def speed(given: Order) -> None:
             if reasons[name] is None and given.left > 0
         }
         # Nothing is timed beside a compilation, as far as it can be helped.
-        wait(making.values(), timeout=max(0.0, min(COMPILE_SECONDS, given.left)))
+        limit = max(0.0, COMPILING * given.left)
+        wait(making.values(), timeout=limit)
         for name in names:
             attempt(
                 f"{workload.name} / {name}",
-                functools.partial(_row, reasons[name], making.get(name), workload.shapes),
+                functools.partial(_row, reasons[name], making.get(name), workload.shapes, limit),
                 given,
                 workload=workload.name,
                 contender=name,
@@ -213,13 +214,15 @@ def speed(given: Order) -> None:
             )
 
 
-def _row(missing: str | None, making: Future[Compiled] | None, shapes: Shapes) -> dict[str, Any]:
+def _row(
+    missing: str | None, making: Future[Compiled] | None, shapes: Shapes, limit: float
+) -> dict[str, Any]:
     """A contender's times, if it is compiled."""
     if making is None:
         return {"missing": missing or "no time was left"}
     if not making.done():
         making.cancel()
-        return {"missing": f"not compiled in {COMPILE_SECONDS:.0f} s"}
+        return {"missing": f"not compiled in {limit:.0f} s"}
     return timed(making.result(), shapes)
 
 
