@@ -1105,6 +1105,16 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 
 @needs_safetensors
+def test_a_state_in_the_place_of_the_path_is_refused_by_name(tmp_path):
+    """The two arguments are easily exchanged."""
+    state = jadam.adam(1e-3).init({"w": jnp.ones(3)})
+    for call in (migrate.to_safetensors, migrate.from_safetensors):
+        with pytest.raises(TypeError, match=r"^path: expected a str or os.PathLike, got tuple"):
+            call(state, str(tmp_path / "state"))
+    assert not list(tmp_path.iterdir())
+
+
+@needs_safetensors
 def test_a_file_of_another_tree_is_refused(tmp_path):
     """A leaf that is missing, not expected, of another shape or dtype; no file; no checksum."""
     import safetensors.numpy
@@ -1138,7 +1148,7 @@ def test_what_a_file_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, mon
     for tree, error, message in [
         ({"a.b": 1.0, "a": {"b": 2.0}}, ValueError, "state['a']['b'] and state['a.b']: .*'a.b'"),
         ({"w": np.ones(2, np.complex128)}, ValueError, 'state: w: Unknown dtype "complex128"'),
-        ({"w": "text"}, ValueError, "state: w: Unknown dtype"),
+        ({"w": "text"}, TypeError, "state: w: expected an array of numbers, got 'text'"),
         ({"w": jax.random.key(0)}, TypeError, "state: w: expected an array"),
         ({"__metadata__": 1.0}, ValueError, "state: expected leaves of other names than '__meta"),
     ]:

@@ -46,7 +46,16 @@ def _host(where: str, leaf: Any) -> Shaped[np.ndarray, "*shape"]:
         array = np.asarray(leaf, order="C")
     except Exception as error:
         raise TypeError(f"{where}: expected an array that this process holds; {error}") from error
+    if array.dtype.kind in "OSU":
+        raise TypeError(f"{where}: expected an array of numbers, got {leaf!r}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _path(value: Any) -> Path:
+    """The argument `path`, which a state in its place is not."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"path: expected a str or os.PathLike, got {type(value).__name__}")
+    return Path(value)
 
 
 def _seal(array: Shaped[np.ndarray, "*shape"]) -> str:
@@ -128,7 +137,8 @@ def to_safetensors(path: str | os.PathLike[str], state: PyTree) -> None:
             not complex128.
 
     Raises:
-        TypeError: a leaf is no array, or lies on devices of other processes (use Orbax there).
+        TypeError: a leaf is no array of numbers, or lies on devices of other processes (use Orbax
+            there); or path is none.
         ValueError: safetensors does not have a leaf's dtype or its name, or two leaves have one
             name.
         OSError: the file cannot be written, or is none, but a folder or a device.
@@ -145,6 +155,7 @@ def to_safetensors(path: str | os.PathLike[str], state: PyTree) -> None:
     import safetensors
     import safetensors.numpy
 
+    path = Path(os.path.realpath(_path(path)))
     arrays = {name: _host(f"state: {name}", x) for name, x in _named("state", state).items()}
     for name, array in arrays.items():
         try:
@@ -156,7 +167,6 @@ def to_safetensors(path: str | os.PathLike[str], state: PyTree) -> None:
             "state: expected leaves of other names than '__metadata__', which a safetensors file "
             "has for its own"
         )
-    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: expected a file to replace")
     seals = {name: _seal(x) for name, x in arrays.items()}
@@ -177,13 +187,14 @@ def from_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
             Arrays go to its devices.
 
     Raises:
+        TypeError: path is none.
         ValueError: the file is truncated or changed, or a name, shape or dtype differs from that
             of `like`.
         OSError: there is no such file.
     """
     import safetensors
 
-    content = Path(path).read_bytes()  # once: another process may replace the file
+    content = _path(path).read_bytes()  # once: another process may replace the file
     try:
         found = dict(safetensors.deserialize(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
