@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._traced import is_tracer
 from jadam._types import Count, PyTree, Scalar, ScalarOrSchedule
 
 Check: TypeAlias = Callable[[str, Any], Any]
@@ -44,12 +44,12 @@ def scalar(name: str, value: Any) -> Scalar:
 
 def _is_real(value: Any) -> bool:
     """Whether a complex scalar has no imaginary part; a traced one is taken at its word."""
-    return isinstance(value, jax.core.Tracer) or not np.any(np.imag(np.asarray(value)))
+    return is_tracer(value) or not np.any(np.imag(np.asarray(value)))
 
 
 def _known(value: Scalar) -> float | None:
     """The value, or None while it is being traced or lies on devices of other processes."""
-    if isinstance(value, jax.core.Tracer):
+    if is_tracer(value):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
@@ -153,7 +153,7 @@ def flag(name: str, value: Any) -> bool:
 def size(name: str, value: Any) -> int:
     """A number of elements."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        injected = isinstance(value, jax.core.Tracer)
+        injected = is_tracer(value)
         hint = f"; name {name} in static_args of optax.inject_hyperparams" if injected else ""
         raise TypeError(f"{name}: expected a whole number, got {value!r}{hint}")
     if value < 0:

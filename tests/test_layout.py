@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jadam"
 ORDER = [
     "jadam._types",
+    "jadam._traced",
     "jadam._validate",
     "jadam._rounding",
     "jadam._math",
@@ -104,6 +105,13 @@ def test_a_module_imports_only_modules_above_it(module):
     outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
     allowed = {"jadam", "jax", "jaxtyping", "numpy"}
     assert outside <= allowed | MAY_ALSO_IMPORT.get(module, set())
+
+
+def test_what_jax_does_not_promise_is_used_in_two_rooms():
+    """Who ports jadam to a new version of JAX knows where to look."""
+    inner = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
+    found = {module for module in ORDER if any(x.startswith(inner) for x in imported(module))}
+    assert found == {"jadam._traced", "jadam._kernels.jax_internals"}
 
 
 def test_importing_jadam_starts_no_backend_and_needs_no_extra():

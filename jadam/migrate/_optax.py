@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jadam._search import Maximum, check_maximum, refuse_codes, states_in
+from jadam._traced import is_tracer
 from jadam._types import PyTree
 from jadam.migrate._foreign import check_possible
 
@@ -64,7 +64,7 @@ def from_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
 
 def _known(x: Any) -> bool:
     """Whether an array has values here: neither abstract nor traced."""
-    return not isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer))
+    return not (isinstance(x, jax.ShapeDtypeStruct) or is_tracer(x))
 
 
 def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
-from jax.interpreters import partial_eval
 
 from jadam._kernels.choice import left_to_xla
 from jadam._rounding import as_layer
+from jadam._traced import function_of, inside, part_of
 from jadam._transform import FusedTransformation
 from jadam._types import PyTree
 from jadam.sharding._rules import owner_of
@@ -108,7 +107,7 @@ class Program:
     def part(self, outputs: Sequence[Slot]) -> Callable[..., list[Any]]:
         """`(consts, layer, arrays by slots) -> outputs`: the equations that they need alone."""
         jaxpr, used = self._part(outputs)
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+        run = function_of(jaxpr)
 
         def make(consts: Sequence[Any], layer: Any, arrays: dict[Slot, Any]) -> list[Any]:
             names = [*consts, layer, *self._inputs]
@@ -127,7 +126,7 @@ class Program:
         wanted = set(outputs)
         ordered = [slot in wanted for slot in self._outputs]
         assert [s for s in self._outputs if s in wanted] == list(outputs)
-        return partial_eval.dce_jaxpr(self._jaxpr, ordered)
+        return part_of(self._jaxpr, ordered)
 
     def _check_types(self, closed: Any, slices: Sequence[Any], state: PyTree) -> None:
         """What comes out is what goes in."""
@@ -180,7 +179,7 @@ def _draws(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "random_bits":
             yield equation
-        for inner in core.jaxprs_in_params(equation.params):
+        for inner in inside(equation):
             yield from _draws(inner)
 
 

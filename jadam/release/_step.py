@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from jadam import _validate
+from jadam._traced import function_of, is_tracer
 from jadam._types import PyTree
 from jadam.release import _scan
 from jadam.release._program import Program, Slot
@@ -76,7 +75,7 @@ def train_step(
     def step(params: PyTree, state: PyTree, *args: Any, **kwargs: Any) -> Any:
         _validate.inexact_leaves("params", params)
         leaves, structure = jax.tree.flatten(params)
-        leaves = [x if isinstance(x, jax.core.Tracer) else jnp.array(x) for x in leaves]
+        leaves = [x if is_tracer(x) else jnp.array(x) for x in leaves]
         kept, state_structure = jax.tree.flatten(state)
         numbers = survey(loss, structure.unflatten(leaves), args, kwargs)
         if not numbers:
@@ -135,7 +134,7 @@ def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., A
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     jaxpr = closed.jaxpr
     jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    run = function_of(jaxpr)
 
     def pure(values: Sequence[Any], *args: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), run(*values, *jax.tree.leaves(args)))

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
+from jadam._traced import level
 from jadam._types import PyTree
 from jadam.release import _scan
 
@@ -90,7 +90,7 @@ class Survey:
         """The tracers that stand for the parameters, and the level of the trace that is theirs."""
         self._leaves = leaves  # no other object may get their ids
         self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
-        self._level = core.get_opaque_trace_state(convention="jadam")
+        self._level = level()
 
     def scan(self, f: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any) -> Any:
         """Notes the parameters among xs."""
@@ -99,7 +99,7 @@ class Survey:
             number = self._numbers.get(id(leaf))
             if number is None:
                 return leaf
-            if core.get_opaque_trace_state(convention="jadam") != self._level:
+            if level() != self._level:
                 raise ValueError(
                     f"{self.names[number]}: got jadam.release.scan inside of another "
                     f"transformation of JAX or another scan; {INSTEAD}"

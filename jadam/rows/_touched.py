@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
+
+from jadam._traced import is_tracer
 
 
 class Touched(NamedTuple):
@@ -58,7 +59,7 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     dtype = getattr(ids, "dtype", None) or np.asarray(ids).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"ids: expected integers, got dtype {dtype}")
-    if not isinstance(ids, jax.core.Tracer) and np.size(ids):
+    if not is_tracer(ids) and np.size(ids):
         least, largest = np.min(np.asarray(ids)), np.max(np.asarray(ids))
         for id in (least, largest):
             if not 0 <= id < size:

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend import core
 
+from jadam._traced import ClosedJaxpr, Equation, function_of, is_literal
 from jadam._types import PyTree
 from jadam.sharding._rules import Path, owner_of
 
@@ -90,7 +90,7 @@ def _by_parameter(updates: PyTree, state: PyTree) -> list[list[int]]:
 class _Program:
     """A traced function whose outputs are computed in turn, each when it is asked for."""
 
-    def __init__(self, closed: core.ClosedJaxpr):
+    def __init__(self, closed: ClosedJaxpr):
         self._jaxpr = closed.jaxpr
         self._values: dict[Any, Any] = dict(zip(self._jaxpr.constvars, closed.consts, strict=True))
         self._inputs = {v: i for i, v in enumerate(self._jaxpr.invars)}
@@ -104,17 +104,16 @@ class _Program:
         self._values |= dict(zip(new, fetch([self._inputs[v] for v in new]), strict=True))
         made = [v for equation in equations for v in equation.outvars]
         part = self._jaxpr.replace(constvars=[], invars=starts, outvars=made, eqns=equations)
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))
-        results = function(*(self._values[v] for v in starts))
+        results = function_of(part)(*(self._values[v] for v in starts))
         self._values |= dict(zip(made, results, strict=True))
-        return [v.val if isinstance(v, core.Literal) else self._values[v] for v in wanted]
+        return [v.val if is_literal(v) else self._values[v] for v in wanted]
 
-    def _needed(self, wanted: list[Any]) -> tuple[list[core.JaxprEqn], list[Any]]:
+    def _needed(self, wanted: list[Any]) -> tuple[list[Equation], list[Any]]:
         """The equations still to compute for these variables, and what they start from."""
         equations, starts, pending, seen = [], [], list(wanted), set()
         while pending:
             variable = pending.pop()
-            if isinstance(variable, core.Literal) or variable in seen:
+            if is_literal(variable) or variable in seen:
                 continue
             seen.add(variable)
             if variable in self._values or variable in self._inputs:
