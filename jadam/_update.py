@@ -270,8 +270,12 @@ def _through_kernel(*args: Any) -> list[Any]:
         return []
     # Imported where a kernel is in use: without what it needs of JAX, the rest goes on.
     primitive = importlib.import_module("jadam._kernels.primitive")
-    rows, platforms = zip(*taken, strict=True)
-    return primitive.through_kernel(*numbers, rows, platforms)
+    calls = [[leaf] for leaf in taken] if choice.is_apart() else [taken]
+    return [
+        stepped
+        for leaves in calls
+        for stepped in primitive.through_kernel(*numbers, *zip(*leaves, strict=True))
+    ]
 
 
 def with_frozen(moved: PyTree, params: PyTree) -> PyTree:

@@ -65,6 +65,8 @@ def loss(params: dict[str, Any], text: jax.Array) -> jax.Array:
 def plain(tx: Any) -> Callable[..., Any]:
     def step(params: Any, state: Any, text: jax.Array) -> Any:
         value, grads = jax.value_and_grad(loss)(params, text)
+        if isinstance(tx, jadam.FusedTransformation):
+            return *tx.step(grads, state, params), value
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 

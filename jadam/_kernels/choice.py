@@ -300,3 +300,21 @@ def left_to_xla() -> Iterator[None]:
         yield
     finally:
         _is_left_to_xla.reset(token)
+
+
+_is_apart = contextvars.ContextVar("is_apart", default=False)
+
+
+def is_apart() -> bool:
+    """Whether each leaf is to be a call of its own."""
+    return _is_apart.get()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Traces a call of the kernel for each leaf, so that the program can be taken apart."""
+    token = _is_apart.set(True)
+    try:
+        yield
+    finally:
+        _is_apart.reset(token)

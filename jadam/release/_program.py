@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jadam._kernels.choice import left_to_xla
+from jadam._kernels.choice import apart
 from jadam._rounding import as_layer
 from jadam._traced import function_of, inside, part_of
 from jadam._transform import FusedTransformation
@@ -16,8 +16,8 @@ from jadam.sharding._rules import owner_of
 
 MIXES = (
     "a released step makes each leaf's step when its gradient arrives, so that a transformation "
-    "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite; "
-    'also kernel="native") cannot be released; clip each leaf by itself, with '
+    "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite) "
+    "cannot be released; clip each leaf by itself, with "
     "optax.clip_by_block_rms, and skip steps with skip_if"
 )
 
@@ -69,7 +69,7 @@ class Program:
             grads_in = self._structure.unflatten([given[slot] for slot in grads])
             params_in = self._structure.unflatten([given[slot] for slot in self.param_slots])
             state_in = state_structure.unflatten([given[slot] for slot in self.state_slots])
-            with left_to_xla(), as_layer(layer):
+            with apart(), as_layer(layer):
                 return jax.tree.leaves(_step(tx, grads_in, state_in, params_in))
 
         leaves, kept = [x for _, x in flat], [x for _, x in kept]
