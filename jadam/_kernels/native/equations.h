@@ -116,6 +116,20 @@ struct Adam {
   }
 };
 
+// ---- _missed.py
+
+// By what the missed steps move an element, over m: without eps_root. `floors` and `shifts` are the
+// scales of the nodes times 2^-51.5 and times eps.
+JADAM_INLINE F32 motion(F32 v, float plain, const float* factors, const float* floors,
+                        const float* shifts, int64_t nodes) {
+  const F32 root = sqrt(v);
+  F32 total = all(plain);
+  for (int64_t q = 0; q < nodes; ++q) {
+    total += divide(all(factors[q]), at_least(root, all(floors[q])) + shifts[q]);
+  }
+  return total;
+}
+
 // ---- codes.py
 
 constexpr int kTop = 510, kNaN = 511, kM = 63;

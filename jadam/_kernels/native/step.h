@@ -88,14 +88,57 @@ struct Leaf {
 };
 
 struct Range {
-  int64_t begin, end;  // blocks
+  int64_t begin, end;  // blocks, or rows of a batch
 };
 
 using Kernel = void (*)(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&);
 
-#define JADAM_DECLARE(isa)                                                  \
-  namespace isa {                                                           \
+// The rows of a table that a batch touches; table, moments and gradients are of float32.
+struct Batch {
+  int64_t rows, width;  // of the table
+  int64_t n;            // places of the batch, each with a row
+  const int32_t* ids;   // the rows; what is not in the table counts for nothing
+  // What the steps that each has missed make of it, by _missed.Absence: `Missed`, then of each node
+  // of the interpolation its factor, then of each its scale.
+  const float* missed;
+  int64_t nodes;
+  const float *p, *m, *v;
+  float* now;  // [n, width]: the rows as they are after the missed steps
+
+  bool has(int64_t place) const { return 0 <= ids[place] && ids[place] < rows; }
+  const float* missed_of(int64_t place) const { return missed + place * (kMissed + 2 * nodes); }
+
+  static constexpr int64_t kMissed = 5;
+};
+
+struct Missed {
+  float steps;
+  float plain;   // beside the quotients
+  float first;   // by which m fades
+  float second;  // by which v fades
+  float decay;   // p + decay p
+};
+static_assert(sizeof(Missed) == Batch::kMissed * sizeof(float));
+
+// A step of these rows in place, from `Batch::now`. A row that comes again has one gradient, the sum.
+struct Update {
+  const float* g;        // [n, width]
+  const int64_t* first;  // of each row its first place in the batch
+  const int64_t* next;   // of each place the next one with the same row; -1 where there is none
+  float *p, *m, *v;
+  int32_t* last;
+  int32_t count;  // after the step
+  bool decays;
+};
+
+using CatchUp = void (*)(const Batch&, Range places, float eps);
+using StepRows = void (*)(const Batch&, const Update&, Range rows, const Numbers&);
+
+#define JADAM_DECLARE(isa)                                                     \
+  namespace isa {                                                              \
   void run(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&); \
+  void catch_up(const Batch&, Range, float);                                   \
+  void step_rows(const Batch&, const Update&, Range, const Numbers&);          \
   }
 JADAM_DECLARE(avx512)
 JADAM_DECLARE(avx2)
