@@ -89,6 +89,18 @@ CPU = Kernel(
 )
 
 
+ROWS = Kernel(
+    platform="cpu",
+    # Of the rows that a batch touches, where the steps that they have missed are summed or none are
+    # made: not where they are made one by one.
+    features=CPU.features
+    & (
+        _members(lambda member: True)
+        | {"gradients float32, parameters float32", "moments float32 float32"}
+        | {"decays", "to_params"}
+    ),
+)
+
 GPU = dataclasses.replace(CPU, platform="gpu")
 
 
@@ -168,6 +180,20 @@ def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list
         return found if found & wanted else frozenset()
 
     return [platforms(leaf) for leaf in leaves]
+
+
+def takes_rows(
+    choice: Choice, rule: Rule, g: Any, p: Any, options: Options, stored: Any, *, one_by_one: bool
+) -> bool:
+    """Whether the kernel for rows takes those of a table p with gradients g."""
+    features = set(features_of(rule, g, p, options, stored, ()))
+    if one_by_one:
+        features.add("missed steps one by one")
+    for name in ("eps", "eps_root"):
+        x = rule.hyperparameters[name]
+        if not isinstance(x, (int, float)) or (name == "eps_root" and x != 0):
+            features.add(name)
+    return "cpu" in _wanted(choice) and ROWS.has(frozenset(features), np.shape(p))
 
 
 def _wanted(choice: Choice) -> frozenset[str]:

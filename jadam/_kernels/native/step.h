@@ -93,32 +93,25 @@ struct Range {
 
 using Kernel = void (*)(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&);
 
+// What the steps that rows have missed make of them, as _missed.Sums: a number for each place of a
+// batch, and for each node of the interpolation.
+struct Missed {
+  const float *steps, *plain, *first, *second, *decay;
+  const float *factors, *scales;  // [nodes, n]
+  int64_t nodes;
+};
+
 // The rows of a table that a batch touches; table, moments and gradients are of float32.
 struct Batch {
   int64_t rows, width;  // of the table
   int64_t n;            // places of the batch, each with a row
   const int32_t* ids;   // the rows; what is not in the table counts for nothing
-  // What the steps that each has missed make of it, by _missed.Absence: `Missed`, then of each node
-  // of the interpolation its factor, then of each its scale.
-  const float* missed;
-  int64_t nodes;
+  Missed missed;
   const float *p, *m, *v;
   float* now;  // [n, width]: the rows as they are after the missed steps
 
   bool has(int64_t place) const { return 0 <= ids[place] && ids[place] < rows; }
-  const float* missed_of(int64_t place) const { return missed + place * (kMissed + 2 * nodes); }
-
-  static constexpr int64_t kMissed = 5;
 };
-
-struct Missed {
-  float steps;
-  float plain;   // beside the quotients
-  float first;   // by which m fades
-  float second;  // by which v fades
-  float decay;   // p + decay p
-};
-static_assert(sizeof(Missed) == Batch::kMissed * sizeof(float));
 
 // A step of these rows in place, from `Batch::now`. A row that comes again has one gradient, the sum.
 struct Update {

@@ -57,50 +57,70 @@ ffi::Error step_leaves(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Re
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
+// The operands that both calls for rows begin with.
+struct Rows {
+  Floats table, m, v;
+  Ints ids;
+  Floats steps, plain, first, second, decay, factors, scales;
+};
+
 // The rows of a call, if shapes match.
-ffi::Error read_batch(const Floats& table, const Floats& m, const Floats& v, const Ints& ids,
-                      const Floats& missed, const Floats& now, Batch& batch) {
-  const auto sizes = table.dimensions();
-  if (sizes.size() < 2 || missed.dimensions().size() != 2) return wrong("a table is [rows, ...]");
+ffi::Error read_rows(const Rows& rows, const Floats& now, Batch& batch) {
+  const auto sizes = rows.table.dimensions();
+  if (sizes.size() < 2 || rows.factors.dimensions().size() != 2) return wrong("of other shapes");
+  const size_t n = rows.ids.element_count(), size = rows.table.element_count();
   batch.rows = sizes[0];
   batch.width = 1;
   for (size_t i = 1; i < sizes.size(); ++i) batch.width *= sizes[i];
-  batch.n = int64_t(ids.element_count());
-  const int64_t numbers = missed.dimensions()[1], size = int64_t(table.element_count());
-  batch.nodes = (numbers - Batch::kMissed) / 2;
-  if (int64_t(m.element_count()) != size || int64_t(v.element_count()) != size ||
-      missed.dimensions()[0] != batch.n || Batch::kMissed + 2 * batch.nodes != numbers ||
-      batch.nodes < 0 || int64_t(now.element_count()) != batch.n * batch.width) {
-    return wrong("shapes do not match");
+  batch.n = int64_t(n);
+  batch.missed.nodes = rows.factors.dimensions()[0];
+  bool fits = rows.m.element_count() == size && rows.v.element_count() == size &&
+              int64_t(now.element_count()) == batch.n * batch.width &&
+              rows.scales.element_count() == n * size_t(batch.missed.nodes) &&
+              rows.factors.element_count() == rows.scales.element_count();
+  for (const Floats* x : {&rows.steps, &rows.plain, &rows.first, &rows.second, &rows.decay}) {
+    fits = fits && x->element_count() == n;
   }
-  batch.ids = ids.typed_data();
-  batch.missed = missed.typed_data();
-  batch.p = table.typed_data();
-  batch.m = m.typed_data();
-  batch.v = v.typed_data();
+  if (!fits) return wrong("of other shapes");
+  batch.ids = rows.ids.typed_data();
+  batch.missed.steps = rows.steps.typed_data();
+  batch.missed.plain = rows.plain.typed_data();
+  batch.missed.first = rows.first.typed_data();
+  batch.missed.second = rows.second.typed_data();
+  batch.missed.decay = rows.decay.typed_data();
+  batch.missed.factors = rows.factors.typed_data();
+  batch.missed.scales = rows.scales.typed_data();
+  batch.p = rows.table.typed_data();
+  batch.m = rows.m.typed_data();
+  batch.v = rows.v.typed_data();
   return ffi::Error::Success();
 }
 
 ffi::Error rows_now(ffi::ThreadPool threads, Floats table, Floats m, Floats v, Ints ids,
-                    Floats missed, Floats eps, ffi::Result<Floats> now) {
-  Batch batch;
-  const ffi::Error error = read_batch(table, m, v, ids, missed, *now, batch);
+                    Floats steps, Floats plain, Floats first, Floats second, Floats decay,
+                    Floats factors, Floats scales, Floats eps, ffi::Result<Floats> now) {
+  Batch batch{};
+  const Rows rows{table, m, v, ids, steps, plain, first, second, decay, factors, scales};
+  const ffi::Error error = read_rows(rows, *now, batch);
   if (error.failure()) return error;
   batch.now = now->typed_data();
   run_on(threads, std::make_shared<CatchUpWork>(in_use.load()->catch_up, batch, *eps.typed_data()));
   return ffi::Error::Success();
 }
 
-ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, Ints last, Ints ids,
-                     Floats missed, Floats now, Floats g, Floats numbers, Ints count,
-                     ffi::Result<Floats> table_out, ffi::Result<Floats> m_out,
-                     ffi::Result<Floats> v_out, ffi::Result<Ints> last_out, bool decays) {
-  Batch batch;
-  const ffi::Error error = read_batch(table, m, v, ids, missed, now, batch);
+ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, Ints ids,
+                     Floats steps, Floats plain, Floats first, Floats second, Floats decay,
+                     Floats factors, Floats scales, Ints last, Floats now, Floats g,
+                     Floats numbers, Ints count, ffi::Result<Floats> table_out,
+                     ffi::Result<Floats> m_out, ffi::Result<Floats> v_out,
+                     ffi::Result<Ints> last_out, bool decays) {
+  Batch batch{};
+  const Rows rows{table, m, v, ids, steps, plain, first, second, decay, factors, scales};
+  const ffi::Error error = read_rows(rows, now, batch);
   if (error.failure()) return error;
   if (g.element_count() != now.element_count() || int64_t(last.element_count()) != batch.rows ||
       numbers.size_bytes() != sizeof(Numbers)) {
-    return wrong("shapes do not match");
+    return wrong("of other shapes");
   }
   batch.now = now.typed_data();
   Update update{};
@@ -111,7 +131,7 @@ ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, 
   update.last = last_out->typed_data();
   if (update.p != batch.p || update.m != batch.m || update.v != batch.v ||
       update.last != last.typed_data()) {
-    return wrong("a table is stepped in place");
+    return wrong("not in place");
   }
   update.count = *count.typed_data();
   update.decays = decays;
@@ -119,6 +139,23 @@ ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, 
   std::memcpy(&step, numbers.typed_data(), sizeof step);
   run_on(threads, std::make_shared<RowsWork>(in_use.load()->step_rows, batch, update, step));
   return ffi::Error::Success();
+}
+
+// A table, m, v, ids and seven of `Sums`.
+template <class Binding>
+auto with_rows(Binding binding) {
+  return std::move(binding)
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Ints>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>()
+      .template Arg<Floats>();
 }
 
 }  // namespace
@@ -153,32 +190,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jadam_step, jadam::step_leaves,
     jadam::with_attributes(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_rows_now, jadam::rows_now,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Ints>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Ret<jadam::Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jadam_rows_now, jadam::rows_now,
+    jadam::with_rows(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>())
+        .Arg<jadam::Floats>()
+        .Ret<jadam::Floats>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_rows_step, jadam::step_rows,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Ints>()
-                                  .Arg<jadam::Ints>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Floats>()
-                                  .Arg<jadam::Ints>()
-                                  .Ret<jadam::Floats>()
-                                  .Ret<jadam::Floats>()
-                                  .Ret<jadam::Floats>()
-                                  .Ret<jadam::Ints>()
-                                  .Attr<bool>("decays"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jadam_rows_step, jadam::step_rows,
+    jadam::with_rows(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>())
+        .Arg<jadam::Ints>()
+        .Arg<jadam::Floats>()
+        .Arg<jadam::Floats>()
+        .Arg<jadam::Floats>()
+        .Arg<jadam::Ints>()
+        .Ret<jadam::Floats>()
+        .Ret<jadam::Floats>()
+        .Ret<jadam::Floats>()
+        .Ret<jadam::Ints>()
+        .Attr<bool>("decays"));

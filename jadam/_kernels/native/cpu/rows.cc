@@ -30,12 +30,6 @@ JADAM_INLINE void store_some(float* p, F32 x, int64_t n) {
   std::memcpy(p, &x, n * sizeof(float));
 }
 
-Missed read(const float* p) {
-  Missed missed;
-  std::memcpy(&missed, p, sizeof missed);
-  return missed;
-}
-
 // The gradient of a row, the sum of those of its places in their order.
 const float* gradient(const Batch& batch, const Update& update, int64_t place,
                       std::vector<float>& sum) {
@@ -61,11 +55,11 @@ void step_member(const Batch& batch, const Update& update, Range rows, const Num
     }
     const int64_t place = update.first[row], id = batch.ids[place];
     const float* g = gradient(batch, update, place, sum);
-    const Missed missed = read(batch.missed_of(place));
+    const float first = batch.missed.first[place], second = batch.missed.second[place];
     const float* now = batch.now + place * width;
     float *p = update.p + id * width, *m = update.m + id * width, *v = update.v + id * width;
     of_vectors(width, [&](int64_t i, int64_t n) {
-      F32 m_ = load_some(m + i, n) * missed.first, v_ = load_some(v + i, n) * missed.second;
+      F32 m_ = load_some(m + i, n) * first, v_ = load_some(v + i, n) * second;
       const F32 p_ = load_some(now + i, n);
       const F32 direction = member(limit_range(load_some(g + i, n)), m_, v_);
       store_some(p + i, p_ + update_of(direction, p_, update.decays, s), n);
@@ -79,8 +73,9 @@ void step_member(const Batch& batch, const Update& update, Range rows, const Num
 }  // namespace
 
 void catch_up(const Batch& batch, Range places, float eps) {
-  const int64_t width = batch.width, nodes = batch.nodes;
-  std::vector<float> floors(nodes), shifts(nodes);
+  const Missed& missed = batch.missed;
+  const int64_t width = batch.width, nodes = missed.nodes;
+  std::vector<float> factors(nodes), floors(nodes), shifts(nodes);
   for (int64_t place = places.begin; place < places.end; ++place) {
     if (place + kAhead < places.end && batch.has(place + kAhead)) {
       const int64_t to_come = int64_t(batch.ids[place + kAhead]) * width;
@@ -93,20 +88,21 @@ void catch_up(const Batch& batch, Range places, float eps) {
     }
     const int64_t first = int64_t(batch.ids[place]) * width;
     const float *p = batch.p + first, *m = batch.m + first, *v = batch.v + first;
-    const Missed missed = read(batch.missed_of(place));
-    if (missed.steps == 0) {
+    if (missed.steps[place] == 0) {
       std::memcpy(now, p, width * sizeof(float));
       continue;
     }
-    const float *factors = batch.missed_of(place) + Batch::kMissed, *scales = factors + nodes;
     for (int64_t q = 0; q < nodes; ++q) {
-      floors[q] = 0x1.6a09e6p-52f * scales[q];
-      shifts[q] = eps * scales[q];
+      const int64_t at = q * batch.n + place;
+      factors[q] = missed.factors[at];
+      floors[q] = 0x1.6a09e6p-52f * missed.scales[at];
+      shifts[q] = eps * missed.scales[at];
     }
+    const float plain = missed.plain[place], decay = missed.decay[place];
     of_vectors(width, [&](int64_t i, int64_t n) {
       const F32 p_ = load_some(p + i, n), m_ = load_some(m + i, n), v_ = load_some(v + i, n);
-      const F32 total = motion(v_, missed.plain, factors, floors.data(), shifts.data(), nodes);
-      store_some(now + i, (p_ + missed.decay * p_) - m_ * total, n);
+      const F32 total = motion(v_, plain, factors.data(), floors.data(), shifts.data(), nodes);
+      store_some(now + i, (p_ + decay * p_) - m_ * total, n);
     });
   }
 }
