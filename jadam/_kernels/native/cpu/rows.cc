@@ -10,7 +10,7 @@ namespace JADAM_ISA {
 namespace {
 
 // So many rows come from memory while one is computed.
-constexpr int64_t kAhead = 4;
+constexpr int64_t kAhead = 8;
 
 // The vectors of a row: `step(i, n)` of each, n less than all lanes in the last one alone.
 template <class Step>
@@ -29,6 +29,40 @@ JADAM_INLINE void store_some(float* p, F32 x, int64_t n) {
   if (n == kLanes) return store(p, x);
   std::memcpy(p, &x, n * sizeof(float));
 }
+
+// The nodes of some rows. In a batch the numbers of a node lie together; here those of a row do.
+class Nodes {
+ public:
+  static constexpr int64_t kRows = 16;
+
+  Nodes(const Batch& batch, float eps)
+      : batch_(batch), eps_(eps), pairs_((batch.missed.nodes + 1) / 2), of_rows_(kRows * pairs_) {}
+
+  int64_t pairs() const { return pairs_; }
+  const NodePair* of(int64_t place) const { return &of_rows_[(place - first_) * pairs_]; }
+
+  void read(int64_t first) {
+    first_ = first;
+    const int64_t rows = batch_.n - first < kRows ? batch_.n - first : kRows;
+    for (int64_t q = 0; q < batch_.missed.nodes; ++q) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = q * batch_.n + first + row;
+        const float scale = batch_.missed.scales[at];
+        NodePair& pair = of_rows_[row * pairs_ + q / 2];
+        pair.factor[q % 2] = batch_.missed.factors[at];
+        pair.floor[q % 2] = 0x1.6a09e6p-52f * scale;
+        pair.shift[q % 2] = eps_ * scale;
+      }
+    }
+  }
+
+ private:
+  const Batch& batch_;
+  const float eps_;
+  const int64_t pairs_;
+  std::vector<NodePair> of_rows_;
+  int64_t first_ = 0;
+};
 
 // The gradient of a row, the sum of those of its places in their order.
 const float* gradient(const Batch& batch, const Update& update, int64_t place,
@@ -73,10 +107,10 @@ void step_member(const Batch& batch, const Update& update, Range rows, const Num
 }  // namespace
 
 void catch_up(const Batch& batch, Range places, float eps) {
-  const Missed& missed = batch.missed;
-  const int64_t width = batch.width, nodes = missed.nodes;
-  std::vector<float> factors(nodes), floors(nodes), shifts(nodes);
+  Nodes nodes(batch, eps);
+  const int64_t width = batch.width;
   for (int64_t place = places.begin; place < places.end; ++place) {
+    if ((place - places.begin) % Nodes::kRows == 0) nodes.read(place);
     if (place + kAhead < places.end && batch.has(place + kAhead)) {
       const int64_t to_come = int64_t(batch.ids[place + kAhead]) * width;
       for (const float* x : {batch.p, batch.m, batch.v}) prefetch(x + to_come, width);
@@ -88,21 +122,16 @@ void catch_up(const Batch& batch, Range places, float eps) {
     }
     const int64_t first = int64_t(batch.ids[place]) * width;
     const float *p = batch.p + first, *m = batch.m + first, *v = batch.v + first;
-    if (missed.steps[place] == 0) {
+    if (batch.missed.steps[place] == 0) {
       std::memcpy(now, p, width * sizeof(float));
       continue;
     }
-    for (int64_t q = 0; q < nodes; ++q) {
-      const int64_t at = q * batch.n + place;
-      factors[q] = missed.factors[at];
-      floors[q] = 0x1.6a09e6p-52f * missed.scales[at];
-      shifts[q] = eps * missed.scales[at];
-    }
-    const float plain = missed.plain[place], decay = missed.decay[place];
+    const NodePair* pairs = nodes.of(place);
+    const float plain = batch.missed.plain[place], decay = batch.missed.decay[place];
     of_vectors(width, [&](int64_t i, int64_t n) {
       const F32 p_ = load_some(p + i, n), m_ = load_some(m + i, n), v_ = load_some(v + i, n);
-      const F32 total = motion(v_, plain, factors.data(), floors.data(), shifts.data(), nodes);
-      store_some(now + i, (p_ + decay * p_) - m_ * total, n);
+      const F32 motion = m_ * (plain + motion_of(v_, pairs, nodes.pairs()));
+      store_some(now + i, (p_ + decay * p_) - motion, n);
     });
   }
 }
