@@ -91,8 +91,8 @@ CPU = Kernel(
 
 ROWS = Kernel(
     platform="cpu",
-    # Of the rows that a batch touches, where the steps that they have missed are summed or none are
-    # made: not where they are made one by one.
+    # Of the rows that a batch touches. Steps that they have missed one by one are a feature that it
+    # has not, and so is eps_root.
     features=CPU.features
     & (
         _members(lambda member: True)
@@ -183,17 +183,17 @@ def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list
 
 
 def takes_rows(
-    choice: Choice, rule: Rule, g: Any, p: Any, options: Options, stored: Any, *, one_by_one: bool
+    choice: Choice,
+    rule: Rule,
+    g: Any,
+    p: Any,
+    options: Options,
+    stored: Any,
+    also: frozenset[str] = frozenset(),
 ) -> bool:
-    """Whether the kernel for rows takes those of a table p with gradients g."""
-    features = set(features_of(rule, g, p, options, stored, ()))
-    if one_by_one:
-        features.add("missed steps one by one")
-    for name in ("eps", "eps_root"):
-        x = rule.hyperparameters[name]
-        if not isinstance(x, (int, float)) or (name == "eps_root" and x != 0):
-            features.add(name)
-    return "cpu" in _wanted(choice) and ROWS.has(frozenset(features), np.shape(p))
+    """Whether the kernel for rows has those of a table p with gradients g; `also` are features."""
+    features = features_of(rule, g, p, options, stored, ()) | also
+    return "cpu" in _wanted(choice) and ROWS.has(features, np.shape(p))
 
 
 def _wanted(choice: Choice) -> frozenset[str]:
@@ -271,6 +271,9 @@ def kernels() -> dict[str, str]:
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.
 
+    Rows of `jadam.rows` have a kernel of their own on a CPU, for float32 tables and moments whose
+    missed steps are summed, on one device and under `jax.shard_map`.
+
     On an NVIDIA GPU of compute capability 8.0 or later, with a driver for CUDA 12.1 or later, the
     same features are a kernel in CUDA, which the driver compiles when it is first used. Up to 256
     leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
@@ -288,7 +291,10 @@ def kernels() -> dict[str, str]:
     reason = why_not()
     if reason is None:
         found = importlib.import_module("jadam._kernels.native").library()
-        cpu = f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}"
+        cpu = (
+            f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}; "
+            f"in the rows of jadam.rows: {_listed(ROWS.features)}"
+        )
     else:
         cpu = f"xla: {reason}"
     if (reason := why_not_on_tpu()) is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -22,7 +23,7 @@ from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._divided import gathered, stepped
 from jadam.rows._missed import Plan, Rows
-from jadam.rows._quiet import fade
+from jadam.rows._quiet import fade, is_zero
 from jadam.rows._touched import Touched, after, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool
@@ -320,16 +321,15 @@ class Lazy:
         """Whether the kernel takes the rows of a table. Outside of `jax.jit` it takes none."""
         if not isinstance(table, jax.core.Tracer):
             return False
-        stored = self.plan.rule.member.stored(self._moments(state.dense, table))
-        return choice.takes_rows(
-            self.kernel,
-            self.plan.rule,
-            g,
-            table,
-            Options(decays=self.plan.decays, to_params=True),
-            stored,
-            one_by_one=bool(self.catch_up) and not self._sums(stored),
-        )
+        rule = self.plan.rule
+        stored = rule.member.stored(self._moments(state.dense, table))
+        also = set[str]()
+        if self.catch_up and not self._sums(stored):
+            also.add("missed steps one by one")
+        if not is_zero(rule.hyperparameters.get("eps_root", 0)):
+            also.add("eps_root")
+        options = Options(decays=self.plan.decays, to_params=True)
+        return choice.takes_rows(self.kernel, rule, g, table, options, stored, frozenset(also))
 
     def _of_kernel(self, table: Table, state: RowsState, ids: Ids) -> tuple[Any, ...]:
         """What the kernel takes to bring the rows of a batch up to date."""
@@ -340,7 +340,7 @@ class Lazy:
             sums = _missed.Sums.of(self.plan, last, self._log_decay(state, flat), count)
         else:
             sums = _missed.Sums.none(flat.size)
-        eps = jnp.float32(self.plan.rule.hyperparameters["eps"])
+        eps = jnp.asarray(self.plan.rule.hyperparameters["eps"], jnp.float32)
         return (
             _kernel().Table(jnp.asarray(table), m, v, state.last),
             _kernel().Touched(flat, *sums),
@@ -392,7 +392,9 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
             b1 < √b2 (AdaMax: b1 < b2), where the motion without gradients ends. Hyperparameters
             must not change between steps except by schedules; learning_rate·weight_decay is
             under 1. `ademamix` is refused: its slow average moves a row for ten thousands of steps.
-            Its `kernel` is not used: the touched rows are stepped in XLA.
+            Its `kernel` is that of the rows too: float32 rows of `adam`, `nadam`, `radam` and
+            those with decay, where missed steps are summed or none are made, in a function under
+            `jax.jit` on CPUs. Else the touched rows are stepped in XLA.
         catch_up: True as above. "sum" or "steps" takes one of the two ways or raises. False is
             `torch.optim.SparseAdam`, another algorithm: the moments of a row stand still while it
             is not touched, and eps is added to √v before the bias correction. For `adam` alone.

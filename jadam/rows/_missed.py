@@ -3,6 +3,7 @@
 Both give what the dense transformation would have made of the row in steps with zero gradients.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -219,7 +220,7 @@ class Sums(NamedTuple):
         steps = missed.astype(jnp.float32)
         return cls(
             steps,
-            jnp.sum(weights * plain, axis=0),
+            jnp.zeros_like(steps) if is_zero(plain) else jnp.sum(weights * plain, axis=0),
             power(rule, "b1", steps),
             power(rule, "b2", steps),
             jnp.zeros_like(steps) if log_decay is None else jnp.expm1(log_decay),
@@ -279,15 +280,26 @@ def _weights(
     if plan.is_scheduled:
         log_decay = jnp.zeros_like(missed, jnp.float32) if log_decay is None else log_decay
         return _summed_basis(plan, last, window, log_decay, between.basis, _AT_A_TIME)
-    # The same for all rows that have missed as many steps.
-    windows = jnp.arange(steps + 1)
-    each = plan.log_decay_at(jnp.int32(0)) if plan.decays else jnp.float32(0)
-    decays = windows.astype(jnp.float32) * each
-    weights = _summed_basis(plan, jnp.zeros_like(windows), windows, decays, between.basis, steps)
-    weights = weights[window]
+    table, decays = _weights_of_windows(plan, between.basis)
+    # Of each row what all that have missed as many steps have.
+    weights = table[window]
     if log_decay is None:
         return weights
     return weights * jnp.exp(log_decay - decays[window])[:, None]
+
+
+def _weights_of_windows(
+    plan: Plan, basis: np.ndarray
+) -> tuple[Float[Array, "windows nodes"], Float[Array, "windows"]]:
+    """The sum of `_weights` after each number of missed steps, and what these decay."""
+    steps = len(basis)
+    is_known = isinstance(plan.learning_rate, float) and isinstance(plan.weight_decay, float)
+    with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
+        windows = jnp.arange(steps + 1)
+        each = plan.log_decay_at(jnp.int32(0)) if plan.decays else jnp.float32(0)
+        decays = windows.astype(jnp.float32) * each
+        last = jnp.zeros_like(windows)
+        return _summed_basis(plan, last, windows, decays, basis, steps), decays
 
 
 def _summed_basis(

@@ -42,7 +42,7 @@ class Quiet(NamedTuple):
 
     weight: Numbers
     scale: Numbers
-    plain: Numbers
+    plain: Numbers | float
 
 
 def _correction(b: _math.Decay, then: Numbers, j: Numbers) -> Numbers:
@@ -55,7 +55,7 @@ def _adam(then: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet
     d1, d2 = _math.Decay.of(b1, j.dtype), _math.Decay.of(b2, j.dtype)
     scale = jnp.sqrt(_correction(d2, then, j)) * jnp.exp(-0.5 * j * d2.log)
     weight = scale * jnp.exp(j * d1.log) / _correction(d1, then, j)
-    return Quiet(weight, scale, jnp.zeros_like(scale))
+    return Quiet(weight, scale, 0.0)
 
 
 def _nadam(
@@ -65,7 +65,7 @@ def _nadam(
     scale = _adam(then, j, b1=b1, b2=b2).scale
     momentum = jax.vmap(lambda t: jnp.asarray(_math.momentum(d1, t, momentum_decay).m_weight))
     m_weight = momentum(t.reshape(-1)).reshape(t.shape)
-    return Quiet(scale * jnp.exp(j * d1.log) * m_weight, scale, jnp.zeros_like(t))
+    return Quiet(scale * jnp.exp(j * d1.log) * m_weight, scale, 0.0)
 
 
 def _amsgrad(
@@ -84,7 +84,7 @@ def _amsgrad(
     c1 = _correction(d1, then, j) if bias_correction_mu else one
     corrected_here = bias_correction_nu and maximum == "raw"
     scale = jnp.sqrt(_correction(d2, then, j)) if corrected_here else one
-    return Quiet(scale * jnp.exp(j * d1.log) / c1, scale, jnp.zeros_like(one))
+    return Quiet(scale * jnp.exp(j * d1.log) / c1, scale, 0.0)
 
 
 def _radam(
@@ -204,7 +204,7 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         each = (jnp.asarray(x, jnp.float64) for x in (touched[:, None], j[None]))
         found = jax.jit(functools.partial(quiet, rule))(*each)
-    weight, scale, plain = (np.asarray(x) for x in found)
+    weight, scale, plain = np.broadcast_arrays(*(np.asarray(x) for x in found))
     directions, largest = [plain], 100 * np.max(scale / scale[:, :1])
     for root in (0.0, *np.geomspace(0.01, largest, round(2 * math.log10(largest)) + 5)):
         v = root * scale[:, :1]

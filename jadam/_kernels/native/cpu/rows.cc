@@ -10,7 +10,7 @@ namespace JADAM_ISA {
 namespace {
 
 // So many rows come from memory while one is computed.
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 4;
 
 // The vectors of a row: `step(i, n)` of each, n less than all lanes in the last one alone.
 template <class Step>
