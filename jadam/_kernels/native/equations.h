@@ -127,7 +127,7 @@ struct NodePair {
 };
 
 // Σ_q factor_q/(max(√v, floor_q) + shift_q), which times m moves a parameter, where eps_root is 0.
-// Two quotients are one division.
+// Two quotients are one division; under 2^-126 would be the product where b2 is above 1 - 2^-22.
 JADAM_INLINE F32 motion_of(F32 v, const NodePair* pairs, int64_t n) {
   const F32 root = sqrt(v);
   F32 total{};

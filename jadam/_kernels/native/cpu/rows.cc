@@ -39,7 +39,7 @@ class Nodes {
       : batch_(batch), eps_(eps), pairs_((batch.missed.nodes + 1) / 2), of_rows_(kRows * pairs_) {}
 
   int64_t pairs() const { return pairs_; }
-  const NodePair* of(int64_t place) const { return &of_rows_[(place - first_) * pairs_]; }
+  const NodePair* of(int64_t place) const { return of_rows_.data() + (place - first_) * pairs_; }
 
   void read(int64_t first) {
     first_ = first;
