@@ -311,11 +311,12 @@ class Lazy:
         if self.catch_up == "sum" and not can:
             member = self.plan.rule.member
             raise ValueError(
-                "catch_up: expected 'steps' or True, since missed steps are summed for moments in "
-                "float32 of Adam, NAdam, AMSGrad and RAdam alone, with b1/√b2 up to 0.95; got "
+                "catch_up: expected 'steps' or True, since missed steps are summed for moments of "
+                "32 bits or less of Adam, NAdam, AMSGrad and RAdam, with b1/√b2 up to 0.95; got "
                 f"'sum' for {member.name} in {storage_of(member.moments, stored).name}"
             )
-        return can and self.catch_up != "steps"
+        in_float32 = all(x.dtype == jnp.float32 for x in stored)
+        return can and (self.catch_up == "sum" or (in_float32 and self.catch_up != "steps"))
 
     def _is_in_kernel(self, g: Any, table: Table, state: RowsState) -> bool:
         """Whether the kernel takes the rows of a table. Outside of `jax.jit` it takes none."""
@@ -386,6 +387,8 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
     the dithers of the moments' storage, until nothing moves any more, after 200 steps at the
     default b1 and b2: moments have the bits of dense steps up to there, and parameters are an ulp
     off at most for each, where XLA fuses a multiplication with an addition in one program alone.
+    Moments of 16 and 8 bits that are summed, with catch_up="sum", are rounded once for all missed
+    steps: nearer to exact Adam than dense is, but not its bits, and many times faster.
 
     Args:
         tx: one of `jadam.adam` and the others, without a mask. b1 and b2 are Python numbers with

@@ -111,10 +111,8 @@ def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbe
     """The moments and the decay of steps that move nothing; `decayed` is made already."""
     rule = plan.rule
     storage = storage_of(rule.member.moments, rows.stored)
-    wide = storage.wide(rows.p.dtype)
-    real = jnp.finfo(wide).dtype
-    then = _math.Time.of(_across(count - missed, rows.p), real)
-    moments = storage.load(rows.stored, lambda: rule.relation_at(then), wide)
+    moments = _loaded(rule, rows, count - missed)
+    real = jnp.finfo(storage.wide(rows.p.dtype)).dtype
     steps = _across(missed, rows.p).astype(real)
     moments = faded(rule, moments, steps)
     kept = storage.round(moments, rule.relation_at(_math.Time.of(count, real)))
@@ -128,6 +126,14 @@ def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbe
         rest = rows.log_decay if decayed is None else rows.log_decay - decayed
         p = shrunk(p, jnp.where(passed, rest, 0))
     return Rows(p, stored, rows.last, None)
+
+
+def _loaded(rule: Rule, rows: Rows, made: Times) -> tuple[Array, ...]:
+    """The moments of rows, which were stored after so many updates."""
+    storage = storage_of(rule.member.moments, rows.stored)
+    wide = storage.wide(rows.p.dtype)
+    then = _math.Time.of(_across(made, rows.p), jnp.finfo(wide).dtype)
+    return storage.load(rows.stored, lambda: rule.relation_at(then), wide)
 
 
 def shrunk(p: Array, log_decay: Numbers) -> Array:
@@ -230,10 +236,10 @@ class Sums(NamedTuple):
 
 
 def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
-    """The missed steps as `Sums` of few terms, for moments in float32."""
+    """The missed steps as `Sums` of few terms. Moments of fewer bits are rounded once for all."""
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
-    for moment, x in zip(rule.member.moments, rows.stored, strict=True):
+    for moment, x in zip(rule.member.moments, _loaded(rule, rows, rows.last), strict=True):
         by_role.setdefault(moment.role, x)
     m, v = by_role[Role.FIRST], by_role.get(Role.MAXIMUM, by_role[Role.SECOND])
     motion = m * _motion(rule, Sums.of(plan, rows.last, rows.log_decay, count), v)
@@ -243,9 +249,9 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
 
 
 def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
-    """Whether the missed steps of these moments are summed."""
-    is_float32 = all(x.dtype == jnp.float32 for x in stored)
-    return is_float32 and plan.rule.member in QUIET and interpolation(plan.rule) is not None
+    """Whether the missed steps of these moments can be summed."""
+    is_narrow = all(x.dtype != jnp.float64 for x in stored)
+    return is_narrow and plan.rule.member in QUIET and interpolation(plan.rule) is not None
 
 
 def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
