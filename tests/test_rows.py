@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 
+CODES = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 SIZE, WIDTH, BATCH, STEPS = 12, 5, 3, 320
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 50, STEPS)
 CASES = {case.name: case for case in FAMILY if not case.name.startswith("ademamix")}
@@ -184,6 +185,90 @@ def test_codes_of_8_bits_have_the_bits_of_dense():
         table, lazy_state = scatter(g, jnp.asarray(ids), table, lazy_state)
     jax.tree.map(np.testing.assert_array_equal, lazy_state.dense, state)
     np.testing.assert_allclose(table, p, rtol=0, atol=2 * np.spacing(np.float32(3)))
+
+
+@pytest.mark.parametrize("options", [CODES, {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}])
+def test_missed_steps_of_fewer_bits_can_be_summed(options):
+    """With catch_up="sum": p moves as in float64 from the moments as they are stored."""
+    rng, absence = np.random.default_rng(0), 300
+    tx = jadam.adam(1.0, min_size=0, **options)
+    rows = jadam.rows.lazy(tx, catch_up="sum")
+    table = jnp.zeros((4, 64), jnp.float32)
+    state, scatter = rows.init(table), jax.jit(rows.scatter)
+    for _ in range(3):
+        table, state = scatter(rng.standard_normal(table.shape), np.arange(4), table, state)
+    stored = jadam.moments(state.dense)[0]
+    member = reference.Member(t=3, m=np.float64(stored.mu), v=np.float64(stored.nu))
+    expected = -sum(member(np.zeros(table.shape)) for _ in range(absence))
+    moments = state.dense[0]._replace(count=jnp.int32(3 + absence))
+    got, after = jax.jit(rows.flush)(table, state._replace(dense=(moments, *state.dense[1:])))
+    # 1e-5 learning rates, as the docstring says, and the last rounding of p.
+    error = np.abs(np.float64(got) - np.float64(table) - expected)
+    assert (error <= 1e-5 + 2 * np.spacing(np.abs(np.asarray(got)))).all()
+    # v is rounded once, to a neighbouring code: 2^(1/16) apart, or 2⁻⁸.
+    nu = jadam.moments(after.dense)[0].nu
+    np.testing.assert_allclose(nu, member.v, rtol=2 ** (1 / 16) - 1)
+
+
+def test_a_row_that_missed_nothing_has_the_bits_of_the_dense_kernel():
+    """Batches of all rows in any order: the same equations in C++, so the same bits."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((40, 19)), jnp.float32)
+    tx = jadam.adamw(1e-2, weight_decay=0.1)
+    rows = jadam.rows.lazy(tx)
+    scatter, step = jax.jit(rows.scatter), jax.jit(tx.step)
+    p, dense, state = table, tx.init(table), rows.init(table)
+    for _ in range(5):
+        ids, g = rng.permutation(40), rng.standard_normal((40, 19)).astype(np.float32)
+        table, state = scatter(g[ids], ids, table, state)
+        p, dense = step(jnp.asarray(g), dense, p)
+    jax.tree.map(np.testing.assert_array_equal, (table, state.dense), (p, dense))
+
+
+def test_many_equal_ids_in_the_kernel_are_as_in_xla():
+    """Each row some ten times, padding among them, 3 jobs: sums in the order of the batch."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((30, 300)), jnp.float32)
+    ids = rng.integers(-3, 33, 300)
+    g = rng.standard_normal((300, 300)).astype(np.float32)
+    results = []
+    for kernel in ("native", "xla"):
+        rows = jadam.rows.lazy(jadam.adam(1e-2, kernel=kernel))
+        scatter, gather = jax.jit(rows.scatter), jax.jit(rows.gather)
+        carry = scatter(g, ids, table, rows.init(table))
+        carry = scatter(g[:5], ids[:5], *carry)
+        results.append((carry, gather(*carry, ids)))
+    # Adam's division magnifies where XLA fuses otherwise; m and v themselves are an ulp or two off.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, *results)
+
+
+def test_the_kernel_gives_way_to_xla():
+    """Under vmap, in derivatives and in an export: the same numbers, and no call of the library."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((2, 6, 4)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32)
+    ids = jnp.asarray([[0, 2, 0], [5, 1, 2]])
+    rows = jadam.rows.lazy(jadam.adam(1e-2))
+    states = jax.vmap(rows.init)(table)
+    args = g, ids, table, states
+    first = jax.tree.map(lambda x: x[0], args)
+    expected = jax.jit(rows.scatter)(*first)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    got = jax.jit(jax.vmap(rows.scatter))(*args)
+    jax.tree.map(lambda x, y: close(x[0], y), got, expected)
+
+    def moved(g, ids, table, state, kernel):
+        rows = jadam.rows.lazy(jadam.adam(1e-2, eps=1.0, kernel=kernel))
+        return rows.scatter(g, ids, table, state)[0].sum()
+
+    slope = jax.jit(jax.grad(moved), static_argnums=4)
+    slopes = [slope(*first, kernel) for kernel in ("auto", "xla")]
+    assert np.all(np.asarray(slopes[0]) != 0)
+    close(*slopes)
+    exported = jax.export.export(jax.jit(rows.scatter))(*first)
+    assert "jadam_rows_step" not in exported.mlir_module()
+    assert "jadam_rows_step" in jax.jit(rows.scatter).lower(*first).as_text()
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9), (0.0, 0.999)])
