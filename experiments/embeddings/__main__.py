@@ -40,7 +40,7 @@ def timed(step: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-CODES = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+CODES: dict[str, Any] = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 
 
 def by_rows(size: int, *, gathers: bool, storage: Any = None, **options: Any) -> Step:
