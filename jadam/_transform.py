@@ -70,6 +70,7 @@ class Recipe(NamedTuple):
     learning_rate: ScalarOrSchedule
     weight_decay: ScalarOrSchedule
     mask: Mask
+    kernel: Choice
 
 
 def is_local(tx: Any) -> bool:
@@ -160,7 +161,7 @@ def _transformation(
         # A schedule's state is its count, or nothing.
         return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
-    recipe = Recipe(rule, learning_rate, weight_decay, mask)
+    recipe = Recipe(rule, learning_rate, weight_decay, mask, kernel)
     return FusedTransformation(init_fn, FusedUpdate(move, recipe, is_local=True))
 
 

@@ -32,6 +32,7 @@ ORDER = [
     "jadam._kernels.tpu",
     "jadam._kernels.partitioning",
     "jadam._kernels.primitive",
+    "jadam._kernels.rows",
     "jadam._kernels.choice",
     "jadam._update",
     "jadam._transform",

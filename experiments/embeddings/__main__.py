@@ -40,9 +40,12 @@ def timed(step: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def by_rows(size: int, *, gathers: bool, **options: Any) -> Step:
+CODES: dict[str, Any] = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+
+
+def by_rows(size: int, *, gathers: bool, storage: Any = None, **options: Any) -> Step:
     """A step of jadam.rows; every row has missed a thousand steps."""
-    rows = jadam.rows.lazy(jadam.adam(LEARNING_RATE), **options)
+    rows = jadam.rows.lazy(jadam.adam(LEARNING_RATE, **(storage or {})), **options)
     table = skipgram.table(size)
     state = rows.init(table)
     moments = state.dense[0]._replace(count=jnp.int32(1000))
@@ -105,6 +108,7 @@ def contenders(size: int) -> dict[str, Step]:
         "jadam.rows, scatter": by_rows(size, gathers=False),
         "jadam.rows, gather and scatter": by_rows(size, gathers=True),
         "jadam.rows, catch_up=False": by_rows(size, gathers=False, catch_up=False),
+        "jadam.rows, 8-bit": by_rows(size, gathers=True, storage=CODES, catch_up="sum"),
         "jadam dense": dense(size, jadam.adam(LEARNING_RATE), fused=True),
         "optax dense": dense(size, optax.adam(LEARNING_RATE), fused=False),
     }
@@ -133,11 +137,27 @@ def speed(size: int) -> dict[str, Any]:
     }
 
 
+def state_bytes(size: int) -> dict[str, float]:
+    """The bytes of a state for each parameter of the table."""
+    table = jax.ShapeDtypeStruct((size, skipgram.WIDTH), jnp.float32)
+
+    def of(init: Callable[[Any], Any]) -> float:
+        leaves = jax.tree.leaves(jax.eval_shape(init, table))
+        return sum(x.size * x.dtype.itemsize for x in leaves) / table.size
+
+    coded = jadam.adam(LEARNING_RATE, **CODES)
+    return {
+        "optax dense": of(optax.adam(LEARNING_RATE).init),
+        "jadam.rows": of(jadam.rows.lazy(jadam.adam(LEARNING_RATE)).init),
+        "jadam.rows, 8-bit": of(jadam.rows.lazy(coded).init),
+    }
+
+
 def learned() -> dict[str, dict[str, float]]:
     """The mean loss of the last 50 batches, and the greatest distance from dense jadam."""
     tx = jadam.adam(LEARNING_RATE)
 
-    def by_rows(**options: Any) -> tuple[list[float], Any]:
+    def by_rows(tx: Any = tx, **options: Any) -> tuple[list[float], Any]:
         rows = jadam.rows.lazy(tx, **options)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -171,6 +191,7 @@ def learned() -> dict[str, dict[str, float]]:
     runs = {
         "jadam dense": dense(tx),
         "jadam.rows": by_rows(),
+        "jadam.rows, 8-bit": by_rows(jadam.adam(LEARNING_RATE, **CODES), catch_up="sum"),
         "optax dense": dense(optax.adam(LEARNING_RATE)),
         "jadam.rows, catch_up=False": by_rows(catch_up=False),
     }
@@ -189,7 +210,7 @@ def picture_of(results: dict[str, Any]) -> Figure:
     """The time of a step against the number of rows."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    colours = (palette.BLUE, palette.SKY, palette.GREEN, palette.BLACK, palette.RED, palette.ORANGE)
+    colours = (*palette.SIX, palette.ORANGE)
     sizes = [int(size) for size in results["speed"]]
     for name, colour in zip(results["speed"][str(sizes[0])], colours, strict=False):
         best = [results["speed"][str(size)][name]["best_ms"] for size in sizes]
@@ -224,8 +245,14 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         for name, x in results["learned"].items()
     ]
+    bytes_rows = [[f"`{name}`", f"{x:.2f}"] for name, x in results["state_bytes"].items()]
     names = ["skip-gram", "loss", "largest distance from jadam dense", "table, root mean square"]
-    return "\n\n".join([report.table(columns, speed_rows), report.table(names, learned_rows)])
+    tables = [
+        report.table(columns, speed_rows),
+        report.table(["state", "bytes a parameter"], bytes_rows),
+        report.table(names, learned_rows),
+    ]
+    return "\n\n".join(tables)
 
 
 def main() -> None:
@@ -235,6 +262,7 @@ def main() -> None:
     results["processor"] = report.processor()
     results["learned"] = learned()
     console.print(results["learned"])
+    results["state_bytes"] = state_bytes(SIZES[-1])
     results["speed"] = {}
     for size in SIZES:
         results["speed"][str(size)] = speed(size)

@@ -89,6 +89,18 @@ CPU = Kernel(
 )
 
 
+ROWS = Kernel(
+    platform="cpu",
+    # Of the rows that a batch touches. Steps that they have missed one by one are a feature that it
+    # has not, and so is eps_root.
+    features=CPU.features
+    & (
+        _members(lambda member: True)
+        | {"gradients float32, parameters float32", "moments float32 float32"}
+        | {"decays", "to_params"}
+    ),
+)
+
 GPU = dataclasses.replace(CPU, platform="gpu")
 
 
@@ -170,6 +182,20 @@ def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list
     return [platforms(leaf) for leaf in leaves]
 
 
+def takes_rows(
+    choice: Choice,
+    rule: Rule,
+    g: Any,
+    p: Any,
+    options: Options,
+    stored: Any,
+    also: frozenset[str] = frozenset(),
+) -> bool:
+    """Whether the kernel for rows has those of a table p with gradients g; `also` are features."""
+    features = features_of(rule, g, p, options, stored, ()) | also
+    return "cpu" in _wanted(choice) and ROWS.has(features, np.shape(p))
+
+
 def _wanted(choice: Choice) -> frozenset[str]:
     """The platforms for which the argument `kernel` asks for a kernel that is there."""
     # Only here: to make a transformation must not ask JAX for its devices, since
@@ -245,6 +271,9 @@ def kernels() -> dict[str, str]:
     the storage of the moments. Each device steps its own shard. All other leaves are XLA's. With
     `kernel="auto"` so is the `update` of float32 moments, which is faster there.
 
+    Rows of `jadam.rows` have a kernel of their own on a CPU, for float32 tables and moments whose
+    missed steps are summed, on one device and under `jax.shard_map`.
+
     On an NVIDIA GPU of compute capability 8.0 or later, with a driver for CUDA 12.1 or later, the
     same features are a kernel in CUDA, which the driver compiles when it is first used. Up to 256
     leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
@@ -263,7 +292,10 @@ def kernels() -> dict[str, str]:
     reason = why_not()
     if reason is None:
         found = importlib.import_module("jadam._kernels.native").library()
-        cpu = f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}"
+        cpu = (
+            f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}; "
+            f"in the rows of jadam.rows: {_listed(ROWS.features)}"
+        )
     else:
         cpu = f"xla: {reason}"
     if (reason := why_not_on_tpu()) is None:

@@ -1,16 +1,19 @@
 """A dense transformation of the family, applied to a table by the rows that are touched."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jadam import _math, _validate
+from jadam._kernels import choice, native
 from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM, Member, Rule
 from jadam._state import RowsState
@@ -20,8 +23,8 @@ from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._divided import gathered, stepped
 from jadam.rows._missed import Plan, Rows
-from jadam.rows._quiet import fade
-from jadam.rows._touched import Touched, checked_ids, put, take
+from jadam.rows._quiet import fade, is_zero
+from jadam.rows._touched import Touched, after, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool
 
@@ -40,6 +43,7 @@ class Lazy:
     tx: FusedTransformation
     plan: Plan
     catch_up: CatchUp
+    kernel: choice.Choice = "auto"
 
     def init(self, table: Table, dense: Any = None) -> RowsState:
         """The state of a table before the first update, or one that goes on from the dense state.
@@ -85,6 +89,15 @@ class Lazy:
         return lax.stop_gradient(gathered(self._gather, table, state, ids))
 
     def _gather(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
+        if self._is_in_kernel(table, table, state):
+            return (
+                _kernel()
+                .now(*self._of_kernel(table, state, ids))
+                .reshape(ids.shape + table.shape[1:])
+            )
+        return self._gather_in_xla(table, state, ids)
+
+    def _gather_in_xla(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
         touched, rows = self._touched(table, state, ids)
         return rows.p[touched.place].reshape(ids.shape + table.shape[1:])
 
@@ -118,6 +131,41 @@ class Lazy:
     def _scatter(
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
     ) -> tuple[Table, RowsState]:
+        if self._is_in_kernel(grads, table, state):
+            return self._scatter_in_kernel(table, state, ids, grads)
+        return self._scatter_in_xla(table, state, ids, grads)
+
+    def _scatter_in_kernel(
+        self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
+    ) -> tuple[Table, RowsState]:
+        """The same by the kernel. What `gather` and it both call XLA makes once."""
+        moments = self._moments(state.dense, table)
+        count = moments.count
+        args = self._of_kernel(table, state, ids)
+        of_table, touched, *_ = args
+        now = _kernel().now(*args)
+
+        def otherwise() -> Any:
+            table_, state_ = self._scatter_in_xla(table, state, ids, grads)
+            return table_, *self.plan.rule.member.stored(state_.dense[0]), state_.last
+
+        table, *kept, last = _kernel().stepped(
+            of_table,
+            touched,
+            now,
+            grads.reshape(now.shape),
+            native.numbers_of(self._rule_at(count), *self.plan.rates_at(count), count),
+            increment(count),
+            decays=self.plan.decays,
+            otherwise=otherwise,
+        )
+        rows = after(touched.ids, table)
+        decayed = self._decayed(state, lambda x, each: x.at[rows].set(each, mode="drop"))
+        return table, self._after(state, kept, last, decayed)
+
+    def _scatter_in_xla(
+        self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
+    ) -> tuple[Table, RowsState]:
         touched, rows = self._touched(table, state, ids)
         g = touched.sums(grads.reshape((-1, *table.shape[1:])))
 
@@ -129,11 +177,16 @@ class Lazy:
         p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
 
         table = put(jnp.asarray(table), touched, p)
-        touched = touched.after(table)
+        touched = touched._replace(rows=after(touched.rows, table))
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
-        return table, self._after(state, touched, kept)
+        last = put(state.last, touched, jnp.full(touched.rows.shape, increment(count)))
+        size = touched.rows.size
+        decayed = self._decayed(
+            state, lambda x, each: put(x, touched, jnp.broadcast_to(each, (size, *each.shape)))
+        )
+        return table, self._after(state, kept, last, decayed)
 
     def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
@@ -227,8 +280,7 @@ class Lazy:
         return Rows(
             p,
             tuple(kept),
-            # What is no row has missed nothing.
-            state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max),
+            _last_of(state, rows),
             self._log_decay(state, rows),
         )
 
@@ -249,33 +301,68 @@ class Lazy:
         if not self.catch_up:
             return rows
         rows = rows._replace(last=jnp.minimum(rows.last, count))
-        if self._sums(rows):
+        if self._sums(rows.stored):
             return _missed.summed(self.plan, rows, count)
         return _missed.one_by_one(self.plan, rows, count)
 
-    def _sums(self, rows: Rows) -> bool:
+    def _sums(self, stored: tuple[Array, ...]) -> bool:
         """Whether the missed steps are summed."""
-        can = _missed.can_sum(self.plan, rows.stored)
+        can = _missed.can_sum(self.plan, stored)
         if self.catch_up == "sum" and not can:
             member = self.plan.rule.member
             raise ValueError(
-                "catch_up: expected 'steps' or True, since missed steps are summed for moments in "
-                "float32 of Adam, NAdam, AMSGrad and RAdam alone, with b1/√b2 up to 0.95; got "
-                f"'sum' for {member.name} in {storage_of(member.moments, rows.stored).name}"
+                "catch_up: expected 'steps' or True, since missed steps are summed for moments of "
+                "32 bits or less of Adam, NAdam, AMSGrad and RAdam, with b1/√b2 up to 0.95; got "
+                f"'sum' for {member.name} in {storage_of(member.moments, stored).name}"
             )
-        return can and self.catch_up != "steps"
+        in_float32 = all(x.dtype == jnp.float32 for x in stored)
+        return can and (self.catch_up == "sum" or (in_float32 and self.catch_up != "steps"))
 
-    def _after(self, state: RowsState, touched: Touched, stored: list[Array]) -> RowsState:
-        """The state after an update of the touched rows."""
+    def _is_in_kernel(self, g: Any, table: Table, state: RowsState) -> bool:
+        """Whether the kernel takes the rows of a table. Outside of `jax.jit` it takes none."""
+        if not isinstance(table, jax.core.Tracer):
+            return False
+        rule = self.plan.rule
+        stored = rule.member.stored(self._moments(state.dense, table))
+        also = set[str]()
+        if self.catch_up and not self._sums(stored):
+            also.add("missed steps one by one")
+        if not is_zero(rule.hyperparameters.get("eps_root", 0)):
+            also.add("eps_root")
+        options = Options(decays=self.plan.decays, to_params=True)
+        return choice.takes_rows(self.kernel, rule, g, table, options, stored, frozenset(also))
+
+    def _of_kernel(self, table: Table, state: RowsState, ids: Ids) -> tuple[Any, ...]:
+        """What the kernel takes to bring the rows of a batch up to date."""
+        m, v = self.plan.rule.member.stored(self._moments(state.dense, table))
+        flat, count = ids.reshape(-1), state.dense[0].count
+        if self.catch_up:
+            last = jnp.minimum(_last_of(state, flat), count)
+            sums = _missed.Sums.of(self.plan, last, self._log_decay(state, flat), count)
+        else:
+            sums = _missed.Sums.none(flat.size)
+        eps = jnp.asarray(self.plan.rule.hyperparameters["eps"], jnp.float32)
+        return (
+            _kernel().Table(jnp.asarray(table), m, v, state.last),
+            _kernel().Touched(flat, *sums),
+            eps,
+            lambda: self._gather_in_xla(table, state, flat),
+        )
+
+    def _decayed(self, state: RowsState, put: Callable[[Array, Array], Array]) -> Any:
+        """What all updates have decayed after another one, and for the touched rows since when."""
+        if state.decayed is None:
+            return None
+        total, then = state.decayed
+        total = _add(total, self.plan.log_decay_at(state.dense[0].count))
+        return total, put(then, total)
+
+    def _after(
+        self, state: RowsState, stored: Sequence[Array], last: Array, decayed: Any
+    ) -> RowsState:
+        """The state after an update."""
         moments, *schedules = state.dense
-        member = self.plan.rule.member
-        now = increment(moments.count)
-        decayed = state.decayed
-        if decayed is not None:
-            total = _add(decayed[0], self.plan.log_decay_at(moments.count))
-            each = jnp.broadcast_to(total[None], (touched.rows.size, 2))
-            decayed = (total, put(decayed[1], touched, each))
-        last = put(state.last, touched, jnp.full(touched.rows.shape, now))
+        now, member = increment(moments.count), self.plan.rule.member
         moments = moments._replace(count=now, **_named(member, stored))
         return RowsState((moments, *jax.tree.map(increment, schedules)), last, decayed)
 
@@ -300,13 +387,17 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
     the dithers of the moments' storage, until nothing moves any more, after 200 steps at the
     default b1 and b2: moments have the bits of dense steps up to there, and parameters are an ulp
     off at most for each, where XLA fuses a multiplication with an addition in one program alone.
+    Moments of 16 and 8 bits that are summed, with catch_up="sum", are rounded once for all missed
+    steps: nearer to exact Adam than dense is, but not its bits, and many times faster.
 
     Args:
         tx: one of `jadam.adam` and the others, without a mask. b1 and b2 are Python numbers with
             b1 < √b2 (AdaMax: b1 < b2), where the motion without gradients ends. Hyperparameters
             must not change between steps except by schedules; learning_rate·weight_decay is
             under 1. `ademamix` is refused: its slow average moves a row for ten thousands of steps.
-            Its `kernel` is not used: the touched rows are stepped in XLA.
+            Its `kernel` is that of the rows too: float32 rows of `adam`, `nadam`, `radam` and
+            those with decay, where missed steps are summed or none are made, in a function under
+            `jax.jit` on CPUs. Else the touched rows are stepped in XLA.
         catch_up: True as above. "sum" or "steps" takes one of the two ways or raises. False is
             `torch.optim.SparseAdam`, another algorithm: the moments of a row stand still while it
             is not touched, and eps is added to √v before the bias correction. For `adam` alone.
@@ -351,7 +442,17 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
             "tx: expected jadam.adam without eps_root for catch_up=False, which is torch's "
             f"SparseAdam; got {plan.rule.member.name}{' with decay' if plan.decays else ''}"
         )
-    return Lazy(tx, plan, catch_up)
+    return Lazy(tx, plan, catch_up, recipe.kernel)
+
+
+def _kernel() -> Any:
+    # Imported where a kernel is in use: without what it needs of JAX, the rest goes on.
+    return importlib.import_module("jadam._kernels.rows")
+
+
+def _last_of(state: RowsState, rows: Int[Array, "n"]) -> Int[Array, "n"]:
+    """After which update rows stand. What is no row has missed nothing."""
+    return state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max)
 
 
 def _check_table(table: Any) -> None:

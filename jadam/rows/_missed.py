@@ -3,6 +3,7 @@
 Both give what the dense transformation would have made of the row in steps with zero gradients.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,16 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import QUIET, Interpolation, faded, horizon, interpolation, is_zero, quiet
+from jadam.rows._quiet import (
+    QUIET,
+    Interpolation,
+    faded,
+    horizon,
+    interpolation,
+    is_zero,
+    power,
+    quiet,
+)
 
 # How many missed steps are summed in one turn.
 _AT_A_TIME = 8
@@ -101,10 +111,8 @@ def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbe
     """The moments and the decay of steps that move nothing; `decayed` is made already."""
     rule = plan.rule
     storage = storage_of(rule.member.moments, rows.stored)
-    wide = storage.wide(rows.p.dtype)
-    real = jnp.finfo(wide).dtype
-    then = _math.Time.of(_across(count - missed, rows.p), real)
-    moments = storage.load(rows.stored, lambda: rule.relation_at(then), wide)
+    moments = _loaded(rule, rows, count - missed)
+    real = jnp.finfo(storage.wide(rows.p.dtype)).dtype
     steps = _across(missed, rows.p).astype(real)
     moments = faded(rule, moments, steps)
     kept = storage.round(moments, rule.relation_at(_math.Time.of(count, real)))
@@ -118,6 +126,14 @@ def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbe
         rest = rows.log_decay if decayed is None else rows.log_decay - decayed
         p = shrunk(p, jnp.where(passed, rest, 0))
     return Rows(p, stored, rows.last, None)
+
+
+def _loaded(rule: Rule, rows: Rows, made: Times) -> tuple[Array, ...]:
+    """The moments of rows, which were stored after so many updates."""
+    storage = storage_of(rule.member.moments, rows.stored)
+    wide = storage.wide(rows.p.dtype)
+    then = _math.Time.of(_across(made, rows.p), jnp.finfo(wide).dtype)
+    return storage.load(rows.stored, lambda: rule.relation_at(then), wide)
 
 
 def shrunk(p: Array, log_decay: Numbers) -> Array:
@@ -170,42 +186,79 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
     )
 
 
-def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
-    """The missed steps as a sum of few terms: the moments and the decay are powers, and p moves on.
+class Sums(NamedTuple):
+    """What missed steps make of each row, in numbers.
 
     The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`quiet`). So fⱼ is
     Σ_q basis[j, q]·f of few nodes q, and what the learning rates and decays of all steps make of
-    the basis are the weights of the row.
+    the basis are the weights of the row:
+
+    p = (1 + decay)·p - m·(plain + Σ_q factor_q/(√(v + eps_root·scale_q²) + eps·scale_q)),
+    m = first·m, v = second·v
+
+    Attributes:
+        steps: how many there are, as a real number. Where there are none nothing moves.
     """
+
+    steps: Numbers
+    plain: Numbers
+    first: Numbers
+    second: Numbers
+    decay: Numbers
+    factors: Float[Array, "nodes rows"]
+    scales: Float[Array, "nodes rows"]
+
+    @classmethod
+    def none(cls, rows: int) -> "Sums":
+        """Those of rows that have missed nothing."""
+        zeros, nothing = jnp.zeros(rows, jnp.float32), jnp.zeros((0, rows), jnp.float32)
+        return cls(zeros, zeros, zeros + 1, zeros + 1, zeros, nothing, nothing)
+
+    @classmethod
+    def of(cls, plan: Plan, last: Times, log_decay: Numbers | None, count: Array) -> "Sums":
+        """Those of rows after which updates they stand, and what they have decayed since."""
+        rule, missed = plan.rule, count - last
+        between = interpolation(rule)
+        assert between is not None
+        weights = _weights(plan, last, log_decay, missed, between).T
+        j = jnp.asarray(between.nodes, jnp.float32)
+        weight, scale, plain = quiet(rule, last.astype(jnp.float32)[None], j[:, None])
+        steps = missed.astype(jnp.float32)
+        return cls(
+            steps,
+            jnp.zeros_like(steps) if is_zero(plain) else jnp.sum(weights * plain, axis=0),
+            power(rule, "b1", steps),
+            power(rule, "b2", steps),
+            jnp.zeros_like(steps) if log_decay is None else jnp.expm1(log_decay),
+            weights * weight,
+            scale,
+        )
+
+
+def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
+    """The missed steps as `Sums` of few terms. Moments of fewer bits are rounded once for all."""
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
-    for moment, x in zip(rule.member.moments, rows.stored, strict=True):
+    for moment, x in zip(rule.member.moments, _loaded(rule, rows, rows.last), strict=True):
         by_role.setdefault(moment.role, x)
     m, v = by_role[Role.FIRST], by_role.get(Role.MAXIMUM, by_role[Role.SECOND])
-    motion = _motion(plan, rows, m, v, missed)
+    motion = m * _motion(rule, Sums.of(plan, rows.last, rows.log_decay, count), v)
     p, stored, *_ = _at_once(plan, rows, missed, count, None)
     moved = (p.astype(m.dtype) - motion).astype(p.dtype)
     return Rows(jnp.where(_across(missed > 0, p), moved, p), stored, rows.last, None)
 
 
 def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
-    """Whether the missed steps of these moments are summed."""
-    is_float32 = all(x.dtype == jnp.float32 for x in stored)
-    return is_float32 and plan.rule.member in QUIET and interpolation(plan.rule) is not None
+    """Whether the missed steps of these moments can be summed."""
+    is_narrow = all(x.dtype != jnp.float64 for x in stored)
+    return is_narrow and plan.rule.member in QUIET and interpolation(plan.rule) is not None
 
 
-def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
-    """By how much the missed steps move the parameters."""
-    rule, real = plan.rule, v.dtype
-    between = interpolation(rule)
-    assert between is not None
-    weights = _weights(plan, rows, missed, between)
+def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
+    """By how much the missed steps move the parameters, over m."""
+    real = v.dtype
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
-    # Of all rows at each node, made in one go.
-    j = jnp.repeat(jnp.asarray(between.nodes, real), len(missed))
-    last = jnp.tile(rows.last.astype(real), len(between.nodes))
-    each = (x.reshape(len(between.nodes), len(missed)) for x in quiet(rule, last + j, j))
     rooted = jnp.sqrt(v)
 
     def root(scale: Array) -> Array:
@@ -213,32 +266,46 @@ def _motion(plan: Plan, rows: Rows, m: Array, v: Array, missed: Times) -> Array:
             return jnp.maximum(rooted, least**0.5 * scale)
         return jnp.sqrt(jnp.maximum(v + eps_root * scale**2, least * scale**2))
 
-    total = jnp.zeros_like(v)
-    for weight, *at in zip(weights.T, *each, strict=True):
-        factor, scale, plain = (_across(x, v) for x in (weight * at[0], at[1], weight * at[2]))
-        total += factor / (root(scale) + eps * scale) + plain
-    return m * total
+    total = jnp.zeros_like(v) + _across(sums.plain, v)
+    for factor, scale in zip(sums.factors, sums.scales, strict=True):
+        factor, scale = _across(factor, v), _across(scale, v)
+        total += factor / (root(scale) + eps * scale)
+    return total
 
 
 def _weights(
-    plan: Plan, rows: Rows, missed: Times, between: Interpolation
+    plan: Plan,
+    last: Times,
+    log_decay: Numbers | None,
+    missed: Times,
+    between: Interpolation,
 ) -> Float[Array, "rows nodes"]:
     """Σⱼ learning_rateⱼ·basisⱼ over the missed steps of each row, with all decay after step j."""
     steps = len(between.basis)
     window = jnp.minimum(missed, steps)
-    zeros = jnp.zeros_like(missed, jnp.float32)
     if plan.is_scheduled:
-        log_decay = zeros if rows.log_decay is None else rows.log_decay
-        return _summed_basis(plan, rows.last, window, log_decay, between.basis, _AT_A_TIME)
-    # The same for all rows that have missed as many steps.
-    windows = jnp.arange(steps + 1)
-    each = plan.log_decay_at(jnp.int32(0)) if plan.decays else jnp.float32(0)
-    decays = windows.astype(jnp.float32) * each
-    weights = _summed_basis(plan, jnp.zeros_like(windows), windows, decays, between.basis, steps)
-    weights = weights[window]
-    if rows.log_decay is None:
+        log_decay = jnp.zeros_like(missed, jnp.float32) if log_decay is None else log_decay
+        return _summed_basis(plan, last, window, log_decay, between.basis, _AT_A_TIME)
+    table, decays = _weights_of_windows(plan, between.basis)
+    # Of each row what all that have missed as many steps have.
+    weights = table[window]
+    if log_decay is None:
         return weights
-    return weights * jnp.exp(rows.log_decay - decays[window])[:, None]
+    return weights * jnp.exp(log_decay - decays[window])[:, None]
+
+
+def _weights_of_windows(
+    plan: Plan, basis: np.ndarray
+) -> tuple[Float[Array, "windows nodes"], Float[Array, "windows"]]:
+    """The sum of `_weights` after each number of missed steps, and what these decay."""
+    steps = len(basis)
+    is_known = isinstance(plan.learning_rate, float) and isinstance(plan.weight_decay, float)
+    with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
+        windows = jnp.arange(steps + 1)
+        each = plan.log_decay_at(jnp.int32(0)) if plan.decays else jnp.float32(0)
+        decays = windows.astype(jnp.float32) * each
+        last = jnp.zeros_like(windows)
+        return _summed_basis(plan, last, windows, decays, basis, steps), decays
 
 
 def _summed_basis(

@@ -31,7 +31,7 @@ from jadam._state import Role
 # An interpolation costs a division for each node and element, and some time to find.
 _MOST_NODES, _MOST_STEPS = 24, 1000
 
-Numbers = Float[Array, "rows"]
+Numbers = Float[Array, "..."]
 
 
 class Quiet(NamedTuple):
@@ -42,27 +42,34 @@ class Quiet(NamedTuple):
 
     weight: Numbers
     scale: Numbers
-    plain: Numbers
+    plain: Numbers | float
 
 
-def _adam(t: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet:
-    d1, d2 = _math.Decay.of(b1, t.dtype), _math.Decay.of(b2, t.dtype)
-    scale = jnp.sqrt(_math.bias_correction(d2, t)) * jnp.exp(-0.5 * j * d2.log)
-    weight = scale * jnp.exp(j * d1.log) / _math.bias_correction(d1, t)
-    return Quiet(weight, scale, jnp.zeros_like(t))
+def _correction(b: _math.Decay, then: Numbers, j: Numbers) -> Numbers:
+    """1 - bᵗ of t = then + j, with one exponential of each row and one of each j."""
+    before = -jnp.expm1(then * b.log)
+    return before + (1 - before) * _math.bias_correction(b, j)
+
+
+def _adam(then: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet:
+    d1, d2 = _math.Decay.of(b1, j.dtype), _math.Decay.of(b2, j.dtype)
+    scale = jnp.sqrt(_correction(d2, then, j)) * jnp.exp(-0.5 * j * d2.log)
+    weight = scale * jnp.exp(j * d1.log) / _correction(d1, then, j)
+    return Quiet(weight, scale, 0.0)
 
 
 def _nadam(
-    t: Numbers, j: Numbers, *, b1: float, b2: float, momentum_decay: float | None, **_: Any
+    then: Numbers, j: Numbers, *, b1: float, b2: float, momentum_decay: float | None, **_: Any
 ) -> Quiet:
-    d1 = _math.Decay.of(b1, t.dtype)
-    scale = _adam(t, j, b1=b1, b2=b2).scale
-    momentum = jax.vmap(lambda t: jnp.asarray(_math.momentum(d1, t, momentum_decay).m_weight))(t)
-    return Quiet(scale * jnp.exp(j * d1.log) * momentum, scale, jnp.zeros_like(t))
+    d1, t = _math.Decay.of(b1, j.dtype), then + j
+    scale = _adam(then, j, b1=b1, b2=b2).scale
+    momentum = jax.vmap(lambda t: jnp.asarray(_math.momentum(d1, t, momentum_decay).m_weight))
+    m_weight = momentum(t.reshape(-1)).reshape(t.shape)
+    return Quiet(scale * jnp.exp(j * d1.log) * m_weight, scale, 0.0)
 
 
 def _amsgrad(
-    t: Numbers,
+    then: Numbers,
     j: Numbers,
     *,
     b1: float,
@@ -72,16 +79,16 @@ def _amsgrad(
     bias_correction_nu: bool,
     **_: Any,
 ) -> Quiet:
-    d1, d2 = _math.Decay.of(b1, t.dtype), _math.Decay.of(b2, t.dtype)
-    one = jnp.ones_like(t)
-    c1 = _math.bias_correction(d1, t) if bias_correction_mu else one
+    d1, d2 = _math.Decay.of(b1, j.dtype), _math.Decay.of(b2, j.dtype)
+    one = jnp.ones_like(then + j)
+    c1 = _correction(d1, then, j) if bias_correction_mu else one
     corrected_here = bias_correction_nu and maximum == "raw"
-    scale = jnp.sqrt(_math.bias_correction(d2, t)) if corrected_here else one
-    return Quiet(scale * jnp.exp(j * d1.log) / c1, scale, jnp.zeros_like(t))
+    scale = jnp.sqrt(_correction(d2, then, j)) if corrected_here else one
+    return Quiet(scale * jnp.exp(j * d1.log) / c1, scale, 0.0)
 
 
 def _radam(
-    t: Numbers,
+    then: Numbers,
     j: Numbers,
     *,
     b1: float,
@@ -90,11 +97,13 @@ def _radam(
     nesterov: bool,
     **_: Any,
 ) -> Quiet:
-    d2 = _math.Decay.of(b2, t.dtype)
+    d2 = _math.Decay.of(b2, j.dtype)
     weight, scale, _none = (
-        _nadam(t, j, b1=b1, b2=b2, momentum_decay=None) if nesterov else _adam(t, j, b1=b1, b2=b2)
+        _nadam(then, j, b1=b1, b2=b2, momentum_decay=None)
+        if nesterov
+        else _adam(then, j, b1=b1, b2=b2)
     )
-    tractable, r = _math.rectification(d2, t, threshold)
+    tractable, r = _math.rectification(d2, then + j, threshold)
     return Quiet(
         jnp.where(tractable, r * weight, 0), scale, jnp.where(tractable, 0, weight / scale)
     )
@@ -109,9 +118,9 @@ QUIET: Mapping[Member, Callable[..., Quiet]] = {
 }
 
 
-def quiet(rule: Rule, t: Numbers, j: Numbers) -> Quiet:
-    """The step t of a rule, the j-th without a gradient."""
-    return QUIET[rule.member](t, j, **rule.hyperparameters)
+def quiet(rule: Rule, then: Numbers, j: Numbers) -> Quiet:
+    """The j-th step of a rule without a gradient, after `then` updates."""
+    return QUIET[rule.member](then, j, **rule.hyperparameters)
 
 
 def fade(rule: Rule) -> float:
@@ -192,11 +201,10 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
     j = np.arange(1, steps + 1)
     late = 100 + 20 / (1 - rule.hyperparameters["b2"])
     touched = np.unique(np.concatenate([np.arange(1, 30), np.geomspace(30, late, 16).astype(int)]))
-    times = np.add.outer(touched, j)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        each = (jnp.asarray(x.reshape(-1), jnp.float64) for x in np.broadcast_arrays(times, j))
+        each = (jnp.asarray(x, jnp.float64) for x in (touched[:, None], j[None]))
         found = jax.jit(functools.partial(quiet, rule))(*each)
-    weight, scale, plain = (np.asarray(x).reshape(times.shape) for x in found)
+    weight, scale, plain = np.broadcast_arrays(*(np.asarray(x) for x in found))
     directions, largest = [plain], 100 * np.max(scale / scale[:, :1])
     for root in (0.0, *np.geomspace(0.01, largest, round(2 * math.log10(largest)) + 5)):
         v = root * scale[:, :1]
@@ -214,22 +222,24 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
     return Interpolation(j[nodes], np.linalg.lstsq(directions[:, nodes], directions)[0].T)
 
 
+def power(rule: Rule, b: str, steps: Array) -> Array:
+    """What so many steps without a gradient leave of a moment, by the name of its rate."""
+    decay = _math.Decay.of(rule.hyperparameters[b], steps.dtype)
+    # 0⁰ is 1: a rate of 0 has a logarithm that is finite.
+    return jnp.exp(steps * decay.log)
+
+
 def faded(
     rule: Rule, moments: tuple[Array, ...], steps: Float[Array, "rows *ones"]
 ) -> tuple[Array, ...]:
     """The moments after some steps without a gradient."""
 
-    def power(b: str) -> Array:
-        decay = _math.Decay.of(rule.hyperparameters[b], steps.dtype)
-        # 0⁰ is 1: a rate of 0 has a logarithm that is finite.
-        return jnp.exp(steps * decay.log)
-
     def one(role: Role, x: Array) -> Array:
         if role is Role.FIRST:
-            return power("b1") * x
+            return power(rule, "b1", steps) * x
         if role is Role.MAXIMUM:
             return x
-        x = power("b2") * x
+        x = power(rule, "b2", steps) * x
         if rule.member is ADAMAX:
             floor = jnp.asarray(rule.hyperparameters["eps"], x.dtype)
             x = jnp.where(steps > 0, jnp.maximum(x, floor), x)

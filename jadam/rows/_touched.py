@@ -33,16 +33,6 @@ class Touched(NamedTuple):
         rows = none.at[place].set(by_id, indices_are_sorted=True)
         return cls(rows, place[jnp.searchsorted(by_id, ids)])
 
-    def after(self, table: Array) -> "Touched":
-        """The same rows, which XLA knows only when the table has been written.
-
-        All that is read is needed for that. So what is then written is no longer needed as it was,
-        and XLA makes no copy of it.
-        """
-        first = table.at[(self.rows, *(0,) * (table.ndim - 1))].get(mode="fill", fill_value=0)
-        # Rows are not negative, which XLA does not know.
-        return self._replace(rows=jnp.maximum(self.rows, jnp.isnan(first).astype(jnp.int32) - 1))
-
     def sums(self, x: Array) -> Array:
         """The sum over the places of each row, in float32 or wider, in the dtype of x."""
         wide = x.astype(np.promote_types(x.dtype, np.float32))
@@ -69,6 +59,17 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     if jnp.iinfo(ids.dtype).max >= size:
         is_row &= ids < jnp.asarray(size, ids.dtype)
     return jnp.where(is_row, ids.astype(jnp.int32), size)
+
+
+def after(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
+    """The same rows, which XLA knows only when the table has been written.
+
+    All that is read is needed for that. So what is then written is no longer needed as it was, and
+    XLA makes no copy of it.
+    """
+    first = table.at[(rows, *(0,) * (table.ndim - 1))].get(mode="fill", fill_value=0)
+    # Rows are not negative, which XLA does not know.
+    return jnp.maximum(rows, jnp.isnan(first).astype(jnp.int32) - 1)
 
 
 def take(arrays: Sequence[Array], rows: Int[Array, "n"]) -> tuple[Array, ...]:

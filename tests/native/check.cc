@@ -45,7 +45,7 @@ bool is_gpu(const Isa& isa) { return isa.kernel == nullptr; }
 std::vector<Isa> all_sets() {
   std::vector<Isa> found = jadam::instruction_sets();
 #if defined(JADAM_HAS_gpu)
-  found.push_back({"gpu", nullptr});
+  found.push_back({"gpu", nullptr, nullptr, nullptr});
 #endif
   return found;
 }
@@ -935,6 +935,199 @@ void check_threads(const Isa& isa, int rounds) {
   std::printf("%s: 3 steps at a time on 1, 2 and 4 threads each: equal bits\n", isa.name);
 }
 
+// ---- the rows of a table that a batch touches
+
+// A table with a batch, and what a step makes of it in exact arithmetic.
+class RowsCase {
+ public:
+  RowsCase(int64_t width, int64_t nodes, bool nesterov, bool decays, uint64_t seed)
+      : width_(width), nesterov_(nesterov), decays_(decays), nodes_(nodes) {
+    Random random(seed);
+    const auto numbers = [&](int64_t n, bool positive) {
+      std::vector<float> x(n);
+      for (float& y : x) y = positive ? std::abs(random.number()) : random.number();
+      return x;
+    };
+    p_ = numbers(kRows * width, false);
+    m_ = numbers(kRows * width, false);
+    v_ = numbers(kRows * width, true);
+    g_ = numbers(kPlaces * width, false);
+    // Of each row the same, wherever it comes.
+    const auto of_rows = [&](int64_t n) { return numbers(n * (kRows + 1), true); };
+    const std::vector<float> plain = of_rows(1), first = of_rows(1), second = of_rows(1),
+                             decay = of_rows(1), factors = of_rows(nodes), scales = of_rows(nodes);
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      const int32_t id = random.below(6) == 0 ? kRows + int32_t(random.below(2)) * 7
+                                              : int32_t(random.below(kRows));
+      ids_.push_back(random.below(20) == 0 ? -1 : id);
+      const int64_t row = has(place) ? id : kRows;
+      const bool missed = row % 5 != 0;
+      steps_.push_back(missed ? 3.0f : 0.0f);
+      plain_.push_back(missed ? plain[row] : 0.0f);
+      first_.push_back(missed ? first[row] : 1.0f);
+      second_.push_back(missed ? second[row] : 1.0f);
+      decay_.push_back(missed ? -0x1p-6f * decay[row] : 0.0f);
+    }
+    for (int64_t q = 0; q < nodes; ++q) {
+      for (int64_t place = 0; place < kPlaces; ++place) {
+        const int64_t row = has(place) ? ids_[place] : kRows, at = q * (kRows + 1) + row;
+        factors_.push_back(q % 2 ? factors[at] : -factors[at]);
+        // √(1 - b2) at least, where two floors have a product that is not flushed.
+        scales_.push_back(0x1p-11f + scales[at]);
+      }
+    }
+    step_ = step_of(kHypers[2 * (seed % 2)], nesterov);
+  }
+
+  void check(const Isa& isa) const {
+    const Result alone = run(isa, 1);
+    compare(isa, alone);
+    if (!(run(isa, 3) == alone)) fail_rows(isa, "other bits on 3 threads");
+  }
+
+ private:
+  static constexpr int32_t kRows = 40;
+  static constexpr int64_t kPlaces = 150;
+
+  struct Result {
+    std::vector<float> now, p, m, v;
+    std::vector<int32_t> last;
+    bool operator==(const Result& other) const {
+      return now == other.now && p == other.p && m == other.m && v == other.v && last == other.last;
+    }
+  };
+
+  bool has(int64_t place) const { return 0 <= ids_[place] && ids_[place] < kRows; }
+
+  static void work(std::shared_ptr<jadam::Jobs> jobs, int threads) {
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([jobs] { jobs->take_jobs(); });
+    jobs->take_jobs();
+    jobs->wait();
+    for (std::thread& helper : helpers) helper.join();
+  }
+
+  Result run(const Isa& isa, int threads) const {
+    Result x{std::vector<float>(g_.size(), -1.0f), p_, m_, v_, std::vector<int32_t>(kRows, 7)};
+    jadam::Batch batch{};
+    batch.rows = kRows;
+    batch.width = width_;
+    batch.n = kPlaces;
+    batch.ids = ids_.data();
+    batch.missed = {steps_.data(), plain_.data(),   first_.data(),  second_.data(),
+                    decay_.data(), factors_.data(), scales_.data(), nodes_};
+    batch.p = x.p.data();
+    batch.m = x.m.data();
+    batch.v = x.v.data();
+    batch.now = x.now.data();
+    work(std::make_shared<jadam::CatchUpWork>(isa.catch_up, batch, step_.eps), threads);
+    jadam::Update update{};
+    update.g = g_.data();
+    update.p = x.p.data();
+    update.m = x.m.data();
+    update.v = x.v.data();
+    update.last = x.last.data();
+    update.count = 11;
+    update.decays = decays_;
+    work(std::make_shared<jadam::RowsWork>(isa.step_rows, batch, update, step_), threads);
+    return x;
+  }
+
+  // A row after its missed steps.
+  Interval caught_up(int64_t place, int64_t i) const {
+    if (!has(place)) return 0;
+    const int64_t at = ids_[place] * width_ + i;
+    if (steps_[place] == 0) return p_[at];
+    const Interval root = root_of(Interval(flush(v_[at])));
+    Interval total = 0;
+    const auto node = [&](int64_t q, Interval& factor) {
+      factor = q < nodes_ ? factors_[q * kPlaces + place] : 0;
+      const Interval scale = q < nodes_ ? scales_[q * kPlaces + place] : 0;
+      const Interval floor = q < nodes_ ? Interval(0x1.6a09e6p-52) * scale : Interval(1);
+      const Interval larger(std::max(root.lo, floor.lo), std::max(root.hi, floor.hi));
+      return larger + Interval(step_.eps) * scale;
+    };
+    for (int64_t q = 0; q < nodes_; q += 2) {
+      Interval one = 0, other = 0;
+      const Interval x = node(q, one), y = node(q + 1, other);
+      total = total + (one * y + other * x) / (x * y);
+    }
+    const Interval p = Interval(p_[at]) + Interval(decay_[place]) * p_[at];
+    return p - Interval(m_[at]) * (Interval(plain_[place]) + total);
+  }
+
+  void compare(const Isa& isa, const Result& got) const {
+    std::vector<int64_t> first(kRows, -1);
+    for (int64_t place = kPlaces - 1; place >= 0; --place) {
+      if (has(place)) first[ids_[place]] = place;
+      for (int64_t i = 0; i < width_; ++i) {
+        of_number(isa, "now", got.now[place * width_ + i], caught_up(place, i));
+      }
+    }
+    for (int64_t row = 0; row < kRows; ++row) {
+      const bool is_touched = first[row] >= 0;
+      if (got.last[row] != (is_touched ? 11 : 7)) fail_rows(isa, "last is another");
+      for (int64_t i = 0; i < width_; ++i) {
+        const int64_t at = row * width_ + i;
+        if (!is_touched) {
+          of_number(isa, "p", got.p[at], p_[at]);
+          of_number(isa, "m", got.m[at], m_[at]);
+          of_number(isa, "v", got.v[at], v_[at]);
+          continue;
+        }
+        // In the order of the batch, as float32 adds.
+        float g = g_[first[row] * width_ + i];
+        for (int64_t place = first[row] + 1; place < kPlaces; ++place) {
+          if (ids_[place] == row) g += g_[place * width_ + i];
+        }
+        Interval m = Interval(m_[at]) * first_[first[row]];
+        Interval v = Interval(v_[at]) * second_[first[row]];
+        m = m + step_.complement1 * (Interval(g) - m);
+        v = second_moment(v, g, step_);
+        const double p = got.now[first[row] * width_ + i];
+        Interval d = direction(g, m, v, nesterov_, step_);
+        if (decays_) d = d + Interval(step_.weight_decay) * p;
+        of_number(isa, "p", got.p[at], p + Interval(-step_.learning_rate) * d);
+        of_number(isa, "m", got.m[at], m);
+        of_number(isa, "v", got.v[at], v);
+      }
+    }
+  }
+
+  void of_number(const Isa& isa, const char* what, double got, Interval expected) const {
+    if (expected.lo <= got && got <= expected.hi) return;
+    char line[200];
+    std::snprintf(line, sizeof line, "%s is %.9g, not in [%.9g, %.9g]", what, got, expected.lo,
+                  expected.hi);
+    fail_rows(isa, line);
+  }
+
+  [[noreturn]] void fail_rows(const Isa& isa, const char* what) const {
+    std::fprintf(stderr, "check: %s: rows of %lld, %lld nodes: %s\n", isa.name,
+                 static_cast<long long>(width_), static_cast<long long>(nodes_), what);
+    std::exit(1);
+  }
+
+  const int64_t width_;
+  const bool nesterov_, decays_;
+  const int64_t nodes_;
+  std::vector<float> p_, m_, v_, g_, steps_, plain_, first_, second_, decay_, factors_, scales_;
+  std::vector<int32_t> ids_;
+  Numbers step_;
+};
+
+void check_rows(const Isa& isa) {
+  uint64_t seed = 0;
+  for (const int64_t width : {1, 3, 8, 17, 64, 130}) {
+    for (const int64_t nodes : {0, 1, 4, 13}) {
+      for (int flags = 0; flags < 4; ++flags) {
+        RowsCase(width, nodes, flags & 1, flags & 2, ++seed).check(isa);
+      }
+    }
+  }
+  std::printf("%s: %d tables by the rows of a batch\n", isa.name, int(seed));
+}
+
 // The sets that are named, all that the machine has where none is.
 std::vector<Isa> sets_named(const std::vector<std::string>& names) {
   std::vector<Isa> all = all_sets(), found;
@@ -958,6 +1151,9 @@ int main(int argc, char** argv) {
   const bool is_short = !names.empty() && names[0] == "--short";
   if (is_short) names.erase(names.begin());
   const std::vector<Isa> isas = sets_named(names);
+  for (const Isa& isa : isas) {
+    if (!is_gpu(isa)) check_rows(isa);
+  }
   check_templates(isas, is_short);
   for (const Isa& isa : isas) {
     if (!is_gpu(isa)) check_threads(isa, is_short ? 1 : 5);

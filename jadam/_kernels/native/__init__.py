@@ -30,7 +30,7 @@ from jadam._storage import codes
 from jadam._storage.curve import Curve
 from jadam._types import Count, Scalar
 
-TARGET = "jadam_step"
+TARGET, ROWS_NOW, ROWS_STEP = "jadam_step", "jadam_rows_now", "jadam_rows_step"
 _FORCED = "JADAM_INSTRUCTION_SET"
 
 
@@ -62,7 +62,8 @@ def library() -> Library:
         loaded = ctypes.CDLL(spec.origin)
         loaded.jadam_instruction_sets.restype = ctypes.c_char_p
         built = loaded.jadam_ffi_api_version()
-        handler, use = loaded.jadam_step, loaded.jadam_use_instruction_set
+        handlers = {name: getattr(loaded, name) for name in (TARGET, ROWS_NOW, ROWS_STEP)}
+        use = loaded.jadam_use_instruction_set
     except (OSError, AttributeError) as error:
         return Library(None, f"not loaded: {error}")
     there = _ffi_api_version()
@@ -77,7 +78,8 @@ def library() -> Library:
         return Library(None, f"not used: {_FORCED} is {forced!r}, this processor has {expected}")
     chosen = forced or sets[0]
     use(chosen.encode())
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     reason = f"loaded, forced by {_FORCED}" if forced else "loaded"
     if not hasattr(loaded, "jadam_step_on_gpu"):
         return Library(chosen, reason, tuple(sets))

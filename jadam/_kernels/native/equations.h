@@ -116,6 +116,30 @@ struct Adam {
   }
 };
 
+// ---- _missed.py
+
+// Two nodes of _missed.Sums: the factors, and the scales times 2^-51.5 and times eps. Of a node that
+// is not there the factor is 0.
+struct NodePair {
+  float factor[2] = {0, 0};
+  float floor[2] = {1, 1};
+  float shift[2] = {0, 0};
+};
+
+// Σ_q factor_q/(max(√v, floor_q) + shift_q), which times m moves a parameter, where eps_root is 0.
+// Two quotients are one division; under 2^-126 would be the product where b2 is above 1 - 2^-22.
+JADAM_INLINE F32 motion_of(F32 v, const NodePair* pairs, int64_t n) {
+  const F32 root = sqrt(v);
+  F32 total{};
+  for (int64_t q = 0; q < n; ++q) {
+    const auto& [factor, floor, shift] = pairs[q];
+    const F32 x = at_least(root, all(floor[0])) + shift[0];
+    const F32 y = at_least(root, all(floor[1])) + shift[1];
+    total += divide(factor[0] * y + factor[1] * x, at_least(x * y, all(0x1p-126f)));
+  }
+  return total;
+}
+
 // ---- codes.py
 
 constexpr int kTop = 510, kNaN = 511, kM = 63;

@@ -88,14 +88,50 @@ struct Leaf {
 };
 
 struct Range {
-  int64_t begin, end;  // blocks
+  int64_t begin, end;  // blocks, or rows of a batch
 };
 
 using Kernel = void (*)(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&);
 
-#define JADAM_DECLARE(isa)                                                  \
-  namespace isa {                                                           \
+// What the steps that rows have missed make of them, as _missed.Sums: a number for each place of a
+// batch, and for each node of the interpolation.
+struct Missed {
+  const float *steps, *plain, *first, *second, *decay;
+  const float *factors, *scales;  // [nodes, n]
+  int64_t nodes;
+};
+
+// The rows of a table that a batch touches; table, moments and gradients are of float32.
+struct Batch {
+  int64_t rows, width;  // of the table
+  int64_t n;            // places of the batch, each with a row
+  const int32_t* ids;   // the rows; what is not in the table counts for nothing
+  Missed missed;
+  const float *p, *m, *v;
+  float* now;  // [n, width]: the rows as they are after the missed steps
+
+  bool has(int64_t place) const { return 0 <= ids[place] && ids[place] < rows; }
+};
+
+// A step of these rows in place, from `Batch::now`. A row that comes again has one gradient, the sum.
+struct Update {
+  const float* g;        // [n, width]
+  const int64_t* first;  // of each row its first place in the batch
+  const int64_t* next;   // of each place the next one with the same row; -1 where there is none
+  float *p, *m, *v;
+  int32_t* last;
+  int32_t count;  // after the step
+  bool decays;
+};
+
+using CatchUp = void (*)(const Batch&, Range places, float eps);
+using StepRows = void (*)(const Batch&, const Update&, Range rows, const Numbers&);
+
+#define JADAM_DECLARE(isa)                                                     \
+  namespace isa {                                                              \
   void run(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&); \
+  void catch_up(const Batch&, Range, float);                                   \
+  void step_rows(const Batch&, const Update&, Range, const Numbers&);          \
   }
 JADAM_DECLARE(avx512)
 JADAM_DECLARE(avx2)

@@ -1,65 +1,11 @@
 // One step over a range of a leaf's blocks, in one pass over memory. Compiled once for each
 // instruction set.
 
-#include <type_traits>
-
-// Before the equations of its vectors.
-#include "../simd.h"
-
-#include "../equations.h"
+#include "memory.h"
 
 namespace jadam {
 namespace JADAM_ISA {
 namespace {
-
-// ---- memory
-
-struct BF16 {
-  uint16_t bits;
-};
-
-template <class T>
-JADAM_INLINE F32 load(const T* p);
-template <>
-JADAM_INLINE F32 load(const float* p) {
-  return load_vector<F32>(p);
-}
-template <>
-JADAM_INLINE F32 load(const BF16* p) {
-  return widened(load_u16(&p->bits));
-}
-
-JADAM_INLINE void store(float* p, F32 x) { store_vector(p, x); }
-JADAM_INLINE void store(BF16* p, F32 x) {
-  store_u16(&p->bits, bits<I32>(bits<U32>(nearest_bf16(x)) >> 16));
-}
-
-// x as `store` would leave it in memory.
-template <class T>
-JADAM_INLINE F32 rounded(F32 x) {
-  if constexpr (std::is_same_v<T, BF16>) return nearest_bf16(x);
-  return x;
-}
-
-// ---- _leaf.py
-
-template <class G, class P, bool kWritesParams>
-struct Move {
-  const Numbers s;
-  const bool decays;
-  const P* p;
-  std::conditional_t<kWritesParams, P, G>* out;
-
-  JADAM_INLINE void operator()(F32 direction, int64_t i) const {
-    if (decays) direction += s.weight_decay * load(p + i);
-    F32 update = -s.learning_rate * direction;
-    if constexpr (kWritesParams) {
-      store(out + i, load(p + i) + rounded<G>(update));
-    } else {
-      store(out + i, update);
-    }
-  }
-};
 
 // ---- blocks of codes
 
@@ -163,33 +109,7 @@ JADAM_INLINE void tops_after(const Largest* largest, const int32_t* tops, int32_
   }
 }
 
-// What a loop will need, into the cache: n numbers from p on, a line of 64 bytes each.
-template <class T>
-JADAM_INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
-}
-
 // ---- a leaf
-
-template <class T>
-T* shifted(T* p, int64_t i) {
-  return p == nullptr ? nullptr : p + i;
-}
-
-// A block's last numbers, where they do not fill a vector, go through copies that do.
-template <class T>
-struct Padded {
-  alignas(64) T values[kBlock] = {};
-  T* copy(const T* from, int64_t n) {
-    if (from != nullptr) std::memcpy(values, from, n * sizeof(T));
-    return values;
-  }
-};
-
-template <class T>
-void copy_back(void* to, const Padded<T>& from, int64_t n) {
-  std::memcpy(to, from.values, n * sizeof(T));
-}
 
 template <class Member, class G, class P, bool kWritesParams>
 void run_codes(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,

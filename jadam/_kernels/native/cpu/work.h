@@ -1,4 +1,4 @@
-// A step over many leaves, cut into jobs for any number of threads.
+// A step over many leaves or rows, cut into jobs for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,8 @@ namespace jadam {
 struct InstructionSet {
   const char* name;
   Kernel kernel;
+  CatchUp catch_up;
+  StepRows step_rows;
 };
 
 // Those that were built and that this processor has, the best first.
@@ -31,13 +33,13 @@ inline std::vector<InstructionSet> instruction_sets() {
 #if defined(JADAM_HAS_avx512)
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back({"avx512", avx512::run});
+    found.push_back({"avx512", avx512::run, avx512::catch_up, avx512::step_rows});
   }
 #endif
 #if defined(JADAM_HAS_avx2)
-  if (has_avx2) found.push_back({"avx2", avx2::run});
+  if (has_avx2) found.push_back({"avx2", avx2::run, avx2::catch_up, avx2::step_rows});
 #endif
-  found.push_back({"baseline", baseline::run});
+  found.push_back({"baseline", baseline::run, baseline::catch_up, baseline::step_rows});
   return found;
 }
 
@@ -89,9 +91,40 @@ struct Part {
   Range blocks;
 };
 
-// A step over many leaves, in jobs that any number of threads take one after the other. A thread
-// that comes late finds none left; so nobody waits for a thread that has not begun.
-class Work {
+// Jobs that any number of threads take one after the other. A thread that comes late finds none left;
+// so nobody waits for a thread that has not begun.
+class Jobs {
+ public:
+  virtual ~Jobs() = default;
+
+  virtual int64_t jobs() const = 0;
+
+  void take_jobs() {
+    const FlushSubnormals flush;
+    int64_t finished = 0;
+    for (int64_t job; (job = next_.fetch_add(1)) < jobs(); ++finished) run(job);
+    if (finished == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    finished_ += finished;
+    if (finished_ == jobs()) all_finished_.notify_all();
+  }
+
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_finished_.wait(lock, [this] { return finished_ == jobs(); });
+  }
+
+ private:
+  virtual void run(int64_t job) const = 0;
+
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable all_finished_;
+  int64_t finished_ = 0;
+};
+
+// A step over many leaves.
+class Work : public Jobs {
  public:
   Work(Kernel kernel, std::vector<Leaf> leaves, const Numbers& step, const Tables& tables,
        uint32_t count, uint32_t first_lane = 0)
@@ -115,29 +148,16 @@ class Work {
     }
   }
 
-  int64_t jobs() const { return int64_t(starts_.size()); }
-
-  void take_jobs() {
-    const FlushSubnormals flush;
-    int64_t finished = 0;
-    for (int64_t job; (job = next_.fetch_add(1)) < jobs(); ++finished) {
-      const int64_t end = job + 1 < jobs() ? starts_[job + 1] : int64_t(parts_.size());
-      for (int64_t i = starts_[job]; i < end; ++i) {
-        kernel_(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, dithers_);
-      }
-    }
-    if (finished == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    finished_ += finished;
-    if (finished_ == jobs()) all_finished_.notify_all();
-  }
-
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_finished_.wait(lock, [this] { return finished_ == jobs(); });
-  }
+  int64_t jobs() const override { return int64_t(starts_.size()); }
 
  private:
+  void run(int64_t job) const override {
+    const int64_t end = job + 1 < jobs() ? starts_[job + 1] : int64_t(parts_.size());
+    for (int64_t i = starts_[job]; i < end; ++i) {
+      kernel_(leaves_[parts_[i].leaf], parts_[i].blocks, step_, tables_, dithers_);
+    }
+  }
+
   static constexpr int64_t kBlocksInJob = 256;  // 32,768 numbers: longer than waking a thread
 
   const Kernel kernel_;
@@ -147,10 +167,94 @@ class Work {
   const Dithers dithers_;
   std::vector<Part> parts_;
   std::vector<int64_t> starts_;  // of each job in parts_
-  std::atomic<int64_t> next_{0};
-  std::mutex mutex_;
-  std::condition_variable all_finished_;
-  int64_t finished_ = 0;
+};
+
+// Of each row of a batch its first place, and of each place the next one with the same row.
+class Places {
+ public:
+  explicit Places(const Batch& batch) : next_(batch.n, -1) {
+    int bits = 4;
+    while (int64_t(1) << bits < 2 * batch.n) ++bits;
+    std::vector<int64_t> latest(int64_t(1) << bits, -1);  // by the row's place in a table of hashes
+    for (int64_t place = 0; place < batch.n; ++place) {
+      if (!batch.has(place)) continue;
+      const int32_t id = batch.ids[place];
+      uint32_t at = uint32_t(id) * kStep >> (32 - bits);
+      while (latest[at] >= 0 && batch.ids[latest[at]] != id) at = (at + 1) % latest.size();
+      if (latest[at] < 0) {
+        first_.push_back(place);
+      } else {
+        next_[latest[at]] = place;
+      }
+      latest[at] = place;
+    }
+  }
+
+  int64_t rows() const { return int64_t(first_.size()); }
+  const int64_t* first() const { return first_.data(); }
+  const int64_t* next() const { return next_.data(); }
+
+ private:
+  std::vector<int64_t> first_, next_;
+};
+
+// So many rows of a width in jobs that are longer than waking a thread.
+class RowsOfJobs {
+ public:
+  RowsOfJobs(int64_t rows, int64_t width)
+      : rows_(rows), in_job_(std::max<int64_t>(1, 4096 / std::max<int64_t>(width, 1))) {}
+
+  int64_t jobs() const { return (rows_ + in_job_ - 1) / in_job_; }
+  Range of(int64_t job) const {
+    return {job * in_job_, std::min((job + 1) * in_job_, rows_)};
+  }
+
+ private:
+  const int64_t rows_, in_job_;
+};
+
+// The rows of a batch as they are after the steps that they have missed.
+class CatchUpWork : public Jobs {
+ public:
+  CatchUpWork(CatchUp kernel, const Batch& batch, float eps)
+      : kernel_(kernel), batch_(batch), eps_(eps), parts_(batch.n, batch.width) {}
+
+  int64_t jobs() const override { return parts_.jobs(); }
+
+ private:
+  void run(int64_t job) const override { kernel_(batch_, parts_.of(job), eps_); }
+
+  const CatchUp kernel_;
+  const Batch batch_;
+  const float eps_;
+  const RowsOfJobs parts_;
+};
+
+// A step of the rows of a batch, each once.
+class RowsWork : public Jobs {
+ public:
+  RowsWork(StepRows kernel, const Batch& batch, const Update& update, const Numbers& step)
+      : kernel_(kernel),
+        batch_(batch),
+        update_(update),
+        step_(step),
+        places_(batch),
+        parts_(places_.rows(), batch.width) {
+    update_.first = places_.first();
+    update_.next = places_.next();
+  }
+
+  int64_t jobs() const override { return parts_.jobs(); }
+
+ private:
+  void run(int64_t job) const override { kernel_(batch_, update_, parts_.of(job), step_); }
+
+  const StepRows kernel_;
+  const Batch batch_;
+  Update update_;
+  const Numbers step_;
+  const Places places_;
+  const RowsOfJobs parts_;
 };
 
 }  // namespace jadam

@@ -1,0 +1,163 @@
+"""The rows that a batch touches as two JAX primitives: as they are now, and stepped in place.
+
+Where one is lowered for one CPU device, the library takes it. Elsewhere it is what the caller
+makes of the same in XLA's operations: under differentiation and `jax.vmap`, in an export, and where
+arrays are divided over devices along automatic axes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jadam._kernels import jax_internals, native
+from jadam._kernels.jax_internals import Place
+
+Rows = Float[Array, "rows *row"]
+Places = Float[Array, "places *row"]
+
+
+class Table(NamedTuple):
+    """A table, its moments, and after which update each row stands."""
+
+    p: Rows
+    m: Rows
+    v: Rows
+    last: Int[Array, "rows"]
+
+
+class Touched(NamedTuple):
+    """The rows of a batch, and what the steps that each has missed make of it: `_missed.Sums`."""
+
+    ids: Int[Array, "places"]
+    steps: Float[Array, "places"]
+    plain: Float[Array, "places"]
+    first: Float[Array, "places"]
+    second: Float[Array, "places"]
+    decay: Float[Array, "places"]
+    factors: Float[Array, "nodes places"]
+    scales: Float[Array, "nodes places"]
+
+
+# Where a table is among the operands of a step.
+_TABLE = 0, 1, 2, 3 + len(Touched._fields)
+
+
+class _Call(NamedTuple):
+    """What is known of a call while tracing.
+
+    Attributes:
+        target: the function of the library.
+        given: how many operands it takes; the rest are those of `otherwise`.
+        decays: whether a step decays the parameters.
+        otherwise: the results in XLA's operations, a traced function of the rest.
+    """
+
+    target: str
+    given: int
+    decays: bool
+    otherwise: jax.extend.core.Jaxpr
+
+
+def now(
+    table: Table, touched: Touched, eps: Float[Array, ""], otherwise: Callable[[], Places]
+) -> Places:
+    """The rows of the batch after the steps that they have missed; 0 for what is no row.
+
+    Args:
+        table: what the rows are of, like `touched` in float32.
+        touched: the rows.
+        eps: of the steps.
+        otherwise: makes the same in XLA's operations.
+    """
+    (rows,) = _bound(native.ROWS_NOW, (*table[:3], *touched, eps), otherwise)
+    return rows
+
+
+def stepped(
+    table: Table,
+    touched: Touched,
+    now: Places,
+    g: Places,
+    numbers: Float[Array, "numbers"],
+    count: Int[Array, ""],
+    *,
+    decays: bool,
+    otherwise: Callable[[], Table],
+) -> Table:
+    """The table after a step of these rows, which stand after `count` updates then.
+
+    Args:
+        table: which is written in place.
+        touched: the rows.
+        now: of the same batch.
+        g: the gradients. A row that comes again gets their sum.
+        numbers: of the step, as `native.numbers_of` packs them.
+        count: see above.
+        decays: whether the parameters decay.
+        otherwise: makes the same in XLA's operations.
+    """
+    operands = (*table[:3], *touched, table.last, now, g, numbers, count)
+    return Table(*_bound(native.ROWS_STEP, operands, otherwise, decays=decays))
+
+
+def _bound(
+    target: str, operands: Sequence[Array], otherwise: Callable[[], Any], *, decays: bool = False
+) -> list[Array]:
+    traced = jax.make_jaxpr(lambda: tuple(jax.tree.leaves(otherwise())))()
+    call = _Call(target, len(operands), decays, traced.jaxpr)
+    return _bind(call, *operands, *map(jnp.asarray, traced.consts))
+
+
+def _in_xla(*operands: Any, call: _Call) -> list[Any]:
+    traced = jax.extend.core.ClosedJaxpr(call.otherwise, operands[call.given :])
+    return jax.extend.core.jaxpr_as_fun(traced)()
+
+
+def _in_library(*operands: Any, call: _Call) -> Any:
+    operands, results = operands[: call.given], _abstract(call=call)
+    in_place = call.target == native.ROWS_STEP
+    ffi = jax.ffi.ffi_call(
+        call.target,
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        input_output_aliases=dict(zip(_TABLE, range(4), strict=True)) if in_place else {},
+    )
+    return ffi(*operands, **({"decays": call.decays} if in_place else {}))
+
+
+def _abstract(*operands: Any, call: _Call) -> list[Any]:
+    del operands
+    return [x.aval for x in call.otherwise.outvars]
+
+
+def _batched(operands: Any, axes: Any, *, call: _Call) -> Any:
+    results = jax.vmap(functools.partial(_in_xla, call=call), in_axes=axes)(*operands)
+    return results, (0,) * len(results)
+
+
+def _on_cpu(place: Place, devices: int) -> Callable[..., Any]:
+    del devices
+    return _in_library if place is Place.ONE_DEVICE else _in_xla
+
+
+_rows_p = jax_internals.new_primitive(
+    "jadam_rows",
+    abstract=_abstract,
+    batched=_batched,
+    everywhere=_in_xla,
+    on={"cpu": _on_cpu},
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _bind(call: _Call, *operands: Any) -> Any:
+    return _rows_p.bind(*operands, call=call)
+
+
+@_bind.defjvp
+def _jvp(call: _Call, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(functools.partial(_in_xla, call=call), primals, tangents)
