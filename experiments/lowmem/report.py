@@ -1,7 +1,6 @@
 """What the finished runs say: means, intervals, paired differences, memory; table and picture."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
@@ -186,6 +187,13 @@ def tuning_table(rows: Rows) -> str:
     return table(header, lines)
 
 
+def measured(results: dict[str, Any]) -> dict[str, str]:
+    """Each setting's validation loss minus float32's, for the tables of others."""
+    found = gaps(by_setting(results), LOSSES[0])
+    cells = {name: f"{gap.mean:+.4f} ± {gap.half:.4f}" for name, gap in found.items()}
+    return cells | dict.fromkeys(BOTH, "the reference")
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Both tables, and what would have been found."""
     rows = by_setting(results)
@@ -243,7 +251,7 @@ def draw(rows: Rows) -> Figure:
         apart.plot(steps, (values - base).mean(0), **style)
     curves.set(title="validation loss [nats a byte]", xlabel="step")
     apart.set(title="validation loss minus the mean of both float32 rows", xlabel="step")
-    apart.legend(frameon=False, fontsize=7.5)
+    curves.legend(frameon=False)
     forest(validation, gaps(rows, LOSSES[0]), "validation loss at the end, minus float32's")
     forest(training, gaps(rows, LOSSES[1]), "training loss at the end, minus float32's")
     training.tick_params(labelleft=False)
@@ -260,6 +268,7 @@ def forest(axis: Axes, found: dict[str, Gap], title: str) -> None:
     axis.axvline(0, color=palette.BLACK, linewidth=1)
     axis.set_yticks(range(len(found)), list(reversed(found)))
     axis.set_ylim(-0.6, len(found) - 0.4)
+    axis.xaxis.set_major_locator(ticker.MultipleLocator(0.005))
     axis.set(title=title, xlabel="nats a byte")
 
 
