@@ -1,7 +1,6 @@
 """The tables and pictures of the study of small memory, from results/drift*.json."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +41,6 @@ def late(row: dict[str, list[float]], quantity: str) -> float:
 
 def share(x: float, sign: str = "") -> str:
     """In percent, or as a factor where that would be a long number."""
-    if not math.isfinite(x):
-        return "not finite"
     if abs(x) >= 10:
         return f"{x:{sign},.0f} times" if abs(x) < 1e4 else f"{x:{sign}.0e} times"
     percent = round(100 * x, 1)
@@ -115,12 +112,15 @@ def tasks_markdown(results: dict[str, Any]) -> str:
     return table(["task", *names], rows)
 
 
-def share_between(found: dict[str, Any], *, of_jadam: bool) -> str:
+def share_between(found: dict[str, float | None], *, of_jadam: bool) -> str:
     """A loss beside float32's; in bold where it is a larger one of jadam's."""
-    cell = share(found["mean"], "+")
-    if math.isfinite(found["mean"]) and abs(found["mean"]) < 10:
-        cell = f"{cell} ± {share(found['high'] - found['mean'])}"
-    return f"**{cell}**" if of_jadam and not found["low"] <= 0 else cell
+    mean, low, high = found["mean"], found["low"], found["high"]
+    if mean is None or low is None or high is None:
+        return "not finite"
+    cell = share(mean, "+")
+    if abs(mean) < 10:
+        cell = f"{cell} ± {share(high - mean)}"
+    return f"**{cell}**" if of_jadam and low > 0 else cell
 
 
 @mpl.rc_context(LOOK)
