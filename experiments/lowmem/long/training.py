@@ -49,8 +49,8 @@ LONG = {
     STOCHASTIC: Setting("bfloat16", stochastic(adamw(**MOMENTS_8))),
 }
 """In the order of their importance: the time may end before the last."""
-# XLA may leave out a rounding to bfloat16 and back, and on a GPU it does. Then flashoptim-jax sees
-# no error of its weights, and has nothing to keep.
+# XLA may leave out a rounding to bfloat16 and back. Then a residual that is the difference between
+# both is 0; flashoptim-jax's never changed on a GPU.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 EVERY = 50
 """Steps whose mean is a point of a curve."""
