@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from experiments.bench.publish import RESULTS
@@ -142,7 +141,8 @@ def draw(found: dict[str, Any], steps: list[int], title: str) -> Figure:
                 axis.set_title(stream)
             else:
                 axis.set_xlabel("step")
-                axis.xaxis.set_major_locator(ticker.MaxNLocator(2))
+                axis.set_xticks((0, steps[-1] // 2, steps[-1]))
+                axis.xaxis.set_major_formatter("{x:,.0f}")
             low, high = axis.get_ylim()
             if max(-low, high) > 200:
                 axis.set_yscale("symlog", linthresh=10)
