@@ -13,6 +13,7 @@ from experiments.bench import accuracy, publish, speed
 from experiments.bench.device import tables as device
 from experiments.common import report
 from experiments.lowmem import report as lowmem
+from experiments.lowmem.long import report as long
 
 ROOT = Path(__file__).parent.parent
 WORKLOAD = "GPT-2 124M"
@@ -71,26 +72,38 @@ ADVICE = {
 }
 
 
-def advice(memory: dict[str, dict[str, float]]) -> str:
+NOT_MEASURED = "–"
+
+
+def advice(memory: dict[str, dict[str, float]], losses: dict[str, str]) -> str:
     """What to take for how many bytes a parameter."""
-    rows = ([f"{memory[name]['live']:.1f}", take, use] for take, (name, use) in ADVICE.items())
-    return report.table(["bytes", "take", "for"], rows)
+    rows = (
+        [f"{memory[name]['live']:.1f}", take, use, losses.get(name, NOT_MEASURED)]
+        for take, (name, use) in ADVICE.items()
+    )
+    return report.table(["bytes", "take", "for", "measured loss against float32"], rows)
 
 
-def costs(times: dict[str, Any], memory: dict[str, dict[str, float]]) -> str:
-    """What each setting costs: bytes a parameter, and milliseconds on the device measured."""
+def costs(
+    times: dict[str, Any], memory: dict[str, dict[str, float]], losses: dict[str, str]
+) -> str:
+    """What each setting costs: bytes a parameter, milliseconds on the device measured, loss."""
     contenders = times["workloads"][WORKLOAD]["contenders"]
     rows = []
     for words, (stored, timed) in COSTS.items():
         found = memory[stored]
         parts = [f"{found[part]:.2f}" for part in ("weights", "gradient", "state", "live")]
         seconds = contenders.get(timed, {}).get("seconds")
-        rows.append([words, *parts, f"{1e3 * seconds['median']:.0f}" if seconds else "–"])
+        time = f"{1e3 * seconds['median']:.0f}" if seconds else NOT_MEASURED
+        rows.append([words, *parts, time, losses.get(stored, NOT_MEASURED)])
     columns = ["AdamW", "weights", "gradient", "state", "together", "a step [ms]"]
+    columns.append("measured loss against float32")
     table = report.table(columns, rows)
     return (
         f"{table}\n\nBytes a parameter, and the time of a step of {WORKLOAD} on a CPU "
-        f"({speed.where(times)})."
+        f"({speed.where(times)}). The loss is that of validation after the long training of "
+        "a small language model, in nats a byte, minus the mean of jadam's and optax's float32, "
+        "with a 95% interval ([how](experiments/lowmem/README.md#long-trainings))."
     )
 
 
@@ -125,6 +138,8 @@ def blocks() -> dict[tuple[str, Path], str]:
     on_most, *_ = (x for x in times if x["instruction_set"] == "avx2")
     on_gpu = json.loads((publish.RESULTS / "device-speed.json").read_text())
     small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
+    trained = json.loads(long.RESULTS.read_text())
+    losses = long.measured(trained)
     tables = {
         "accuracy": accuracy.markdown(rows),
         "speed": speed.of_each(times, speed.markdown),
@@ -135,12 +150,13 @@ def blocks() -> dict[tuple[str, Path], str]:
             for name in lowmem.TITLES
             if name in small
         ),
+        "long": long.markdown(trained),
     }
     settings = report.NUMBERS.with_name("settings.md")
     written = {(name, report.NUMBERS): table for name, table in tables.items()}
     return written | {
-        ("bytes", settings): advice(small["memory"]),
-        ("costs", ROOT / "README.md"): costs(on_most, small["memory"]),
+        ("bytes", settings): advice(small["memory"], losses),
+        ("costs", ROOT / "README.md"): costs(on_most, small["memory"], losses),
         ("costs on a GPU", ROOT / "README.md"): costs_on_gpu(on_gpu),
         ("gpu", report.NUMBERS): costs_on_gpu(on_gpu),
     }

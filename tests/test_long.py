@@ -12,7 +12,7 @@ import pytest
 import jadam
 from experiments.common.text import Text
 from experiments.lowmem.long import __main__ as long
-from experiments.lowmem.long import nearest
+from experiments.lowmem.long import nearest, report
 from experiments.lowmem.long.training import LONG, Config, Program, Task, share_moved
 
 TEXT = Text(
@@ -134,3 +134,47 @@ def test_runs_are_files_that_are_not_run_again(task, alone, tmp_path):
 def test_the_reference_comes_first():
     """The time may end before the last setting, and without this one nothing can be said."""
     assert next(iter(LONG)) == "float32"
+
+
+def made_up(differences: dict[str, float], sd: float) -> dict[str, list[dict]]:
+    """Runs of eight seeds that are far apart, with given differences and normal chance."""
+    rng = np.random.default_rng(0)
+    return {
+        name: [
+            {
+                "seed": seed,
+                "final": {"validation loss": 1 + seed + gap + sd * rng.normal()},
+                "fine-tuning": {"moved": 0.1, "moved with rest": 0.9},
+            }
+            for seed in range(8)
+        ]
+        for name, gap in differences.items()
+    }
+
+
+def test_a_difference_is_found_where_it_is_larger_than_chance():
+    """The size of chance is known here: 0.01. Seeds that are 1 apart hide nothing."""
+    differences = dict.fromkeys(LONG, 0.0) | {"bf16 weights, plain": 0.05, "bf16 moments": 0.002}
+    rows = made_up(differences, 0.01)
+    losses = {
+        name: np.array([x["final"]["validation loss"] for x in r]) for name, r in rows.items()
+    }
+    sd, degrees = report.chance(losses)
+    assert degrees == (len(LONG) - 1) * 7
+    assert sd == pytest.approx(0.01, rel=0.2)  # 56 degrees of freedom: 9% in sd
+    found = report.gaps(rows, "validation loss")
+    assert set(found) == set(LONG) - set(report.BOTH) | {report.ALL_CODES}
+    assert found["bf16 weights, plain"].differs
+    assert not found["bf16 moments"].differs
+    # Three rows together say more than one. What nine studies of ten find is past the interval.
+    assert found[report.ALL_CODES].half < found["8-bit moments"].half < found["8-bit moments"].found
+
+
+def test_a_row_whose_residuals_never_change_is_void():
+    """It is left out of the size of chance and of all differences."""
+    rows = made_up(dict.fromkeys(LONG, 0.0), 0.01)
+    assert report.valid(rows) == rows
+    for run in rows["flashoptim-jax"]:
+        run["fine-tuning"]["moved with rest"] = 0.1
+    assert set(rows) - set(report.valid(rows)) == {"flashoptim-jax"}
+    assert "flashoptim-jax" not in report.gaps(rows, "validation loss")

@@ -12,6 +12,7 @@ from flax import nnx
 
 from experiments.common import text
 from experiments.common.gpt import GPT, Shape, loss_fn
+from experiments.common.intervals import interval
 from experiments.lowmem import lm, report, runs
 from experiments.lowmem.memory import measure
 from experiments.lowmem.settings import SETTINGS
@@ -117,10 +118,10 @@ def test_memory_is_that_of_the_buffers():
 
 def test_the_interval_is_students():
     """1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.30265; the half is 4.30265/√3 = 2.48414."""
-    found = report.interval([1.0, 2.0, 3.0])
+    found = interval([1.0, 2.0, 3.0])
     assert found == pytest.approx((2.0, -0.48414, 4.48414), abs=1e-5)
     with pytest.raises(ValueError, match="expected 2 or more, got 1"):
-        report.interval([1.0])
+        interval([1.0])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_the_interval_is_students():
 )
 def test_a_verdict_follows_from_the_interval(values, verdict):
     """Nothing is called equal whose interval leaves out 0, nor where a run diverged."""
-    assert report.interval(values).verdict == verdict
+    assert interval(values).verdict == verdict
 
 
 def fake_run(setting: str, seed: int) -> dict:

@@ -11,8 +11,10 @@ import jadam
 from docs import tables
 from experiments.bench import accuracy, publish, speed
 from experiments.bench.device import tables as device
+from experiments.bench.drift import report as drift
 from experiments.common import report
 from experiments.lowmem import report as lowmem
+from experiments.lowmem.long import report as long
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
@@ -67,6 +69,10 @@ def test_the_full_tables_are_the_committed_ones():
     results = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
     block = report.readme_block("lowmem", lowmem.HERE / "README.md")[1]
     assert block == lowmem.markdown(results) + "\n"
+    block = report.readme_block("long", long.README)[1]
+    assert block == long.markdown(json.loads(long.RESULTS.read_text())) + "\n"
+    for name, expected in drift.blocks().items():
+        assert report.readme_block(name, drift.README)[1] == expected + "\n"
 
 
 def test_the_reference_has_every_public_name():

@@ -1,10 +1,9 @@
 """What the finished runs say: means, intervals, paired differences, memory; table and picture."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +11,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
-from scipy import stats
 
 from experiments.common import palette, picture
 from experiments.common.gpt import Shape
+from experiments.common.intervals import interval
 from experiments.common.report import NUMBERS, provenance, table, update_readme, write_json
 
 from .lm import Lm
@@ -64,32 +63,6 @@ class Report:
     """The file whose table is replaced."""
     numbers: Path = NUMBERS
     """The page whose table of bytes is replaced."""
-
-
-class Interval(NamedTuple):
-    """A mean and its 95% confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """Whether 0 lies in the interval of a difference: not where a run diverged to NaN."""
-        return "no difference found" if self.low <= 0 <= self.high else "differs"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """By Student's t with n-1 degrees of freedom.
-
-    Raises:
-        ValueError: fewer than two values.
-    """
-    if (n := len(values)) < 2:
-        raise ValueError(f"values: expected 2 or more, got {n}")
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half)
 
 
 def runs_of(folder: Path, experiment: str) -> dict[str, list[dict[str, Any]]]:

@@ -77,7 +77,7 @@ def dynamic_code(signed: bool) -> np.ndarray:
 
 def nearest_in(table: np.ndarray, x: Array) -> Array:
     edges = jnp.asarray((table[:-1] + table[1:]) / 2)
-    return jnp.searchsorted(edges, x, method="scan_unrolled").astype(jnp.uint8)
+    return jnp.searchsorted(edges, x).astype(jnp.uint8)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,24 @@ class Fp8Root:
 
     def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
         return jnp.square(by_block(stored[0].astype(jnp.float32), stored[1]))
+
+
+@dataclass(frozen=True)
+class Fp8V:
+    """torchao: e4m3 of v/maximum·448, without a root; float32 maximum."""
+
+    block: int = 256
+
+    @property
+    def bytes(self) -> float:
+        return 1 + 4 / self.block
+
+    def encode(self, v: Moment, g: Moment, t: Array, betas: Betas) -> Stored:
+        scale = largest(v, self.block) / 448
+        return jnp.minimum(by_block(v, scale, safe), 448).astype(jnp.float8_e4m3fn), scale
+
+    def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
+        return by_block(stored[0].astype(jnp.float32), stored[1])
 
 
 def top_of(level: Array, finite: Array, block: int, multiple: int = 1) -> Array:
