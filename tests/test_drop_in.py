@@ -26,6 +26,7 @@ from helpers import FAMILY, gradients_like
 import jadam
 import jadam.sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LR = 0.1
 WEIGHTS = (1.0, 2.0, 0.5, 1.0, -1.0, 3.0, 0.1, 1.0, 1.0, 2.0)
 NOT_FINITE_TWICE = (1.0, 2.0, 0.5, np.inf, -1.0, 3.0, np.nan, 1.0, 1.0, 2.0)

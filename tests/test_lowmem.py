@@ -84,14 +84,6 @@ def test_the_language_model_has_the_size_of_its_description():
     assert count == 256 * 256 + 128 * 256 + 4 * (12 * 256**2 + 2 * 256) + 256 + 256 * 256
 
 
-@pytest.fixture
-def quick_compilation():
-    """Half the time of a test that compiles much and runs little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # optax.apply_updates of 16-bit parameters needs standard promotion.
 @pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -1,6 +1,7 @@
 """The MNIST experiment: data, models, distortions, training, its command line, its presets."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import struct
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments.common.mnist import dataset, idx
@@ -32,9 +34,8 @@ def small():
     return dataset.Mnist(*(array[:640] for array in train), *(array[:100] for array in test))
 
 
-def test_the_data_are_the_real_mnist():
-    """All 70,000 images, pixel for pixel and label for label, as the files have them."""
-    mnist = dataset.load()
+def assert_is_mnist(mnist, first):
+    """All 70,000 images: shapes, how often each digit comes, the first one's pixels and digit."""
     assert mnist.train_images.shape == (60_000, 28, 28, 1)
     assert mnist.test_images.shape == (10_000, 28, 28, 1)
     assert all(images.dtype == np.uint8 for images in mnist[::2])
@@ -42,8 +43,34 @@ def test_the_data_are_the_real_mnist():
     assert np.bincount(mnist.train_labels).tolist() == histogram
     histogram = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(mnist.test_labels).tolist() == histogram
-    first = hashlib.sha256(mnist.train_images[0].tobytes()).hexdigest()
-    assert (first[:16], mnist.train_labels[0]) == ("3c1b849efd9cc03f", 4)
+    pixels = hashlib.sha256(mnist.train_images[0].tobytes()).hexdigest()
+    assert (pixels[:16], mnist.train_labels[0]) == first
+
+
+def test_the_files_are_the_real_mnist():
+    """Whose first digit is the 5 that is in every picture of MNIST."""
+    assert_is_mnist(idx.read_all(), first=("23ceaef5eb61f0e7", 5))
+
+
+@pytest.mark.soak
+def test_tfds_gives_the_real_mnist():
+    """The same digits in TFDS's order, pixel for pixel; it decodes for half a minute."""
+    mnist, files = dataset.load(), idx.read_all()
+    assert_is_mnist(mnist, first=("3c1b849efd9cc03f", 4))
+    for got, right in zip(mnist[::2], files[::2], strict=True):
+        assert sorted(x.tobytes() for x in got) == sorted(x.tobytes() for x in right)
+
+
+def test_tfds_gets_each_image_as_the_files_have_it(tmp_path, small):
+    """Pixel for pixel through the PNG that TFDS stores, with its label."""
+    builder = dataset.MNIST(data_dir=tmp_path, file_format="array_record")
+    files = (dataset.FILES / name for name in (idx.TEST_IMAGES, idx.TEST_LABELS))
+    examples = itertools.islice(builder._generate_examples(*files), 100)
+    for (_, example), image, label in zip(
+        examples, small.test_images, small.test_labels, strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(Image.open(example["image"])), image[..., 0])
+        assert example["label"] == label
 
 
 def test_a_flipped_bit_in_a_file_is_named(tmp_path):

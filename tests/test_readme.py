@@ -28,6 +28,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_code_runs_as_written(name, capsys, standard_promotion):
     """Each block by itself, as a reader would paste it, under JAX's defaults."""
