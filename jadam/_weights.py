@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float32, UInt32
 
 from jadam import _math, _validate
@@ -129,6 +130,22 @@ def _widened(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if _is_narrow(x) else x, tree)
 
 
+def _inner_state(inner: optax.GradientTransformationExtraArgs, params: PyTree) -> Any:
+    """The inner transformation's state for parameters in float32.
+
+    Of the family's nothing is read but shapes, dtypes and where leaves lie, so that no copy of the
+    parameters has to be made, which without `jax.jit` would be there in memory for a moment.
+    """
+
+    def wide(p: Any) -> Any:
+        if not _is_narrow(p) or isinstance(p, Tracer):
+            return p
+        place = p.sharding if getattr(p, "committed", False) else None
+        return jax.ShapeDtypeStruct(np.shape(p), jnp.float32, sharding=place)
+
+    return inner.init(_widened(jax.tree.map(wide, params) if is_local(inner) else params))
+
+
 Lying = tuple[Weights, tuple[Array, ...]] | None
 """How a parameter lies, and what belongs to it; None where it is its own weight."""
 
@@ -223,7 +240,7 @@ def compensated_weights(
         return CompensatedWeightsState(
             jax.tree.map(lambda p: jnp.zeros_like(p, dtype) if _is_narrow(p) else None, params),
             jnp.zeros((), jnp.uint32) if dithered else None,
-            transformation.init(_widened(params)),
+            _inner_state(transformation, params),
         )
 
     def move(
@@ -331,7 +348,7 @@ def stochastic_rounding(
         _narrow_leaves(params, supported, "stochastic_rounding")
         for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
             narrow_at_init[path] = narrow_at_init.get(path, True) and _is_narrow(p)
-        return StochasticRoundingState(_words(key), transformation.init(_widened(params)))
+        return StochasticRoundingState(_words(key), _inner_state(transformation, params))
 
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any

@@ -91,6 +91,7 @@ def test_a_missing_file_is_named(tmp_path):
         dataset.prepare(tmp_path, tmp_path / "prepared")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("h", "w", "c", "o", "size"),
     [(6, 10, 1, 3, 5), (6, 10, 2, 3, 5), (8, 12, 16, 24, 3)],
@@ -126,6 +127,7 @@ def test_the_fast_convolution_is_the_convolution(h, w, c, o, size):
         assert jnp.max(jnp.abs(got - right)) <= 3e-5 * jnp.max(jnp.abs(right))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_pool_of_equal_values_has_one_gradient():
     """A black background, where all four are equal, does not count four times."""
     conv = nnx.Conv(1, 2, (5, 5), rngs=nnx.Rngs(0))
@@ -176,6 +178,7 @@ def test_a_step_keeps_the_state_as_it_is(name, size):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_average_and_the_smooth_labels(small):
     """One step's average is d·old + (1-d)·new; the smooth loss is that of the written labels."""
     config = Config(model="mlp", ema=0.75)
@@ -194,6 +197,7 @@ def test_the_average_and_the_smooth_labels(small):
     assert float(loss) == pytest.approx(-(smooth * log_p).sum(-1).mean(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_distortions(small):
     """None at strength 0; else another for each image and key, about the same ink, in place."""
     images = jnp.asarray(small.train_images[:50]).astype(jnp.float32) / 255
@@ -247,6 +251,7 @@ def scalars(folder):
     return found
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_all_that_a_run_writes(small, tmp_path, monkeypatch, capsys):
     """Numbers, metrics, events and pictures; of 540 images three batches of 150 were seen."""
     monkeypatch.setattr(train, "load", lambda data_dir: small)
