@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float32, UInt32
 
 from jadam import _math, _validate
+from jadam._callers import check_callers
 from jadam._kernels.choice import left_to_xla
 from jadam._masters import Compensated, Stochastic, Weights, join
 from jadam._transform import FusedTransformation, FusedUpdate, is_local
@@ -78,12 +80,22 @@ def _checked(inner: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
-def _check_update(grads: PyTree, params: PyTree, by: str) -> None:
+def _check_update(grads: PyTree, params: PyTree, by: str, to_params: bool) -> None:
     if params is None:
         raise ValueError(f"params: expected the parameters, which {by} needs; got None")
     _validate.inexact_leaves("grads", grads)
     _validate.same_structure("grads", grads, "params", params)
     _validate.real_where("grads", grads, "params", params)
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+    narrow = [_is_narrow(g) for g, p in pairs if _is_narrow(p)]
+    if narrow and not to_params:
+        check_callers(by, changes_dtypes=any(narrow))
+
+
+_HOW_TO_APPLY = (
+    "updates are float32: apply them with optax.apply_updates, which converts back as "
+    "eqx.apply_updates does not, or make tx.step"
+)
 
 
 def _check_residuals(params: PyTree, residual: PyTree) -> None:
@@ -104,9 +116,7 @@ def _check_residuals(params: PyTree, residual: PyTree) -> None:
             expected = "float32 or wider" if r is None else "bfloat16"
             got = None if p is None else jnp.result_type(p)
             raise TypeError(
-                f"params{where}: expected {expected} as at init, got {got}; updates are float32: "
-                "apply them with optax.apply_updates, which converts back as eqx.apply_updates "
-                "does not, or make tx.step"
+                f"params{where}: expected {expected} as at init, got {got}; {_HOW_TO_APPLY}"
             )
         if r is not None and np.shape(p) != np.shape(r):
             raise ValueError(
@@ -118,6 +128,22 @@ def _check_residuals(params: PyTree, residual: PyTree) -> None:
 def _widened(tree: PyTree) -> PyTree:
     """Each array of less than 32 bits in float32, the others as they are."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if _is_narrow(x) else x, tree)
+
+
+def _inner_state(inner: optax.GradientTransformationExtraArgs, params: PyTree) -> Any:
+    """The inner transformation's state for parameters in float32.
+
+    Of the family's nothing is read but shapes, dtypes and where leaves lie, so that no copy of the
+    parameters has to be made, which without `jax.jit` would be there in memory for a moment.
+    """
+
+    def wide(p: Any) -> Any:
+        if not _is_narrow(p) or isinstance(p, Tracer):
+            return p
+        place = p.sharding if getattr(p, "committed", False) else None
+        return jax.ShapeDtypeStruct(np.shape(p), jnp.float32, sharding=place)
+
+    return inner.init(_widened(jax.tree.map(wide, params) if is_local(inner) else params))
 
 
 Lying = tuple[Weights, tuple[Array, ...]] | None
@@ -133,7 +159,7 @@ def _wrapped(
     to_params: bool,
     extra_args: dict[str, Any],
 ) -> Advanced:
-    """The inner transformation's step of the weights that the parameters stand for.
+    """The inner transformation's step of the weights that the parameters stand for, by a wrapper.
 
     A transformation of jadam's makes it in one pass; around any other one it is made here.
     """
@@ -177,9 +203,10 @@ def compensated_weights(
 
     Parameters of 32 bits and more and complex ones are let through to the inner transformation.
     Apply the updates with `optax.apply_updates`, in the same jit, and nothing in between: in a
-    chain this wraps all or comes last. What refuses float32 updates for bfloat16 gradients
-    (`optax.apply_if_finite`, `optax.conditionally_mask`) goes inside. Under strict dtype promotion,
-    which `optax.apply_updates` does not work under, add `p.astype(u.dtype) + u` and convert back.
+    chain this wraps all or comes last; where it does not, a warning says so. What refuses float32
+    updates for bfloat16 gradients (`optax.apply_if_finite`, `optax.conditionally_mask`) goes
+    inside. Under strict dtype promotion, which `optax.apply_updates` does not work under, add
+    `p.astype(u.dtype) + u` and convert back.
 
     Args:
         inner: any transformation. It sees float32 parameters, gradients of fewer bits in float32,
@@ -187,7 +214,8 @@ def compensated_weights(
         residual_dtype: int8 for 24-bit weights, 3 bytes with the parameter; int16 for 32 bits, 4.
 
     Raises:
-        TypeError: a parameter is of another 16-bit or narrower dtype, or not of the one at init.
+        TypeError: a parameter is of another 16-bit or narrower dtype, or not of the one at init;
+            `optax.apply_if_finite` and the like are outside.
         ValueError: `params` is missing in an update, or trees do not match.
 
     >>> import jax.numpy as jnp, jadam
@@ -212,14 +240,14 @@ def compensated_weights(
         return CompensatedWeightsState(
             jax.tree.map(lambda p: jnp.zeros_like(p, dtype) if _is_narrow(p) else None, params),
             jnp.zeros((), jnp.uint32) if dithered else None,
-            transformation.init(_widened(params)),
+            _inner_state(transformation, params),
         )
 
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
         params = _validate.where_given(params, grads)
-        _check_update(grads, params, "compensated_weights")
+        _check_update(grads, params, "compensated_weights", to_params)
         _narrow_leaves(params, (jnp.bfloat16,), "compensated_weights")
         residual, dither, inner_state = state
         _check_residuals(params, residual)
@@ -300,7 +328,8 @@ def stochastic_rounding(
         key: a seed, or a key of `jax.random`.
 
     Raises:
-        TypeError: a parameter is of another narrow dtype; `key` is no key.
+        TypeError: a parameter is of another narrow dtype, or has 32 bits and had 16 at init; `key`
+            is no key; `optax.apply_if_finite` and the like are outside.
         ValueError: `params` is missing in an update, or trees do not match.
 
     >>> import jax.numpy as jnp, jadam, optax
@@ -313,17 +342,27 @@ def stochastic_rounding(
     transformation = _checked(inner)
     _check_key(key)
     supported = (jnp.bfloat16, jnp.float16)
+    narrow_at_init: dict[Any, bool] = {}  # by path; for a check, no step depends on it
 
     def init_fn(params: PyTree) -> Any:
         _narrow_leaves(params, supported, "stochastic_rounding")
-        return StochasticRoundingState(_words(key), transformation.init(_widened(params)))
+        for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
+            narrow_at_init[path] = narrow_at_init.get(path, True) and _is_narrow(p)
+        return StochasticRoundingState(_words(key), _inner_state(transformation, params))
 
     def move(
         grads: PyTree, state: Any, params: PyTree, *, to_params: bool, extra_args: Any
     ) -> Advanced:
         params = _validate.where_given(params, grads)
-        _check_update(grads, params, "stochastic_rounding")
+        _check_update(grads, params, "stochastic_rounding", to_params)
         _narrow_leaves(params, supported, "stochastic_rounding")
+        for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
+            if narrow_at_init.get(path, False) and not _is_narrow(p):
+                where = f"params{jax.tree_util.keystr(path)}"
+                raise TypeError(
+                    f"{where}: expected 16 bits as at init, got {jnp.result_type(p)}; "
+                    f"{_HOW_TO_APPLY}"
+                )
         leaves = jax.tree.leaves(params)
         random = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         next_words, *words = jax.random.bits(random, (1 + len(leaves), 2), jnp.uint32)

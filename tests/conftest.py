@@ -5,11 +5,20 @@ into errors (pyproject.toml).
 """
 
 import os
+from pathlib import Path
 
 # Before jax starts its backend.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )
+# Most of the time goes into compilations. The workers and the processes that tests start share
+# what they compile, and the next run finds it: the same machine code for the same program, flags,
+# and versions.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from collections.abc import Iterator
 
@@ -17,12 +26,27 @@ import hypothesis
 import jax
 import pytest
 
+# Where a plugin of pytest has imported jax before.
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples in every run, so that a failure can be repeated; no clock in a test.
 hypothesis.settings.register_profile("jadam", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jadam")
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Without the costly passes of XLA and LLVM, which are a third to a half of a compilation.
+
+    For a test in which nothing hangs on them: neither bits nor ulps nor the form of the program.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

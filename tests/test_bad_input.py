@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 import jadam
 import jadam.sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PARAMS = {"encoder": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
 MEMBERS = [

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from tests.checkpoints.states import HERE, STATES, parameters, step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIXTURES = sorted(path.parent for path in HERE.glob("*/step.npz"))
 
 

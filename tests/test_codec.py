@@ -313,6 +313,7 @@ def wide_problem():
     )
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "program",
     # inject_hyperparams takes the factory itself, see the next test; one passes mu_dtype by place.

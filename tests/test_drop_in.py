@@ -26,6 +26,7 @@ from helpers import FAMILY, gradients_like
 import jadam
 import jadam.sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LR = 0.1
 WEIGHTS = (1.0, 2.0, 0.5, 1.0, -1.0, 3.0, 0.1, 1.0, 1.0, 2.0)
 NOT_FINITE_TWICE = (1.0, 2.0, 0.5, np.inf, -1.0, 3.0, np.nan, 1.0, 1.0, 2.0)
@@ -851,12 +852,67 @@ def test_what_inject_hyperparams_needs_to_be_told_is_said():
         tx.init(jax.tree.map(lambda p: p.astype(jnp.bfloat16), problem()))
 
 
-def test_compensated_weights_say_how_their_updates_are_applied():
+@pytest.mark.parametrize("wrap", [jadam.compensated_weights, jadam.stochastic_rounding])
+def test_16_bit_weights_say_how_their_updates_are_applied(wrap):
     """eqx.apply_updates leaves parameters in float32: the second step says what to call."""
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    tx = jadam.compensated_weights(jadam.adam(LR))
+    tx = wrap(jadam.adam(LR))
     updates, state = tx.update(params, tx.init(params), params)
     with jax.numpy_dtype_promotion("standard"):
         params = eqx.apply_updates(params, updates)
     with pytest.raises(TypeError, match=r"params\['w'\]: .*optax.apply_updates.*tx.step"):
         tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("wrap", [jadam.compensated_weights, jadam.stochastic_rounding])
+def test_what_changes_the_updates_of_16_bit_weights_is_noticed(wrap):
+    """`chain(wrap(tx), scale(.5))` left every weight where it was, without a word.
+
+    The stack says it while the step is traced, in whatever the chain is; what comes before or
+    inside is no matter, nor what runs the whole chain.
+    """
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx, half = wrap(jadam.adam(LR)), optax.scale(0.5)
+
+    def step(outer):
+        jax.eval_shape(outer.update, params, jax.eval_shape(outer.init, params), params)
+
+    for outer in (
+        optax.chain(half, tx),
+        optax.chain(tx, optax.identity()),
+        optax.chain(optax.chain(half, tx)),
+        optax.chain(optax.masked(tx, {"w": True}), optax.masked(half, {"w": False})),
+        wrap(optax.chain(jadam.adam(LR), half)),
+        optax.named_chain(("half", half), ("tx", tx)),
+    ):
+        step(outer)  # warnings are errors here
+    for outer in (
+        optax.chain(tx, half),
+        optax.chain(half, optax.chain(tx, optax.identity()), half),
+        optax.chain(optax.masked(tx, {"w": True}), half),
+        optax.named_chain(("tx", tx), ("scale", half)),
+    ):
+        with pytest.warns(UserWarning, match=f"^{wrap.__name__}: .*, and scale after it") as found:
+            step(outer)
+        assert "optax" not in found[0].filename
+
+
+@pytest.mark.parametrize("wrap", [jadam.compensated_weights, jadam.stochastic_rounding])
+def test_what_chooses_between_updates_and_gradients_belongs_inside_16_bit_weights(wrap):
+    """JAX's error of two branches of unequal dtypes says neither what is wrong nor what to do."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+
+    def often(step, **extra):
+        return step % 2 == 0
+
+    outers = {
+        "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+        "conditionally_mask": lambda tx: optax.conditionally_mask(tx, often),
+        "conditionally_transform": lambda tx: optax.conditionally_transform(tx, often),
+    }
+    for name, outer in outers.items():
+        tx = outer(wrap(jadam.adam(LR)))
+        with pytest.raises(TypeError, match=rf"^optax.{name}: .*{wrap.__name__}\(optax.{name}"):
+            tx.update(params, tx.init(params), params)
+        inside = wrap(outer(jadam.adam(LR)))
+        jax.eval_shape(inside.update, params, jax.eval_shape(inside.init, params), params)

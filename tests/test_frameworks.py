@@ -22,6 +22,7 @@ from helpers import FAMILY, gradients_like, tree_of_parameters
 
 import jadam
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 5
 
 

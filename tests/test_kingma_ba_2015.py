@@ -38,14 +38,6 @@ def digits():
     return Mnist(images, labels, images, labels)
 
 
-@pytest.fixture
-def quick_compilation():
-    """Half the time of a test that compiles much and runs little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_a_pass_sees_every_example_once():
     """The mean over a pass's batches is the mean of all; each pass has another order."""
     task = Task(

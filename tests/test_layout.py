@@ -36,6 +36,7 @@ ORDER = [
     "jadam._kernels.choice",
     "jadam._update",
     "jadam._transform",
+    "jadam._callers",
     "jadam._weights",
     "jadam._search",
     "jadam._moments",

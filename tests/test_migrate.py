@@ -33,6 +33,7 @@ import jadam
 from jadam import migrate
 from jadam.migrate import _foreign
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = optimizer_states.STEPS
 GRADIENTS = generate.gradients(2 * STEPS)
 RECORDED = optimizer_states.recorded()

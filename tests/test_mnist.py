@@ -1,6 +1,7 @@
 """The MNIST experiment: data, models, distortions, training, its command line, its presets."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import struct
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments.common.mnist import dataset, idx
@@ -32,9 +34,8 @@ def small():
     return dataset.Mnist(*(array[:640] for array in train), *(array[:100] for array in test))
 
 
-def test_the_data_are_the_real_mnist():
-    """All 70,000 images, pixel for pixel and label for label, as the files have them."""
-    mnist = dataset.load()
+def assert_is_mnist(mnist, first):
+    """All 70,000 images: shapes, how often each digit comes, the first one's pixels and digit."""
     assert mnist.train_images.shape == (60_000, 28, 28, 1)
     assert mnist.test_images.shape == (10_000, 28, 28, 1)
     assert all(images.dtype == np.uint8 for images in mnist[::2])
@@ -42,8 +43,34 @@ def test_the_data_are_the_real_mnist():
     assert np.bincount(mnist.train_labels).tolist() == histogram
     histogram = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(mnist.test_labels).tolist() == histogram
-    first = hashlib.sha256(mnist.train_images[0].tobytes()).hexdigest()
-    assert (first[:16], mnist.train_labels[0]) == ("3c1b849efd9cc03f", 4)
+    pixels = hashlib.sha256(mnist.train_images[0].tobytes()).hexdigest()
+    assert (pixels[:16], mnist.train_labels[0]) == first
+
+
+def test_the_files_are_the_real_mnist():
+    """Whose first digit is the 5 that is in every picture of MNIST."""
+    assert_is_mnist(idx.read_all(), first=("23ceaef5eb61f0e7", 5))
+
+
+@pytest.mark.soak
+def test_tfds_gives_the_real_mnist():
+    """The same digits in TFDS's order, pixel for pixel; it decodes for half a minute."""
+    mnist, files = dataset.load(), idx.read_all()
+    assert_is_mnist(mnist, first=("3c1b849efd9cc03f", 4))
+    for got, right in zip(mnist[::2], files[::2], strict=True):
+        assert sorted(x.tobytes() for x in got) == sorted(x.tobytes() for x in right)
+
+
+def test_tfds_gets_each_image_as_the_files_have_it(tmp_path, small):
+    """Pixel for pixel through the PNG that TFDS stores, with its label."""
+    builder = dataset.MNIST(data_dir=tmp_path, file_format="array_record")
+    files = (dataset.FILES / name for name in (idx.TEST_IMAGES, idx.TEST_LABELS))
+    examples = itertools.islice(builder._generate_examples(*files), 100)
+    for (_, example), image, label in zip(
+        examples, small.test_images, small.test_labels, strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(Image.open(example["image"])), image[..., 0])
+        assert example["label"] == label
 
 
 def test_a_flipped_bit_in_a_file_is_named(tmp_path):
@@ -64,6 +91,7 @@ def test_a_missing_file_is_named(tmp_path):
         dataset.prepare(tmp_path, tmp_path / "prepared")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("h", "w", "c", "o", "size"),
     [(6, 10, 1, 3, 5), (6, 10, 2, 3, 5), (8, 12, 16, 24, 3)],
@@ -99,6 +127,7 @@ def test_the_fast_convolution_is_the_convolution(h, w, c, o, size):
         assert jnp.max(jnp.abs(got - right)) <= 3e-5 * jnp.max(jnp.abs(right))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_pool_of_equal_values_has_one_gradient():
     """A black background, where all four are equal, does not count four times."""
     conv = nnx.Conv(1, 2, (5, 5), rngs=nnx.Rngs(0))
@@ -149,6 +178,7 @@ def test_a_step_keeps_the_state_as_it_is(name, size):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_average_and_the_smooth_labels(small):
     """One step's average is d·old + (1-d)·new; the smooth loss is that of the written labels."""
     config = Config(model="mlp", ema=0.75)
@@ -167,6 +197,7 @@ def test_the_average_and_the_smooth_labels(small):
     assert float(loss) == pytest.approx(-(smooth * log_p).sum(-1).mean(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_distortions(small):
     """None at strength 0; else another for each image and key, about the same ink, in place."""
     images = jnp.asarray(small.train_images[:50]).astype(jnp.float32) / 255
@@ -220,6 +251,7 @@ def scalars(folder):
     return found
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_all_that_a_run_writes(small, tmp_path, monkeypatch, capsys):
     """Numbers, metrics, events and pictures; of 540 images three batches of 150 were seen."""
     monkeypatch.setattr(train, "load", lambda data_dir: small)

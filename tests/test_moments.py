@@ -9,6 +9,7 @@ import reference
 
 import jadam
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
 
 

@@ -223,6 +223,7 @@ def test_the_best_and_the_edge_move_with_the_rate_or_do_not():
     assert np.isnan(octaves(flat, rates, loshchilov_hutter_2019.edges(flat, decays)))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_adamws_decay_sets_the_speed_of_turning_and_l2s_does_not():
     """The short form of Loshchilov & Hutter's claim: λ and α are decoupled in AdamW alone."""
     rates = np.arange(-8, -3)
@@ -258,6 +259,7 @@ def test_the_variance_of_the_adaptive_rate_is_that_of_a_scaled_inverse_chi():
     assert r[99] == pytest.approx(reference.rectification(100, 0.999), rel=1e-4)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_liu_radam_needs_no_warm_up(mnist):
     """The short form: one learning rate, one seed, 100 steps; Adam without warm-up is caught."""
     config = liu_2020.Config(
@@ -268,6 +270,7 @@ def test_liu_radam_needs_no_warm_up(mnist):
     assert not failed(claims[:-1])
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_dozat_nadam_is_faster_than_momentum(mnist, monkeypatch):
     """The short form: two optimizers, one hidden layer, 80 steps; and the claim can fail."""
     monkeypatch.setattr(dozat_2016, "WIDTHS", (196, 32, 196))

@@ -439,6 +439,7 @@ COMPOSITIONS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("composition", "wrap"),
     [  # of int16 and int8 the states have one form
@@ -591,6 +592,25 @@ def test_the_state_takes_one_or_two_bytes_a_parameter():
         assert sum(x.nbytes for x in jax.tree.leaves(state)) <= size * p.size + 4
     state = stochastic_rounding(optax.sgd(0.1)).init(p)
     assert sum(x.nbytes for x in jax.tree.leaves(state)) == 8
+
+
+@each_wrapper
+@pytest.mark.parametrize("moments", [{}, {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}])
+def test_a_state_is_made_without_a_copy_of_the_parameters(wrap, moments):
+    """Also without jit: a float32 copy would be twice the model. Who reads a deleted array fails.
+
+    Each leaf of the state lies where its parameter lies.
+    """
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    lies = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jax.device_put(jnp.ones((8, 256), BF16), lies)}
+    tx = wrap(jadam.adamw(1e-2, mask={"w": True}, **moments))
+    expected = tx.init(params)
+    params["w"].delete()
+    state = tx.init(params)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    moments = [optax.tree.get(state, name)["w"] for name in ("mu", "nu")]
+    assert all(x.sharding.is_equivalent_to(lies, 2) for x in moments)
 
 
 def test_a_state_with_parameter_shaped_leaves_is_found_by_optax():
