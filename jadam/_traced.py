@@ -31,9 +31,9 @@ def is_literal(variable: Any) -> bool:
     return isinstance(variable, core.Literal)
 
 
-def function_of(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
+def function_of(jaxpr: Jaxpr, constants: Sequence[Any] = ()) -> Callable[..., list[Any]]:
     """The function that makes these equations."""
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, constants))
 
 
 def part_of(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Float32, UInt32
 
 from jadam import _math, _validate
 from jadam._callers import check_callers
 from jadam._kernels.choice import left_to_xla
 from jadam._masters import Compensated, Stochastic, Weights, join
+from jadam._traced import is_tracer
 from jadam._transform import FusedTransformation, FusedUpdate, is_local
 from jadam._types import DType, PyTree
 from jadam._update import Advanced
@@ -138,7 +138,7 @@ def _inner_state(inner: optax.GradientTransformationExtraArgs, params: PyTree) -
     """
 
     def wide(p: Any) -> Any:
-        if not _is_narrow(p) or isinstance(p, Tracer):
+        if not _is_narrow(p) or is_tracer(p):
             return p
         place = p.sharding if getattr(p, "committed", False) else None
         return jax.ShapeDtypeStruct(np.shape(p), jnp.float32, sharding=place)

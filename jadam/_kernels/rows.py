@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jadam._kernels import jax_internals, native
 from jadam._kernels.jax_internals import Place
+from jadam._traced import Jaxpr, function_of
 
 Rows = Float[Array, "rows *row"]
 Places = Float[Array, "places *row"]
@@ -60,7 +60,7 @@ class _Call(NamedTuple):
     target: str
     given: int
     decays: bool
-    otherwise: jax.extend.core.Jaxpr
+    otherwise: Jaxpr
 
 
 def now(
@@ -114,8 +114,7 @@ def _bound(
 
 
 def _in_xla(*operands: Any, call: _Call) -> list[Any]:
-    traced = jax.extend.core.ClosedJaxpr(call.otherwise, operands[call.given :])
-    return jax.extend.core.jaxpr_as_fun(traced)()
+    return function_of(call.otherwise, operands[call.given :])()
 
 
 def _in_library(*operands: Any, call: _Call) -> Any:

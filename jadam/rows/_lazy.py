@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,6 +17,7 @@ from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM, Member, Rule
 from jadam._state import RowsState
 from jadam._storage import storage_of
+from jadam._traced import is_tracer
 from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
@@ -320,7 +320,7 @@ class Lazy:
 
     def _is_in_kernel(self, g: Any, table: Table, state: RowsState) -> bool:
         """Whether the kernel takes the rows of a table. Outside of `jax.jit` it takes none."""
-        if not isinstance(table, jax.core.Tracer):
+        if not is_tracer(table):
             return False
         rule = self.plan.rule
         stored = rule.member.stored(self._moments(state.dense, table))
