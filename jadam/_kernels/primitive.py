@@ -176,7 +176,8 @@ def _in_tiles(*operands: Any, plan: Plan, devices: int = 1) -> list[Any]:
 
     def has(leaf: Leaf, on: frozenset[str]) -> bool:
         del on
-        return tiles.suits(leaf.stored, leaf.g.shape, devices)
+        # With a residual XLA would compile each leaf for a minute.
+        return not leaf.extra and tiles.suits(leaf.stored, leaf.g.shape, devices)
 
     return _leaf_by_leaf(plan, operands, tiles.step, has)
 

@@ -38,20 +38,17 @@ def step(
     leaf: tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]],
     options: Options,
 ) -> Stepped:
-    """`leaf_step` of a leaf (g, p, stored, extra), bit for bit."""
+    """`leaf_step` of a leaf (g, p, stored, ()), bit for bit."""
     *stack, rows, n = leaf[0].shape
 
     def in_tiles(x: Array) -> Array:
         """[stack, rows, n] as [stack, rows/8, n/128, 8, 128]; a top stands for 128 columns."""
-        # What belongs to a parameter may be a number, as the count of its residual's dither.
-        if x.ndim < 2:
-            return x
         return x.reshape(*stack, rows // _ROWS, _ROWS, n // BLOCK, -1).swapaxes(-3, -2)
 
     def in_rows(x: Array) -> Array:
         return x.swapaxes(-3, -2).reshape(*stack, rows, -1)
 
     # Without barriers XLA mixes both orders in its loops, and compiles ten times as long.
-    g, p, stored, extra = lax.optimization_barrier(jax.tree.map(in_tiles, leaf))
-    stepped = leaf_step(rule, learning_rate, weight_decay, count)(g, p, options, stored, extra)
+    g, p, stored, _ = lax.optimization_barrier(jax.tree.map(in_tiles, leaf))
+    stepped = leaf_step(rule, learning_rate, weight_decay, count)(g, p, options, stored)
     return jax.tree.map(in_rows, lax.optimization_barrier(stepped))

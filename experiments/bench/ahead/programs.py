@@ -85,14 +85,13 @@ _OWN: dict[str, Callable[..., Program]] = {
     COMPENSATED: compensated,
     SMALLEST: partial(compensated, **BITS_8),
 }
-_OF_CODES = (CODES, SMALLEST)
 _FLASH = {FLASH: (jnp.float32, None), FLASH_BF16: (BF16, 24)}
 PROGRAMS: dict[str, Callable[[], Program]] = {
     OPTAX: lambda: in_two(optax.adamw(**OPTIONS)),
     **_OWN,
     UPDATE: lambda: in_two(jadam.adamw(**OPTIONS, **BITS_8)),
     **{name + XLA: partial(make, kernel="xla") for name, make in _OWN.items()},
-    **{name + DIVIDED: partial(over_chips, _OWN[name]) for name in _OF_CODES},
+    CODES + DIVIDED: partial(over_chips, _OWN[CODES]),
     **{name + PALLAS: partial(flashoptim, *how, fused=True) for name, how in _FLASH.items()},
     **{name + XLA: partial(flashoptim, *how, fused=False) for name, how in _FLASH.items()},
 }
@@ -113,5 +112,5 @@ def compiled_for(platform: str, leaves: str) -> list[str]:
     if leaves == ALL_LEAVES:
         return [OPTAX, *_OWN, *(flash if platform == "cuda" else [])]
     by_xla = [name + XLA for name in (*_OWN, *_FLASH)] if flash else [name + XLA for name in _OWN]
-    divided = [name + DIVIDED for name in _OF_CODES] if platform == "tpu" else []
+    divided = [CODES + DIVIDED] if platform == "tpu" else []
     return list(dict.fromkeys([OPTAX, *_OWN, *flash, UPDATE, *divided, *by_xla]))
