@@ -38,7 +38,7 @@ def step(
     leaf: tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]],
     options: Options,
 ) -> Stepped:
-    """`leaf_step` of a leaf (g, p, stored, ()), bit for bit."""
+    """`leaf_step` of a leaf (g, p, stored, ()) of codes."""
     *stack, rows, n = leaf[0].shape
 
     def in_tiles(x: Array) -> Array:
