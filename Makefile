@@ -12,7 +12,7 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native ptx lint soak bench experiments playground scale docs wheel \
+.PHONY: help mnist test check check-native check-ahead ptx lint soak bench experiments playground scale docs wheel \
   format clean
 
 help: ## list the targets
@@ -29,9 +29,10 @@ lint: $(call STAMP,dev) ## ruff, ruff format and pyright
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-check: ## what continuous integration runs: lint, then test, then check-native in its short form
+check: ## what continuous integration runs: lint, test, check-native in its short form, check-ahead
 	$(MAKE) lint test TEST=dev
 	$(MAKE) check-native SHORT=1
+	$(MAKE) check-ahead
 
 check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and with sanitizers; SHORT=1
 	@PATH="$(abspath $(VENV)/bin):$$PATH"; for sanitize in $(if $(SHORT),,"") address,undefined thread; do \
@@ -41,6 +42,11 @@ check-native: $(call STAMP,dev) ## the native kernel by itself, optimised and wi
 	  cmake --build $$dir --target check --parallel && \
 	  $$dir/check $(if $(SHORT),--short) || exit 1; \
 	done
+
+check-ahead: $(call STAMP,dev) ## steps compiled ahead of time for TPUs and GPUs that are not there
+	$(RUN) .ci/ahead.py build/ahead
+	PYTHONPATH=build/ahead $(RUN) -m pytest tests/test_ahead.py \
+	  tests/test_tpu.py::test_a_step_is_one_pass_on_a_tpu
 
 ptx: ## the CUDA kernels compiled, into jadam/_kernels/native/gpu/kernel.ptx: with nvcc 13.0
 	.ci/ptx.sh
