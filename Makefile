@@ -12,8 +12,8 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native check-ahead ptx lint soak bench experiments playground scale docs wheel \
-  format clean
+.PHONY: help mnist test check check-native check-ahead ptx lint soak bench experiments playground scale \
+  docs wheel format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

@@ -317,6 +317,15 @@ def _listed(features: frozenset[str]) -> str:
     return "; ".join(sorted(features))
 
 
+@contextlib.contextmanager
+def _inside(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)
+
+
 _is_left_to_xla = contextvars.ContextVar("is_left_to_xla", default=False)
 
 
@@ -327,11 +336,8 @@ def left_to_xla() -> Iterator[None]:
     Where XLA makes gradients and parameters from something smaller, it does so inside its loops.
     For the kernel they would have to lie in memory, in float32.
     """
-    token = _is_left_to_xla.set(True)
-    try:
+    with _inside(_is_left_to_xla):
         yield
-    finally:
-        _is_left_to_xla.reset(token)
 
 
 _is_apart = contextvars.ContextVar("is_apart", default=False)
@@ -345,8 +351,5 @@ def is_apart() -> bool:
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Traces a call of the kernel for each leaf, so that the program can be taken apart."""
-    token = _is_apart.set(True)
-    try:
+    with _inside(_is_apart):
         yield
-    finally:
-        _is_apart.reset(token)

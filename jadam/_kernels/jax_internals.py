@@ -118,23 +118,34 @@ def new_primitive(
     name: str,
     *,
     abstract: Rule,
-    batched: Rule,
     everywhere: Rule,
     on: Mapping[str, Callable[[Place, int], Rule]],
-) -> jax.extend.core.Primitive:
-    """A primitive with several results, lowered by tracing functions.
+) -> Rule:
+    """`bind(plan, *operands)` of a primitive with several results, lowered by tracing functions.
 
     Args:
         name: its name.
-        abstract: `(*avals, **params) -> avals` of the results.
-        batched: the rule for `jax.vmap`.
-        everywhere: the function to trace on any platform.
+        abstract: `(*avals, plan) -> avals` of the results.
+        everywhere: the function `(*operands, plan)` to trace on any platform, and under
+            differentiation and `jax.vmap`.
         on: for a platform, the function to trace there, by the place and the number of devices.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     compiled: dict[tuple[Any, ...], Rule] = {}
+
+    def batched(operands: Any, axes: Any, **params: Any) -> Any:
+        results = jax.vmap(functools.partial(everywhere, **params), in_axes=axes)(*operands)
+        return results, (0,) * len(results)
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def bind(plan: Any, *operands: Any) -> Any:
+        return primitive.bind(*operands, plan=plan)
+
+    @bind.defjvp
+    def jvp(plan: Any, primals: Any, tangents: Any) -> Any:
+        return jax.jvp(functools.partial(everywhere, plan=plan), primals, tangents)
 
     def run(*operands: Any, **params: Any) -> Any:
         key = tuple(params.items())
@@ -166,4 +177,4 @@ def new_primitive(
         _register_lowering(primitive, functools.partial(lower_on, form), platform=platform)
     # To divide a call over devices, the lowering has to know them.
     prim_requires_devices_during_lowering.add(primitive)
-    return primitive
+    return bind

@@ -284,11 +284,6 @@ def _abstract(*operands: Any, plan: Plan) -> list[Any]:
     return [x.strip_weak_type().update(dtype=dtype) for x, dtype in like]
 
 
-def _batched(operands: Any, axes: Any, *, plan: Plan) -> Any:
-    results = jax.vmap(functools.partial(_in_xla, plan=plan), in_axes=axes)(*operands)
-    return results, (0,) * len(results)
-
-
 def _form_of_library(platform: str, place: Place, devices: int) -> Callable[..., Any]:
     """The kernel, in shards where arrays are divided; XLA's form where devices are unknown."""
     forms = {
@@ -309,10 +304,9 @@ def _form_on_tpu(place: Place, devices: int) -> Callable[..., Any]:
     return forms[place]
 
 
-_step_p = jax_internals.new_primitive(
+_bind = jax_internals.new_primitive(
     native.TARGET,
     abstract=_abstract,
-    batched=_batched,
     everywhere=_in_xla,
     on={
         "cpu": functools.partial(_form_of_library, "cpu"),
@@ -320,13 +314,3 @@ _step_p = jax_internals.new_primitive(
         "tpu": _form_on_tpu,
     },
 )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _bind(plan: Plan, *operands: Any) -> Any:
-    return _step_p.bind(*operands, plan=plan)
-
-
-@_bind.defjvp
-def _jvp(plan: Plan, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(functools.partial(_in_xla, plan=plan), primals, tangents)

@@ -5,7 +5,6 @@ makes of the same in XLA's operations: under differentiation and `jax.vmap`, in 
 arrays are divided over devices along automatic axes.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -113,29 +112,24 @@ def _bound(
     return _bind(call, *operands, *map(jnp.asarray, traced.consts))
 
 
-def _in_xla(*operands: Any, call: _Call) -> list[Any]:
-    return function_of(call.otherwise, operands[call.given :])()
+def _in_xla(*operands: Any, plan: _Call) -> list[Any]:
+    return function_of(plan.otherwise, operands[plan.given :])()
 
 
-def _in_library(*operands: Any, call: _Call) -> Any:
-    operands, results = operands[: call.given], _abstract(call=call)
-    in_place = call.target == native.ROWS_STEP
+def _in_library(*operands: Any, plan: _Call) -> Any:
+    operands, results = operands[: plan.given], _abstract(plan=plan)
+    in_place = plan.target == native.ROWS_STEP
     ffi = jax.ffi.ffi_call(
-        call.target,
+        plan.target,
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         input_output_aliases=dict(zip(_TABLE, range(4), strict=True)) if in_place else {},
     )
-    return ffi(*operands, **({"decays": call.decays} if in_place else {}))
+    return ffi(*operands, **({"decays": plan.decays} if in_place else {}))
 
 
-def _abstract(*operands: Any, call: _Call) -> list[Any]:
+def _abstract(*operands: Any, plan: _Call) -> list[Any]:
     del operands
-    return [x.aval for x in call.otherwise.outvars]
-
-
-def _batched(operands: Any, axes: Any, *, call: _Call) -> Any:
-    results = jax.vmap(functools.partial(_in_xla, call=call), in_axes=axes)(*operands)
-    return results, (0,) * len(results)
+    return [x.aval for x in plan.otherwise.outvars]
 
 
 def _on_cpu(place: Place, devices: int) -> Callable[..., Any]:
@@ -143,20 +137,9 @@ def _on_cpu(place: Place, devices: int) -> Callable[..., Any]:
     return _in_library if place is Place.ONE_DEVICE else _in_xla
 
 
-_rows_p = jax_internals.new_primitive(
+_bind = jax_internals.new_primitive(
     "jadam_rows",
     abstract=_abstract,
-    batched=_batched,
     everywhere=_in_xla,
     on={"cpu": _on_cpu},
 )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _bind(call: _Call, *operands: Any) -> Any:
-    return _rows_p.bind(*operands, call=call)
-
-
-@_bind.defjvp
-def _jvp(call: _Call, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(functools.partial(_in_xla, call=call), primals, tangents)
