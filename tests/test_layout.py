@@ -17,6 +17,7 @@ ORDER = [
     "jadam._math",
     "jadam._state",
     "jadam._storage.curve",
+    "jadam._storage.lattice",
     "jadam._storage.floats",
     "jadam._storage.codes",
     "jadam._storage.choice",

@@ -21,7 +21,7 @@ from test_codec import bounds
 import jadam
 from jadam import _rounding
 from jadam._kernels import choice, native
-from jadam._storage import codes
+from jadam._storage import codes, lattice
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 STORAGE = {
@@ -728,9 +728,9 @@ def test_the_kernel_has_pythons_constants():
     )
     expected = {
         "kBlock": codes.BLOCK,
-        "kTop": codes.TOP,
-        "kNaN": codes.NAN,
-        "kM": codes.M_LEVELS,
+        "kTop": lattice.EIGHT_BITS.top,
+        "kNaN": lattice.EIGHT_BITS.nan,
+        "kM": lattice.EIGHT_BITS.sizes,
         "kStep": _rounding.STEP,
         "kLane": _rounding._LANE,
         "kSalt": _rounding._SALT,
@@ -738,7 +738,7 @@ def test_the_kernel_has_pythons_constants():
     assert {name: int(constants[name], 0) for name in expected} == expected
     assert _rounding._LANES == codes.BLOCK
     # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
-    assert codes._PER_OCTAVE == 32
+    assert lattice.EIGHT_BITS.per_octave == 32
 
 
 def test_comments_in_the_kernel_name_python_that_exists():

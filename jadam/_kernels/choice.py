@@ -118,7 +118,8 @@ def _lies_in_blocks(shape: Shape) -> bool:
 
 TPU = Kernel(
     platform="tpu",
-    features=_members(lambda member: True) | _DTYPES_AND_OPTIONS,
+    # It makes the step of one block from the equations and the storage themselves.
+    features=_members(lambda member: True) | _DTYPES_AND_OPTIONS | {"moments 4-bit codes"},
     suits=_lies_in_blocks,
     # XLA makes one pass of float32, and two of what it rounds to 16 bits.
     gains_by=frozenset(
@@ -126,6 +127,7 @@ TPU = Kernel(
             "moments bfloat16 float32",
             "moments bfloat16 bfloat16",
             "moments 8-bit codes",
+            "moments 4-bit codes",
             "weights compensated int8",
             "weights compensated int16",
         ]

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jadam._leaf import Options, Stepped, leaf_step
 from jadam._members import Rule
-from jadam._storage import BLOCK, EightBitCodes
+from jadam._storage import BLOCK, Codes
 from jadam._types import Count, Scalar, Shape
 
 _ROWS = 8
@@ -22,7 +22,7 @@ _ROWS = 8
 
 def suits(stored: tuple[Any, ...], shape: Shape, devices: int) -> bool:
     """Whether a leaf is codes that are whole tiles, in each part if either axis is divided."""
-    if len(shape) < 2 or not EightBitCodes.holds(stored):
+    if len(shape) < 2 or not Codes.holds(stored):
         return False
     # Where axes are explicit, JAX itself asks how those of a tile are divided.
     is_explicit = AxisType.Explicit in jax.typeof(stored[0]).sharding.mesh.axis_types

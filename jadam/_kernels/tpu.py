@@ -25,7 +25,7 @@ from jaxtyping import Array
 from jadam._kernels import jax_internals
 from jadam._leaf import Options, Stepped, leaf_step
 from jadam._members import Rule
-from jadam._storage import BLOCK, EightBitCodes, storage_of
+from jadam._storage import BLOCK, Codes, storage_of
 from jadam._types import Count, Scalar, Shape
 
 # Memory is cut at 128 lanes, so a tile holds 128 tops of each row or all of them. Without tops it
@@ -129,7 +129,7 @@ def step(
     is_traced = [isinstance(x, jax.Array) for x in numbers]
     scalars += [x for x, traced in zip(numbers, is_traced, strict=True) if traced]
     storage = storage_of(rule.member.moments, stored)
-    if isinstance(storage, EightBitCodes):
+    if isinstance(storage, Codes):
         storage = dataclasses.replace(storage, block_max=_row_max)
 
     def of_block(scalars: Sequence[Any], *tiles: Any) -> Stepped:

@@ -10,5 +10,6 @@ from jadam._storage.choice import chooser as chooser
 from jadam._storage.choice import storage_of as storage_of
 from jadam._storage.codes import BLOCK as BLOCK
 from jadam._storage.codes import MIN_SIZE as MIN_SIZE
-from jadam._storage.codes import EightBitCodes as EightBitCodes
+from jadam._storage.codes import Codes as Codes
 from jadam._storage.codes import tops_shape as tops_shape
+from jadam._storage.lattice import EIGHT_BITS as EIGHT_BITS

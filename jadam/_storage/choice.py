@@ -11,12 +11,15 @@ from jaxtyping import Array
 from jadam import _validate
 from jadam._math import Equations, Relation
 from jadam._state import Moment
-from jadam._storage.codes import MIN_SIZE, EightBitCodes, suits
+from jadam._storage.codes import MIN_SIZE, Codes, suits
 from jadam._storage.floats import Floats, float_dtype, like_parameter, why_not
+from jadam._storage.lattice import EIGHT_BITS, FOUR_BITS
 from jadam._types import Count, Number, Shape
 
 AS_PARAMS = "params"
 """The value of `mu_dtype` with which both moments have the parameter's dtype."""
+CODES = {("int8", "uint8"): EIGHT_BITS, ("int4", "uint4"): FOUR_BITS}
+"""The lattice that `mu_dtype` and `nu_dtype` stand for together."""
 
 
 @runtime_checkable
@@ -87,8 +90,8 @@ class Storage(Protocol):
 
 def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
     """The storage that these arrays, a parameter's moments, are in."""
-    if EightBitCodes.holds(stored):
-        return EightBitCodes(moments)
+    if Codes.holds(stored):
+        return Codes.of(moments, stored)
     return Floats(moments, tuple(jnp.dtype(jnp.result_type(x)) for x in stored))
 
 
@@ -106,21 +109,21 @@ def chooser(
     """
     # Both moments, unless nu_dtype says otherwise.
     as_params = isinstance(mu_dtype, str) and mu_dtype == AS_PARAMS
-    mu = None if as_params else _dtype("mu_dtype", mu_dtype, "int8", is_first=True)
-    nu = _dtype("nu_dtype", nu_dtype, "uint8", is_first=False)
-    codes = [dtype is not None and dtype.kind in "iu" for dtype in (mu, nu)]
-    if codes[0] != codes[1]:
+    mu = None if as_params else _dtype("mu_dtype", mu_dtype, is_first=True)
+    nu = _dtype("nu_dtype", nu_dtype, is_first=False)
+    lattice = CODES.get((str(mu), str(nu)))
+    if lattice is None and any(_is_integer(dtype) for dtype in (mu, nu)):
         raise ValueError(
-            "mu_dtype, nu_dtype: expected both codes, 'int8' and 'uint8', or none, since m is "
-            f"stored relative to the stored v; got {mu} and {nu}"
+            f"mu_dtype, nu_dtype: expected both codes, {_pairs()}, or none, since m is stored "
+            f"relative to the stored v; got {mu} and {nu}"
         )
     least = MIN_SIZE if min_size is None else _validate.size("min_size", min_size)
 
     def choose(p: Any) -> Storage:
         dtype = jnp.result_type(p)
-        if all(codes) and suits(np.shape(p), dtype, least):
-            return EightBitCodes(moments)
-        chosen = (None if all(codes) else mu if moment.is_first else nu for moment in moments)
+        if lattice is not None and suits(np.shape(p), dtype, least):
+            return Codes(moments, lattice)
+        chosen = (None if lattice else mu if moment.is_first else nu for moment in moments)
         dtypes = (
             like_parameter(dtype, moment)
             if as_params and asked is None
@@ -132,21 +135,31 @@ def chooser(
     return choose
 
 
-def _dtype(name: str, value: Any, code: str, *, is_first: bool) -> np.dtype | None:
-    """A real floating-point dtype, the dtype that stands for codes, or None for the default."""
+def _dtype(name: str, value: Any, *, is_first: bool) -> np.dtype | None:
+    """A real floating-point dtype, one that stands for codes, or None for the default."""
     if value is None:
         return None
+    codes = [pair[0 if is_first else 1] for pair in CODES]
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype == code:
+    if str(dtype) in codes:
         return dtype
     if is_first and dtype is not None and dtype.kind == "c":
         dtype = jnp.finfo(dtype).dtype  # as wide, and complex where the parameter is
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = repr(value) if dtype is None else dtype
-        raise TypeError(f"{name}: expected a floating-point dtype or {code!r}, got {came}")
+        expected = " or ".join(map(repr, codes))
+        raise TypeError(f"{name}: expected a floating-point dtype, {expected}, got {came}")
     if (reason := why_not(dtype, is_first=is_first)) is not None:
         raise TypeError(f"{name}: expected {reason}; got {dtype}")
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _is_integer(dtype: np.dtype | None) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+
+
+def _pairs() -> str:
+    return " or ".join(f"{mu!r} with {nu!r}" for mu, nu in CODES)

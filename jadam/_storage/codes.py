@@ -1,8 +1,9 @@
-"""Moments as codes: 16 bits an element for the first and the second moment together.
+"""Moments as codes: 16 bits an element for the first and the second moment together, or 8.
 
-The second moment's root √v lies on a lattice of 32 levels an octave. Its code has 9 bits and counts
-levels below the top of its block of 128 elements: 16 octaves, zero and NaN. The first moment is
-stored beside it in 7 bits, as its ratio to the stored √v (`Curve`). For AdaMax read u for √v.
+The second moment's root √v lies on a logarithmic lattice (`Lattice`), of 32 levels an octave or of
+one. Its code counts levels below the top of its block of 128 elements: 16 octaves or 12, zero and
+NaN. The first moment is stored beside it, as its ratio to the stored √v (`Curve`). For AdaMax read
+u for √v.
 
 - The lattice is logarithmic, so a small moment beside a large one keeps its relative accuracy.
 - A block's top is a whole level. When it moves, no other value changes.
@@ -29,29 +30,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Integer, Shaped
-from numpy.polynomial import chebyshev
+from jaxtyping import Array, Float, Integer, Shaped
 
 from jadam._math import Equations, Relation, largest_gradient, limit_range
 from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
 from jadam._storage.curve import Curve
+from jadam._storage.lattice import EIGHT_BITS, FOUR_BITS, Lattice, floor
 from jadam._types import Count, Real, Shape
 
 BLOCK = 128
 MIN_SIZE = 4096
-_PER_OCTAVE = 32
-TOP = 510  # the highest of the 9-bit codes for a number; 0 is zero, 511 NaN
-NAN = 511
-M_LEVELS = 63  # the highest of the 7-bit codes for m
 _BYTE_LEVELS = 127  # the highest of the 8-bit codes for a further first moment
 _FARTHEST = 255  # levels that a maximum is above its second moment
 _TOPS = np.dtype(np.int16)
-_BOTH = np.dtype(np.uint16)
 _BESIDE = {Role.FIRST: np.dtype(np.int8), Role.MAXIMUM: np.dtype(np.uint8)}
 
 Blocks = Integer[Array, "*rows blocks"]
-Codes = Integer[Array, "*rows lanes"]
+Lanes = Integer[Array, "*rows lanes"]
 
 
 def suits(shape: Shape, dtype: jnp.dtype, min_size: int) -> bool:
@@ -86,20 +82,26 @@ def block_max(
 
 
 @dataclass(frozen=True)
-class EightBitCodes:
+class Codes:
     """The moments of one parameter as codes. The second moment's array holds the blocks' tops.
 
     Attributes:
         moments: of the member, in order.
+        lattice: on which the first and the second moment lie.
         block_max: the largest of a function of each block's elements. A kernel that steps one block
             a row has its own.
     """
 
     moments: tuple[Moment, ...]
+    lattice: Lattice
     block_max: Callable[[Array, Callable[[Array], Array]], Array] = block_max
     has_numbers = False
-    name = "8-bit codes"
     largest_gradient = largest_gradient(jnp.dtype(jnp.float32))
+
+    @property
+    def name(self) -> str:
+        """That of the lattice."""
+        return self.lattice.name
 
     @property
     def _roles(self) -> list[Role]:
@@ -138,13 +140,19 @@ class EightBitCodes:
 
     @staticmethod
     def holds(stored: Sequence[Any]) -> bool:
-        """Whether these arrays are a parameter's codes."""
-        return any(x.dtype == _BOTH for x in stored)
+        """Whether these arrays are a parameter's codes: they have the blocks' tops."""
+        return any(x.dtype == _TOPS for x in stored)
+
+    @classmethod
+    def of(cls, moments: tuple[Moment, ...], stored: Sequence[Any]) -> "Codes":
+        """The codes that these arrays, a parameter's moments, are."""
+        first = next(x for x, moment in zip(stored, moments, strict=True) if moment.is_first)
+        return cls(moments, next(x for x in LATTICES if x.dtype == first.dtype))
 
     def zeros(self, p: Any) -> tuple[Array, ...]:
         """The codes of parameter p before the first step."""
         arrays = {i: jnp.zeros_like(p, dtype=_BESIDE[role]) for i, role in self._beside.items()}
-        arrays[self._first] = jnp.zeros_like(p, dtype=_BOTH)
+        arrays[self._first] = jnp.zeros_like(p, dtype=self.lattice.dtype)
         # Every 128th of zeros like p: a slice lies where the elements of p lie that it is cut from.
         tops = lax.slice_in_dim(jnp.zeros_like(p, dtype=_TOPS), 0, None, BLOCK, -1)
         arrays[self._second] = tops
@@ -165,9 +173,9 @@ class EightBitCodes:
         """The moments, 0 where v's code is 0; `then` gives the relation that they were made by."""
         del wide
         relation, both = then(), stored[self._first]
-        code, level = _code_and_level(both, stored[self._second])
-        root = _special(code, _power_of_two(level))
-        x = ((both >> 9).astype(jnp.int32) - 64).astype(jnp.float32) / M_LEVELS
+        code, level = self._code_and_level(both, stored[self._second])
+        root = self._special(code, self.lattice.power_of_two(level))
+        x = self.lattice.size_of(both).astype(jnp.float32) / self.lattice.sizes
         curves = self._curves(relation)
         moments = {self._first: root * curves[self._first].expand(x)}
         moments[self._second] = root**relation.power
@@ -176,8 +184,8 @@ class EightBitCodes:
                 x = stored[i].astype(jnp.float32) / _BYTE_LEVELS
                 moments[i] = root * curves[i].expand(x)
             else:
-                higher = _power_of_two(level + stored[i].astype(jnp.int32))
-                moments[i] = _special(code, higher) ** relation.power
+                higher = self.lattice.power_of_two(level + stored[i].astype(jnp.int32))
+                moments[i] = self._special(code, higher) ** relation.power
         return tuple(moments[i] for i in self._places)
 
     def store(
@@ -207,7 +215,9 @@ class EightBitCodes:
         v = jnp.where(jnp.isfinite(moments[self._first]), moments[self._second], jnp.nan)
         moments[self._second] = v
         # Half a level lower: then a block's top is the level nearest to its largest root.
-        shares = {self._second: 2.0 ** (-1 / (2 * _PER_OCTAVE))} | dict.fromkeys(self._maxima, 1.0)
+        shares = {self._second: 2.0 ** (-1 / (2 * self.lattice.per_octave))} | dict.fromkeys(
+            self._maxima, 1.0
+        )
 
         def bound(x: Real, share: float) -> Float[Array, "*rows blocks"]:
             root = (jnp.sqrt(x) if relation.power == 2 else x) * share
@@ -220,33 +230,35 @@ class EightBitCodes:
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
         """Which codes are the outermost ones, of those that stand for a number."""
         both = stored[self._first]
-        code = both & NAN
-        x = (both >> 9).astype(jnp.int32) - 64
-        number = (code > 0) & (code < NAN)
+        code, size = self.lattice.code_of(both), self.lattice.size_of(both)
+        number = (code > 0) & (code < self.lattice.nan)
         return {
             # An m at its bound is on either of the last two codes, by rounding and dither.
-            "m_end": number & (jnp.abs(x) >= M_LEVELS - 1),
-            "v_end": (code == 1) | (code == TOP),
+            "m_end": number & (jnp.abs(size) >= self.lattice.sizes - 1),
+            "v_end": (code == 1) | (code == self.lattice.top),
         }
 
     def _curves(self, relation: Relation) -> dict[int, Curve]:
         """The curve of each first moment, by its place."""
-        return {i: Curve.of(r) for i, r in zip(self._firsts, relation.ratios, strict=True)}
+        dense = self.lattice.dense
+        return {i: Curve.of(r, dense) for i, r in zip(self._firsts, relation.ratios, strict=True)}
 
     def _largest(
         self, stored: Sequence[Array], power: int
     ) -> dict[int, Float[Array, "*rows blocks"]]:
         """The largest v of each block, and the largest maximum where there is one, by place."""
         both, tops = stored[self._first], stored[self._second].astype(jnp.int32)
-        codes = {self._second: self.block_max(both, _number).astype(jnp.int32)}
+        lattice = self.lattice
+        largest = self.block_max(both, lattice.seen).astype(jnp.int32)
+        codes = {self._second: lattice.code_of(largest)}
         for i in self._maxima:
             # As int16, which holds NaN's code with the largest distance.
-            code = _number(both).astype(jnp.int16)
+            code = lattice.code_of(lattice.seen(both)).astype(jnp.int16)
             higher = jnp.where(code > 0, code + stored[i].astype(jnp.int16), 0)
             codes[i] = self.block_max(higher, lambda x: x).astype(jnp.int32)
 
         def number(code: Blocks) -> Float[Array, "*rows blocks"]:
-            return jnp.where(code > 0, _power_of_two(code - TOP + tops) ** power, 0)
+            return jnp.where(code > 0, lattice.power_of_two(code - lattice.top + tops) ** power, 0)
 
         return {i: number(code) for i, code in codes.items()}
 
@@ -254,39 +266,40 @@ class EightBitCodes:
         self,
         moments: Sequence[Real],
         bounds: Mapping[int, Float[Array, "*rows blocks"]],
-        fed: Codes,
+        fed: Lanes,
         relation: Relation,
         count: Count | None,
     ) -> tuple[Array, ...]:
         """The codes of moments that are at most `bounds` in each block: v, and maxima of it."""
         m, v, power = moments[self._first], moments[self._second], relation.power
+        lattice = self.lattice
 
         def top_of(place: int) -> Blocks:
-            return _floor(_level(bounds[place], power)) + 1
+            return floor(lattice.level(bounds[place], power)) + 1
 
         tops, some = top_of(self._second), bounds[self._second] > 0
         level, alive = self._level_of(v, moments, relation, count), v > 0
         for i in self._maxima:
             # Neither a block's top nor a v is farther below a maximum than a byte can say.
             tops = jnp.maximum(tops, top_of(i) - _FARTHEST)
-            level = jnp.maximum(level, _level_above(moments[i], power) - _FARTHEST)
+            level = jnp.maximum(level, lattice.level_above(moments[i], power) - _FARTHEST)
             some, alive = some | (bounds[i] > 0), alive | (moments[i] > 0)
             fed = jnp.where(moments[i] > 0, 1, fed)
         # Computed once: the tops that are stored are those that the codes count from.
         tops = lax.optimization_barrier(jnp.where(some, tops, 0))
         top = _spread(tops, v.shape[-1])
-        raised = level - top + TOP
-        code = jnp.where(raised >= 1, jnp.minimum(raised, TOP), fed)
-        code = jnp.where(jnp.isfinite(v), jnp.where(alive, code, 0), NAN)
+        raised = level - top + lattice.top
+        code = jnp.where(raised >= 1, jnp.minimum(raised, lattice.top), fed)
+        code = jnp.where(jnp.isfinite(v), jnp.where(alive, code, 0), lattice.nan)
 
-        level, curves = code - TOP + top, self._curves(relation)
+        level, curves = code - lattice.top + top, self._curves(relation)
 
         def ratio_code(place: int, m: Real, dither: Real, levels: int) -> Real:
-            return curves[place].compress(m * _power_of_two(-level), dither, levels)
+            return curves[place].compress(m * lattice.power_of_two(-level), dither, levels)
 
-        x = ratio_code(self._first, m, _unit(v.shape, count, 1), M_LEVELS)
-        both = (x.astype(jnp.int32) + 64) * 512 + code
-        arrays = {self._first: both.astype(_BOTH), self._second: tops.astype(_TOPS)}
+        size = ratio_code(self._first, m, _unit(v.shape, count, 1), lattice.sizes)
+        both = lattice.both_of(code, size.astype(jnp.int32))
+        arrays = {self._first: both, self._second: tops.astype(_TOPS)}
         for salt, (i, role) in enumerate(self._beside.items(), start=2):
             if role is Role.FIRST:
                 # A slow average adds up over thousands of steps what its dither has in common with
@@ -294,43 +307,40 @@ class EightBitCodes:
                 dither = _unit(v.shape, count, salt, OTHER_STEP)
                 arrays[i] = ratio_code(i, moments[i], dither, _BYTE_LEVELS).astype(jnp.int8)
             else:
-                above = _level_above(moments[i], power) - level
+                above = lattice.level_above(moments[i], power) - level
                 arrays[i] = jnp.clip(above, 0, _FARTHEST).astype(jnp.uint8)
         return tuple(arrays[i] for i in self._places)
 
     def _level_of(
         self, v: Real, moments: Sequence[Real], relation: Relation, count: Count | None
-    ) -> Codes:
+    ) -> Lanes:
         """The level of v, dithered; the upper one where a further first moment needs it.
 
         A slow average of a constant gradient is at its limit for thousands of steps. Were v to go
         down, it would be cut short each time, and it takes as long to recover.
         """
-        level = _level(v, relation.power)
-        lower = _floor(level + _unit(v.shape, count, 0))
+        level = self.lattice.level(v, relation.power)
+        lower = self.lattice.rounded(level, _unit(v.shape, count, 0))
         beside = [i for i, role in self._beside.items() if role is Role.FIRST]
         if not beside:
             return lower
         limits = dict(zip(self._firsts, relation.ratios, strict=True))
-        room = _power_of_two(lower)
+        room = self.lattice.power_of_two(lower)
         needs = [jnp.abs(moments[i]) > limits[i].limit * room for i in beside]
-        return jnp.where(functools.reduce(jnp.logical_or, needs), -_floor(-level), lower)
+        return jnp.where(functools.reduce(jnp.logical_or, needs), -floor(-level), lower)
+
+    def _code_and_level(self, both: Lanes, tops: Blocks) -> tuple[Lanes, Lanes]:
+        """v's code of each element, and the level that it stands for."""
+        code = self.lattice.code_of(both)
+        top = _spread(tops, both.shape[-1]).astype(jnp.int32)
+        return code, code - self.lattice.top + top
+
+    def _special(self, code: Lanes, x: Real) -> Real:
+        """x, or what the two codes beside numbers mean."""
+        return jnp.where(code == 0, 0, jnp.where(code == self.lattice.nan, jnp.nan, x))
 
 
-# Blocks
-
-
-def _code_and_level(both: Codes, tops: Blocks) -> tuple[Codes, Codes]:
-    """v's code of each element, and the level that it stands for."""
-    code = (both & NAN).astype(jnp.int32)
-    top = _spread(tops, both.shape[-1]).astype(jnp.int32)
-    return code, code - TOP + top
-
-
-def _number(both: Array) -> Array:
-    """The code of v, 0 where it is NaN's."""
-    code = both & NAN
-    return jnp.where(code == NAN, jnp.zeros_like(code), code)
+LATTICES = (EIGHT_BITS, FOUR_BITS)
 
 
 def _finite_size(g: Array) -> Array:
@@ -338,16 +348,13 @@ def _finite_size(g: Array) -> Array:
     return jnp.where(jnp.isfinite(g), jnp.abs(g), jnp.zeros_like(g))
 
 
-def _spread(blocks: Blocks, n: int) -> Codes:
+def _spread(blocks: Blocks, n: int) -> Lanes:
     """A block's value for each of its elements, n along the last axis."""
     if blocks.shape[-1] == 1:
         return lax.broadcast_in_dim(blocks, (*blocks.shape[:-1], n), tuple(range(blocks.ndim)))
     shape = (*blocks.shape, min(n, BLOCK))
     spread = lax.broadcast_in_dim(blocks, shape, tuple(range(blocks.ndim)))
     return spread.reshape(*blocks.shape[:-1], -1)[..., :n]
-
-
-# Levels
 
 
 def _unit(
@@ -357,51 +364,3 @@ def _unit(
     if count is None:
         return jnp.full(shape, 0.5, jnp.float32)
     return (weyl(shape, count, salt, step) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _floor(x: Real) -> Int[Array, "*shape"]:
-    return jnp.floor(x).astype(jnp.int32)
-
-
-# Powers and logarithms are polynomials on [0, 1), to 2e-7 and 3e-7. XLA:CPU would store the result
-# of an `exp2` or `log2` that is used twice as a whole array, but recomputes products and sums.
-def _interpolated(function: Callable[[np.ndarray], np.ndarray], degree: int) -> np.ndarray:
-    """The coefficients of the polynomial through a function on [0, 1], in 2x - 1."""
-    return chebyshev.cheb2poly(chebyshev.Chebyshev.interpolate(function, degree, [0, 1]).coef)
-
-
-EXP2 = _interpolated(np.exp2, 6)
-LOG2 = _interpolated(lambda x: np.log2(1 + x), 9)
-
-
-def _polynomial(coefficients: np.ndarray, x: Real) -> Real:
-    """For x in [0, 1), by Horner's rule on [-1, 1)."""
-    x = 2 * x - 1
-    y = jnp.full_like(x, float(coefficients[-1]))
-    for coefficient in coefficients[-2::-1]:
-        y = y * x + float(coefficient)
-    return y
-
-
-def _power_of_two(level: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2^(level/32): the whole octaves as exponent bits, the rest by the polynomial."""
-    octave = lax.bitcast_convert_type(((level >> 5) + 127) << 23, jnp.float32)
-    return octave * _polynomial(EXP2, (level & 31).astype(jnp.float32) * (1 / _PER_OCTAVE))
-
-
-def _level(x: Real, power: int) -> Float[Array, "*shape"]:
-    """32·log₂ of √x (power 2) or x (power 1); any number where x is 0, infinite or NaN."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-    log2 = ((bits >> 23) - 127).astype(jnp.float32) + _polynomial(LOG2, mantissa - 1)
-    return log2 * (_PER_OCTAVE / power)
-
-
-def _level_above(x: Real, power: int) -> Codes:
-    """The level at or above that of x. A number on the lattice stays, to a hundredth of a level."""
-    return -_floor(0.01 - _level(x, power))
-
-
-def _special(code: Int[Array, "*shape"], x: Real) -> Real:
-    """x, or what the two codes beside numbers mean."""
-    return jnp.where(code == 0, 0, jnp.where(code == NAN, jnp.nan, x))

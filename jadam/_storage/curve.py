@@ -9,24 +9,22 @@ from jax import lax
 from jadam._math import Ratio
 from jadam._types import Real, Scalar
 
-# Half of the codes are for sizes up to three times the noise, where 99.7% of a normal distribution
-# lie. The other half reaches from there to the limit.
-_DENSE = 3
-
 
 class Curve(NamedTuple):
     """x in [-1, 1] ↦ r = a·x/(s - |x|), r the first moment over the root of the second.
 
-    a = 3·noise and s = 1 + a/limit, so that x = 1 is the limit.
+    a = dense·noise and s = 1 + a/limit, so that x = 1 is the limit. Half of the codes are for sizes
+    up to `dense` times the noise: three times, where 99.7% of a normal distribution lie, or twice,
+    95%, where codes are few. The other half reaches from there to the limit.
     """
 
     a: Scalar
     s: Scalar
 
     @classmethod
-    def of(cls, ratio: Ratio) -> "Curve":
+    def of(cls, ratio: Ratio, dense: float) -> "Curve":
         """The curve for one time."""
-        a = _DENSE * ratio.noise
+        a = dense * ratio.noise
         return cls(a, 1 + a / ratio.limit)
 
     def expand(self, x: Real) -> Real:

@@ -16,11 +16,11 @@ import jadam
 from experiments.common.gpt import is_matrix
 from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM
-from jadam._storage import EightBitCodes, Storage
+from jadam._storage import Codes, Storage
 from jadam._storage import storage_of as dithered
 
 
-class NearestCodes(EightBitCodes):
+class NearestCodes(Codes):
     """The same codes at the same places; without a count `_encode` rounds to nearest."""
 
     def _encode(
@@ -37,7 +37,7 @@ class NearestCodes(EightBitCodes):
 
 def storage_of(moments: tuple[Any, ...], stored: Sequence[Any]) -> Storage:
     """As jadam's; leaves too small for codes are float32 in both."""
-    return NearestCodes(moments) if EightBitCodes.holds(stored) else dithered(moments, stored)
+    return NearestCodes.of(moments, stored) if Codes.holds(stored) else dithered(moments, stored)
 
 
 def adamw(

@@ -26,7 +26,7 @@ from jadam._kernels.coefficients import Coefficients
 from jadam._leaf import increment
 from jadam._masters import Compensated, Weights
 from jadam._members import Rule
-from jadam._storage import codes
+from jadam._storage import EIGHT_BITS, lattice
 from jadam._storage.curve import Curve
 from jadam._types import Count, Scalar
 
@@ -148,7 +148,7 @@ def numbers_of(
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
     (ratio,) = rule.relation_at(now).ratios
-    (before,), (after,) = (map(Curve.of, rule.relation_at(time).ratios) for time in (then, now))
+    before, after = (Curve.of(rule.relation_at(t).ratios[0], EIGHT_BITS.dense) for t in (then, now))
     return Numbers(
         rule.coefficients_at(now),
         learning_rate=learning_rate,
@@ -195,8 +195,8 @@ def tables() -> np.ndarray:
         )
         .convert(kind=np.polynomial.Polynomial)
         .coef,
-        "exp2_polynomial": codes.EXP2,
-        "log2_polynomial": 16 * codes.LOG2,
+        "exp2_polynomial": lattice.EXP2,
+        "log2_polynomial": 16 * lattice.LOG2,
     }
     fields = [(name, np.float32, table.shape) for name, table in records.items()]
     return np.array([tuple(records.values())], fields)
@@ -208,7 +208,7 @@ def _tables_of(n: int) -> tuple[np.ndarray, ...]:
     As `Tables` has them: without what an exponent's lower bits hold of i.
     """
     i = np.arange(n)
-    powers = np.polynomial.polynomial.polyval(2 * i / n - 1, codes.EXP2).astype(np.float32)
+    powers = np.polynomial.polynomial.polyval(2 * i / n - 1, lattice.EXP2).astype(np.float32)
     powers = (powers.view(np.int32) - i * (2**23 // n)).astype(np.int32).view(np.float32)
     reciprocal = (1 / (1 + (i + 1 / 2) / n)).astype(np.float32)
     return powers, reciprocal, -16 * np.log2(reciprocal.astype(np.float64)) - i * 16 // n
