@@ -67,8 +67,8 @@ def diagnostics(
         - ratio_histogram: the shares with |m̂|/√v̂ up to 0.01, 0.03, 0.1, 0.3, 0.7, 2, and above,
           m̂ = m/(1-b1ᵗ) for every member. Gradients that agree give 1, pure noise
           √((1-b1)/(1+b1)) in the root mean square, which is 0.23 by default. NaN is in no bin.
-        - m_end_share, v_end_share: of the moments in 8 bits, the codes at an end of their range.
-          Absent without such moments.
+        - m_end_share, v_end_share: of the moments in 8 or 4 bits, the codes at an end of their
+          range. Absent without such moments.
 
     Raises:
         TypeError: an argument is no number, or a leaf no floating-point or complex array.

@@ -51,8 +51,8 @@ Equations: TypeAlias = Callable[..., tuple[Number, tuple[Number, ...]]]
 """A member's equations at one time: `(g, *moments) -> (direction, moments)`.
 
 The moments come in the order in which the member declares them. A second moment grows with |g| and
-with itself before: 8-bit storage takes what follows from the largest |g| and the largest v of a
-block as a bound of the block.
+with itself before: codes take what follows from the largest |g| and the largest v of a block as a
+bound of the block.
 """
 
 

@@ -19,9 +19,9 @@ def moments(
 ) -> PyTree:
     """A state with its moments as numbers, in float32 or wider: for logging and for tools.
 
-    8-bit moments are codes, of which a norm or a histogram means nothing. Here `mu` and `nu` have
-    the parameters' shapes and the values that the next step starts from. Use it inside jit where
-    the numbers are reduced there, so that no array of a parameter's size is made.
+    Moments of 8 and 4 bits are codes, of which a norm or a histogram means nothing. Here `mu` and
+    `nu` have the parameters' shapes and the values that the next step starts from. Use it inside
+    jit where the numbers are reduced there, so that no array of a parameter's size is made.
 
     Args:
         state: a state with states of this family anywhere in it.

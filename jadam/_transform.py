@@ -320,7 +320,8 @@ def adam(
         mu_dtype: the dtype to store m in. Default: the parameter's dtype, at least float32.
             "params" stores both moments in the parameter's own, also where that has 16 bits.
         nu_dtype: the same for v. 16-bit storage is dithered, so that it goes on moving.
-            `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter (`init`).
+            `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter, "int4" with
+            "uint4" in 1 (`init`).
         min_size: leaves with fewer elements, or with a last axis under 32, keep float32 then.
             Default: 4096.
         kernel: "auto", "xla" or "native", as in `update`.

@@ -115,7 +115,7 @@ def test_a_storage_dtype_that_is_not_floating_point(factory, name, value):
         assert (mu["c"].dtype, mu["r"].dtype) == (jnp.complex64, jnp.float32)
         return
     with pytest.raises(
-        TypeError, match=rf"{name}: expected a floating-point dtype or 'u?int8', got"
+        TypeError, match=rf"{name}: expected a floating-point dtype or 'u?int8' or 'u?int4', got"
     ):
         factory(1e-3, **{name: value})
 

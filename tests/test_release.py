@@ -21,6 +21,7 @@ from jadam import release
 
 LAYERS, WIDTH, HIDDEN, WORDS = 4, 64, 128, 32
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0}
 SIXTEEN_BITS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
 XLA: dict[str, Any] = {"kernel": "xla"}  # a plain step would take the CPU's kernel, where it is
 
@@ -34,6 +35,7 @@ TRANSFORMATIONS = {
     "adamw": jadam.adamw(SCHEDULE, weight_decay=0.1, mask=matrices, **XLA),
     "bf16 moments": jadam.adam(1e-2, **SIXTEEN_BITS, **XLA),
     "8 bits": jadam.nadamw(1e-2, **EIGHT_BITS, **XLA),
+    "4 bits": jadam.stochastic_rounding(jadam.adamw(1e-2, **FOUR_BITS, **XLA), 3),
     "amsgrad": jadam.amsgrad(1e-2, **EIGHT_BITS, **XLA),
     "adamax": jadam.adamaxw(1e-2, **XLA),
     "radam": jadam.radam(1e-2, **XLA),

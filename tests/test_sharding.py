@@ -27,6 +27,7 @@ TRANSFORMATIONS = {
     "float32": jadam.adamw(1e-3),
     "bfloat16": jadam.adamw(1e-3, **SIXTEEN_BITS),
     "8 bits": jadam.adamw(1e-3, **EIGHT_BITS),
+    "4 bits": jadam.adamw(1e-3, mu_dtype="int4", nu_dtype="uint4"),
     "8-bit amsgrad": jadam.amsgrad(1e-3, **EIGHT_BITS),
     "residuals": jadam.compensated_weights(jadam.adamw(1e-3, **EIGHT_BITS)),
     "stochastic": jadam.stochastic_rounding(jadam.adamax(1e-3)),

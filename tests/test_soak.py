@@ -21,6 +21,7 @@ STORAGES = {
     "float32": {},
     "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
     "8 bits": {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0},
+    "4 bits": {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0},
 }
 each_storage = pytest.mark.parametrize("storage", STORAGES)
 

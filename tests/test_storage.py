@@ -21,6 +21,7 @@ STORAGES = {
     "bfloat16 v": {"nu_dtype": "bfloat16"},
     "float16 m": {"mu_dtype": "float16"},
     "8 bits": {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0},
+    "4 bits": {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0},
 }
 # XLA's form: what holds here holds without a compiler.
 MEMBERS = {

@@ -17,6 +17,7 @@ from jadam._leaf import Options, leaf_step
 from jadam._masters import Compensated
 from jadam._members import ADAM, ADEMAMIX, AMSGRAD, NADAM
 from jadam._storage import chooser
+from jadam._storage.codes import LATTICES
 
 tpu = pytest.importorskip("jadam._kernels.tpu")
 
@@ -39,6 +40,7 @@ CASES = {
     "int16": ((40, 256), "float32", "bfloat16", "int16", False, True, "adam"),
     "amsgrad": ((40, 256), "float32", "float32", None, True, True, "amsgrad"),
     "ademamix": ((40, 256), "float32", "float32", None, True, True, "ademamix"),
+    "4 bits": ((40, 600), "float32", "float32", None, "int4", True, "adam"),
     "bf16 moments": ((40, 600), "float32", "float32", None, "bfloat16", True, "adam"),
 }
 
@@ -54,8 +56,8 @@ def gradients(rng, shape, dtype, i):
 
 def in_codes(stored):
     """The codes of v and of m beside each other."""
-    both = np.asarray(stored).astype(np.int64)
-    return both & 511, both >> 9
+    found = next(x for x in LATTICES if x.dtype == stored.dtype)
+    return tuple(np.asarray(f(stored)) for f in (found.code_of, found.size_of))
 
 
 def assert_close(found, expected, codes):
@@ -111,8 +113,8 @@ def test_a_step_on_a_tpu_is_that_of_xlas_form(name, form, monkeypatch):
     rule, rng = RULES[member], np.random.default_rng(0)
     weights = None if residual is None else Compensated(np.dtype(residual), 3)
     options = Options(decays=True, to_params=to_params, weights=weights)
-    dtype, codes = (codes, False) if isinstance(codes, str) else (None, codes)
-    kind = ("int8", "uint8") if codes else (dtype, dtype)
+    kinds = {True: ("int8", "uint8"), "int4": ("int4", "uint4")}
+    kind, codes = kinds.get(codes, (codes, codes)), codes in kinds
     stored = chooser(rule.member.moments, *kind, 0)(jnp.zeros(shape)).zeros(jnp.zeros(shape))
     p = jnp.asarray(rng.standard_normal(shape), p_dtype)
     extra = () if residual is None else (jnp.zeros(shape, residual),)

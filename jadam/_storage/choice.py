@@ -151,7 +151,7 @@ def _dtype(name: str, value: Any, *, is_first: bool) -> np.dtype | None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         came = repr(value) if dtype is None else dtype
         expected = " or ".join(map(repr, codes))
-        raise TypeError(f"{name}: expected a floating-point dtype, {expected}, got {came}")
+        raise TypeError(f"{name}: expected a floating-point dtype or {expected}, got {came}")
     if (reason := why_not(dtype, is_first=is_first)) is not None:
         raise TypeError(f"{name}: expected {reason}; got {dtype}")
     return jax.dtypes.canonicalize_dtype(dtype)

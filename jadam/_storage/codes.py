@@ -294,10 +294,15 @@ class Codes:
 
         level, curves = code - lattice.top + top, self._curves(relation)
 
-        def ratio_code(place: int, m: Real, dither: Real, levels: int) -> Real:
-            return curves[place].compress(m * lattice.power_of_two(-level), dither, levels)
+        def ratio_code(
+            place: int, m: Real, dither: Real, levels: int, *, unbiased: bool = False
+        ) -> Real:
+            r = m * lattice.power_of_two(-level)
+            return curves[place].compress(r, dither, levels, unbiased=unbiased)
 
-        size = ratio_code(self._first, m, _unit(v.shape, count, 1), lattice.sizes)
+        size = ratio_code(
+            self._first, m, _unit(v.shape, count, 1), lattice.sizes, unbiased=lattice.is_coarse
+        )
         both = lattice.both_of(code, size.astype(jnp.int32))
         arrays = {self._first: both, self._second: tops.astype(_TOPS)}
         for salt, (i, role) in enumerate(self._beside.items(), start=2):

@@ -31,15 +31,23 @@ class Curve(NamedTuple):
         """r of x."""
         return self.a * x * _reciprocal(self.s - jnp.abs(x))
 
-    def compress(self, r: Real, dither: Real, levels: int) -> Real:
-        """The code of r in ±levels: levels·x for r = expand(x), rounded by a dither in [0, 1).
+    def compress(self, r: Real, dither: Real, levels: int, *, unbiased: bool = False) -> Real:
+        """The code of r in ±levels: y = levels·x for r = expand(x), rounded by a dither in [0, 1).
 
-        No code is beyond the limit. The rounding is symmetric in x, but the curve is not straight:
-        this leaves a bias of at most 4e-5 where moments are.
+        No code is beyond the limit. The rounding keeps the mean of x, but the curve is not
+        straight. With many levels that leaves a bias of at most 4e-5 where moments are. With few
+        it would add up to 4% of an update: `unbiased` keeps the mean of r. Between the codes k and
+        k + 1 the chance of the upper one is then (y - k)·(e - k - 1)/(e - y) with e = levels·s,
+        since r(x) - r(y) = a·s·(x - y)/((s - x)·(s - y)).
         """
-        size = jnp.abs(r)
-        code = jnp.floor(levels * self.s * size / (self.a + size) + dither)
-        return jnp.copysign(jnp.minimum(code, levels), r)
+        size, end = jnp.abs(r), levels * self.s
+        y = end * size / (self.a + size)
+        if unbiased:
+            lower = jnp.floor(y)
+            # e - y = e·a/(a + size)
+            chance = (y - lower) * (end - lower - 1) * (self.a + size) / (end * self.a)
+            y = lower + jnp.minimum(chance, 1)
+        return jnp.copysign(jnp.minimum(jnp.floor(y + dither), levels), r)
 
 
 def _reciprocal(x: Real) -> Real:

@@ -43,6 +43,11 @@ class Lattice:
         """v's code of what is not finite."""
         return self.top + 1
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether roundings have to be unbiased where codes are not evenly spaced."""
+        return self.bend > 0
+
     # v's code alone, as what a block's largest is taken of: `seen` has the order of the codes, 0
     # where it is NaN's, and seen(seen(x)) is seen(x).
 
@@ -92,7 +97,7 @@ class Lattice:
         (2^(x/2) - 1)/(√2 - 1) of the part x of an octave, is x - bend·x·(1 - x) with a bend of
         0.173, to 4e-4.
         """
-        if not self.bend:
+        if not self.is_coarse:
             return floor(level + dither)
         lower = jnp.floor(level)
         part = level - lower

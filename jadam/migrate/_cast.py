@@ -27,7 +27,7 @@ def cast_like(
     adamax: bool = False,
     **rates: float,
 ) -> PyTree:
-    """A state with its moments stored as in another: float32, 16 bits or 8-bit codes.
+    """A state with its moments stored as in another: float32, 16 bits or codes.
 
     Each moment is rounded once, to the nearest number that its new storage has. From codes to
     float32 and back is therefore exact.

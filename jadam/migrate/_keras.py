@@ -148,7 +148,7 @@ def to_keras(
         An array for each of them, in their order: `v.assign(found[v.path])`.
 
     Raises:
-        TypeError: moments are 8-bit codes or complex.
+        TypeError: moments are codes or complex.
         ValueError: a variable has no leaf or a leaf no variable, or shapes differ.
     """
     prefix, states = _prefix(variables), states_in("state", state)

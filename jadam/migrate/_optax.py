@@ -76,7 +76,7 @@ def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
         maximum: must be "corrected" where AMSGrad is in it, and be that of its `jadam.amsgrad`.
 
     Raises:
-        TypeError: moments are 8-bit codes.
+        TypeError: moments are codes.
         ValueError: there is no Adam of jadam in it, or `maximum` is not said.
 
     >>> import jax.numpy as jnp, jadam

@@ -262,7 +262,7 @@ def to_torch(
         Moments of fewer bits come in float32.
 
     Raises:
-        TypeError: moments are 8-bit codes, or complex, which torch treats as pairs.
+        TypeError: moments are codes, or complex, which torch treats as pairs.
         ValueError: a parameter in `param_groups` has no leaf or a leaf no parameter; groups do
             not fit as in `from_torch`.
     """

@@ -95,7 +95,7 @@ def divided(
 
     Gradients, state and updates lie so; parameters keep their own shardings. Each of the mesh axes
     cuts the largest axis of a leaf that it divides evenly, but the last axis only where none else
-    does, and in whole blocks of 8-bit codes. A leaf stays as it is over a mesh axis that it lies on
+    does, and in whole blocks of codes. A leaf stays as it is over a mesh axis that it lies on
     already or that divides none of its axes, and when it is small.
 
         def step(params, state, batch):
@@ -113,7 +113,7 @@ def divided(
         params: as in `state_shardings`, like `shardings` and `mesh`.
         axis: one name or several, in the order in which they cut.
         min_size: leaves with fewer elements stay as they are.
-        block: the last axis is cut at multiples of it. 1 will do for a state without 8-bit codes.
+        block: the last axis is cut at multiples of it. 1 will do for a state without codes.
 
     Returns:
         A tree like params, of shardings.
