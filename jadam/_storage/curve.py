@@ -41,13 +41,15 @@ class Curve(NamedTuple):
         since r(x) - r(y) = a·s·(x - y)/((s - x)·(s - y)).
         """
         size, end = jnp.abs(r), levels * self.s
-        y = end * size / (self.a + size)
-        if unbiased:
-            lower = jnp.floor(y)
-            # e - y = e·a/(a + size)
-            chance = (y - lower) * (end - lower - 1) * (self.a + size) / (end * self.a)
-            y = lower + jnp.minimum(chance, 1)
-        return jnp.copysign(jnp.minimum(jnp.floor(y + dither), levels), r)
+        if not unbiased:
+            code = jnp.floor(end * size / (self.a + size) + dither)
+            return jnp.copysign(jnp.minimum(code, levels), r)
+        y = end * size * _reciprocal(self.a + size)
+        lower = jnp.floor(y)
+        # e - y = e·a/(a + size)
+        chance = (y - lower) * (end - lower - 1) * (self.a + size) * (1 / (end * self.a))
+        code = lower + jnp.floor(jnp.minimum(chance, 1) + dither)
+        return jnp.copysign(jnp.minimum(code, levels), r)
 
 
 def _reciprocal(x: Real) -> Real:
