@@ -37,14 +37,17 @@ PUBLISHED = {
     "[torchao](https://github.com/pytorch/ao) 8-bit, float32 weights": (4, 4, 2),
     "[FlashOptim](https://arxiv.org/abs/2602.23349) for PyTorch": (2, 2, 3),
 }
-# Peers are dashed.
+# Peers are dashed, 4 bits dotted.
 STYLES = {
     "float32": (palette.BLACK, "-"),
     "bf16 moments": (palette.SKY, "-"),
     "8-bit moments": (palette.BLUE, "-"),
+    "4-bit moments": (palette.BLUE, ":"),
     "bf16 weights, compensated": (palette.GREEN, "-"),
     "bf16 weights, compensated + 8-bit moments": (palette.RED, "-"),
+    "bf16 weights, compensated + 4-bit moments": (palette.RED, ":"),
     "bf16 weights, stochastic": (palette.PINK, "-"),
+    "bf16 weights, stochastic + 4-bit moments": (palette.PINK, ":"),
     "bf16 weights, plain": (palette.ORANGE, "-"),
     "optax.adamw float32": (palette.GREY, "--"),
     "flashoptim-jax": (palette.PURPLE, "--"),

@@ -89,6 +89,7 @@ def in_dtype(params: PyTree, dtype: str) -> PyTree:
 
 
 MOMENTS_8 = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+MOMENTS_4 = {"mu_dtype": "int4", "nu_dtype": "uint4"}
 MOMENTS_16 = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
 
 REFERENCE = "float32"
@@ -96,11 +97,16 @@ SETTINGS = {
     REFERENCE: Setting("float32", adamw()),
     "bf16 moments": Setting("float32", adamw(**MOMENTS_16)),
     "8-bit moments": Setting("float32", adamw(**MOMENTS_8)),
+    "4-bit moments": Setting("float32", adamw(**MOMENTS_4)),
     "bf16 weights, compensated": Setting("bfloat16", compensated(adamw())),
     "bf16 weights, compensated + 8-bit moments": Setting(
         "bfloat16", compensated(adamw(**MOMENTS_8))
     ),
+    "bf16 weights, compensated + 4-bit moments": Setting(
+        "bfloat16", compensated(adamw(**MOMENTS_4))
+    ),
     "bf16 weights, stochastic": Setting("bfloat16", stochastic(adamw())),
+    "bf16 weights, stochastic + 4-bit moments": Setting("bfloat16", stochastic(adamw(**MOMENTS_4))),
     "bf16 weights, plain": Setting("bfloat16", adamw()),
     "optax.adamw float32": Setting("float32", optax_adamw),
     "flashoptim-jax": Setting("bfloat16", flash_adamw, package="flashoptim_jax"),

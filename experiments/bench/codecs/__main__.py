@@ -1,7 +1,9 @@
 """Compares all candidates; writes results/codecs.json and the table of the bench's README."""
 
+import argparse
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -9,7 +11,8 @@ from rich.progress import track
 from experiments.bench.publish import README, write
 from experiments.common.report import show, table, update_readme
 
-from .judgement import BETAS, TRAINED, compare, train_loss
+from .candidates import CANDIDATES, FEW, FEW_WINNER, FLOAT32, WINNER, ZONED, Codec
+from .judgement import BETAS, compare, train_loss
 
 COLUMNS = (
     *("code", "bytes", "bound", "mnist", "median", "p99", "gpt", "log-normal", "shrunk", "1..99%"),
@@ -47,6 +50,21 @@ def cells(results: dict[str, Any], betas: str) -> list[list[str]]:
     return rows
 
 
+class Study(NamedTuple):
+    """Some candidates, the code that jadam has, and those that are trained with."""
+
+    candidates: Sequence[Codec]
+    winner: Codec
+    trained: Sequence[Codec]
+
+
+STUDIES = {
+    "codecs": Study(CANDIDATES, WINNER, (FLOAT32, CANDIDATES[1], ZONED, WINNER)),
+    "codecs-few": Study(FEW, FEW_WINNER, (FLOAT32, FEW_WINNER, FEW[-2], WINNER)),
+}
+"""By what the JSON is called: 16 bits for both moments, and fewer."""
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table of the default decay rates as the bench's README shows it."""
     return table(COLUMNS, cells(results, "0.9,0.999"))
@@ -54,11 +72,15 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Compare, write the JSON and the README's table, and print all."""
-    results = compare()
-    for codec in track(TRAINED, "MNIST, 400 steps"):
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.codecs")
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="codecs")
+    name = parser.parse_args().study
+    study = STUDIES[name]
+    results = compare(study.candidates, study.winner, f"python -m experiments.bench.codecs {name}")
+    for codec in track(study.trained, "MNIST, 400 steps"):
         results["rows"][codec.name]["mnist loss"] = train_loss(codec)
-    write("codecs", results)
-    update_readme("codecs", markdown(results), README)
+    write(name, results)
+    update_readme(name, markdown(results), README)
     console = Console(width=None if sys.stdout.isatty() else 190)
     for b1, b2 in BETAS:
         betas = f"{b1},{b2}"

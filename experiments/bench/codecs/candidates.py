@@ -17,19 +17,37 @@ from .first_moment import (
     Sinh,
     SoftsignM,
 )
-from .second_moment import DynamicV, ExactV, FloatV, Fp8Root, LinearRoot, LogRoot, SecondMoment
+from .second_moment import (
+    DynamicV,
+    ExactV,
+    FewLevels,
+    FloatV,
+    Fp8Root,
+    LinearRoot,
+    LinearV,
+    LogRoot,
+    OfNeighbours,
+    SecondMoment,
+)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A code for both moments: v first, since the code for m may need what is stored of v."""
+    """A code for both moments: v first, since the code for m may need what is stored of v.
+
+    Attributes:
+        bits: of an integer that has both codes; 0 where each has its own.
+    """
 
     name: str
     first: FirstMoment
     second: SecondMoment
+    bits: int = 0
 
     @property
     def bytes_per_parameter(self) -> float:
+        if self.bits:
+            return self.bits / 8 + 2 / getattr(self.second, "block", 128)
         return self.first.bytes + self.second.bytes
 
     def encode(self, m: Moment, v: Moment, g: Moment, t: Array, betas: Betas) -> Stored:
@@ -92,3 +110,65 @@ CANDIDATES = [
     Codec("m float32", ExactM(), ZONED.second),
 ]
 FLOAT32 = Codec("float32", ExactM(), ExactV())
+
+
+def few(
+    bits: int,
+    sizes: int,
+    zones: tuple[int, ...],
+    per_octave: float,
+    *,
+    dense: float = 2,
+    power: float = 0.0,
+    block: int = 128,
+    rounding: str = "weyl",
+) -> Codec:
+    """±sizes codes of m and a lattice of √v in `bits`, for numbers, zero and NaN."""
+    v = FewLevels(per_octave, zones, power, block, rounding)
+    assert (2 * sizes + 1) * v.codes + 2 <= 1 << bits
+    kinds = "" if len(zones) == 1 else f" in zones {zones}"
+    name = f"{bits} bits: m ±{sizes}, v {v.codes}{kinds}, {per_octave:g} an octave"
+    changed = {
+        f"mean of v^{power:g}": power != 0,
+        f"dense to {dense:g}": dense != 2,
+        f"blocks of {block}": block != 128,
+        rounding: rounding != "weyl",
+    }
+    name += "".join(f", {what}" for what, is_so in changed.items() if is_so)
+    return Codec(name, Relative(Rational(dense), rounding, levels=sizes), v, bits)
+
+
+# The code of jadam's 4-bit moments.
+FEW_WINNER = few(8, 10, (12,), 1, power=0.25)
+FEW = [
+    FEW_WINNER,
+    few(8, 3, (36,), 4),
+    few(8, 5, (23,), 2),
+    few(8, 7, (16,), 2),
+    few(8, 7, (16,), 1),
+    few(8, 7, (8, 8), 2),
+    few(8, 7, (6, 6, 4), 2),
+    few(8, 9, (13,), 1),
+    few(8, 9, (7, 4, 2), 2),
+    few(8, 10, (12,), 1),
+    few(8, 10, (12,), 1, power=0.5),
+    few(8, 10, (12,), 1, power=0.25, dense=3),
+    few(8, 10, (12,), 1, power=0.25, block=64),
+    few(8, 10, (12,), 1, power=0.25, rounding="hash"),
+    few(8, 10, (12,), 1, power=0.25, rounding="nearest"),
+    few(8, 12, (10,), 1),
+    Codec(
+        "8 bits: m ±15, v 62 for two neighbours, 4 an octave",
+        Relative(Rational(2), levels=15),
+        OfNeighbours(FewLevels(4, (62,), block=64)),
+        8,
+    ),
+    few(10, 15, (32,), 2),
+    few(10, 15, (32,), 2, power=0.25),
+    few(10, 21, (23,), 2),
+    few(12, 31, (64,), 4),
+    few(12, 31, (64,), 4, power=0.25),
+    Codec("torchao, 4 bits", DynamicM(128, exponents=3), LinearV()),
+    WINNER,
+]
+"""Fewer bits for both moments, in blocks of 128."""

@@ -61,17 +61,18 @@ class DynamicM:
     """bitsandbytes: m/maximum by its signed table, float32 maximum."""
 
     block: int = 256
+    exponents: int = 7
 
     @property
     def bytes(self) -> float:
-        return 1 + 4 / self.block
+        return (1 + self.exponents) / 8 + 4 / self.block
 
     def encode(self, m: Moment, v: Moment, v_stored: Moment, t: Array, betas: Betas) -> Stored:
         scale = largest(jnp.abs(m), self.block)
-        return nearest_in(dynamic_code(True), by_block(m, scale, safe)), scale
+        return nearest_in(dynamic_code(True, self.exponents), by_block(m, scale, safe)), scale
 
     def decode(self, stored: Stored, v_stored: Moment, t: Array, betas: Betas) -> Moment:
-        return by_block(jnp.asarray(dynamic_code(True))[stored[0]], stored[1])
+        return by_block(jnp.asarray(dynamic_code(True, self.exponents))[stored[0]], stored[1])
 
 
 @dataclass(frozen=True)

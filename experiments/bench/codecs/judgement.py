@@ -1,6 +1,7 @@
 """How a candidate is judged: errors along streams, training, time, and what must never happen."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +17,10 @@ from experiments.common import report
 
 from .adam import EPS, Betas, Moment
 from .blocks import Stored, safe
-from .candidates import CANDIDATES, FLOAT32, WINNER, ZONED, Codec
+from .candidates import FLOAT32, Codec
 from .streams import BLOCK, Stream, all_streams, mnist_problem, shrink
 
 BETAS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999)]
-TRAINED = (FLOAT32, CANDIDATES[1], ZONED, WINNER)
 
 
 def reference(g: Stream, b1: float, b2: float) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +207,7 @@ def poisoned(codec: Codec) -> list[list[int]]:
 # ---------------------------------------------------------------------------- the comparison
 
 
-def compare() -> dict[str, Any]:
+def compare(candidates: Sequence[Codec], winner: Codec, command: str) -> dict[str, Any]:
     """All numbers that go to JSON."""
     streams = all_streams()
     edges = np.cumsum([0] + [s.shape[1] for s in streams.values()])
@@ -218,7 +218,7 @@ def compare() -> dict[str, Any]:
     for b1, b2 in BETAS:
         betas, exact = Betas.of(b1, b2), reference(g, b1, b2)[0]
         stale_exact = {name: reference(x, b1, b2) for name, x in stale.items()}
-        for codec in track(CANDIDATES, f"b1={b1} b2={b2}"):
+        for codec in track(candidates, f"b1={b1} b2={b2}"):
             row = rows.setdefault(codec.name, {"bytes": codec.bytes_per_parameter})
             r = jax.device_get(replay(codec, g, exact, betas))
             row[f"{b1},{b2}"] = {
@@ -230,16 +230,16 @@ def compare() -> dict[str, Any]:
                     )
                 },
             }
-    for codec in track(CANDIDATES, "nanoseconds"):
+    for codec in track(candidates, "nanoseconds"):
         rows[codec.name]["nanoseconds"] = nanoseconds(codec)
     rows[FLOAT32.name] = {"bytes": 8.0, "nanoseconds": nanoseconds(FLOAT32)}
     return {
-        **report.provenance("python -m experiments.bench.codecs"),
+        **report.provenance(command),
         "winner": {
-            "name": WINNER.name,
-            "bound, 40 decades, no eps": {str(b): hostile(WINNER, *b) for b in BETAS},
-            "after 200,000 steps without gradient": dies(WINNER),
-            "not finite after NaN at [0, 3], infinity at [1, 5]": poisoned(WINNER),
+            "name": winner.name,
+            "bound, 40 decades, no eps": {str(b): hostile(winner, *b) for b in BETAS},
+            "after 200,000 steps without gradient": dies(winner),
+            "not finite after NaN at [0, 3], infinity at [1, 5]": poisoned(winner),
         },
         "rows": rows,
     }

@@ -65,12 +65,15 @@ class LinearRoot:
         return jnp.square(by_block(x, scale.astype(jnp.float32)))
 
 
-def dynamic_code(signed: bool) -> np.ndarray:
-    """bitsandbytes' 256 values: a decimal exponent of 1 to 7 bits, the rest a linear fraction."""
+def dynamic_code(signed: bool, exponents: int = 7) -> np.ndarray:
+    """bitsandbytes' 256 values: a decimal exponent of 1 to 7 bits, the rest a linear fraction.
+
+    With signs and 3 exponents the 16 values of torchao's 4 bits.
+    """
     values = [0.0, 1.0]
-    for i in range(7):
+    for i in range(exponents):
         edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        middles = 10.0 ** (i + 1 - exponents) * (edges[:-1] + edges[1:]) / 2
         values += [*middles, *(-middles if signed else ())]
     return np.sort(np.array(values, np.float32))
 
@@ -96,6 +99,25 @@ class DynamicV:
 
     def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
         return by_block(jnp.asarray(dynamic_code(False))[stored[0]], stored[1])
+
+
+@dataclass(frozen=True)
+class LinearV:
+    """torchao's 4 bits: the nearest of 1/16, 2/16, ..., 1 of the maximum, which has no zero."""
+
+    block: int = 128
+
+    @property
+    def bytes(self) -> float:
+        return 1 / 2 + 4 / self.block
+
+    def encode(self, v: Moment, g: Moment, t: Array, betas: Betas) -> Stored:
+        scale = largest(v, self.block)
+        code = jnp.floor(16 * by_block(v, scale, safe) + 0.5)
+        return jnp.clip(code, 1, 16).astype(jnp.uint8), scale
+
+    def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
+        return by_block(stored[0].astype(jnp.float32) / 16, stored[1])
 
 
 @dataclass(frozen=True)
@@ -261,3 +283,89 @@ class FloatV:
         level = below(stored[1].astype(jnp.int32), 254 - stored[0].astype(jnp.int32))
         v = lax.bitcast_convert_type(level << (23 - self.mantissa), jnp.float32)
         return without_special(v, stored[0], 254)
+
+
+@dataclass(frozen=True)
+class FewLevels:
+    """Any number of levels of √v below a block's top, on a lattice that is the same for all.
+
+    `zones` has how many levels are a step apart, two steps, four, ..., from the top downwards;
+    `per_octave` is how many steps there are in a factor 2 of √v. The rounding keeps the mean of v
+    to this `power`, of log v where it is 0.
+    """
+
+    per_octave: float
+    zones: tuple[int, ...]
+    power: float = 0.0
+    block: int = 128
+    rounding: str = "weyl"
+
+    @property
+    def bytes(self) -> float:
+        return math.log2(self.codes) / 8 + 2 / self.block
+
+    @property
+    def codes(self) -> int:
+        return sum(self.zones)
+
+    @property
+    def octaves(self) -> float:
+        return sum(n << i for i, n in enumerate(self.zones)) / self.per_octave
+
+    @property
+    def _edges(self) -> list[tuple[int, int, int]]:
+        """Of each zone its depth, the number of levels above it, and its step."""
+        edges, depth, above = [], 0, 0
+        for i, n in enumerate(self.zones):
+            edges.append((depth, above, 1 << i))
+            depth, above = depth + (n << i), above + n
+        return edges
+
+    def encode(self, v: Moment, g: Moment, t: Array, betas: Betas) -> Stored:
+        some = (v > 0) & jnp.isfinite(v)
+        y = jnp.log2(jnp.where(some, v, 1)) * (self.per_octave / 2)
+        coarsest = 1 << (len(self.zones) - 1)
+        top = jnp.where(some, y, NO_LEVEL).reshape(-1, self.block).max(1, keepdims=True)
+        # As in LogRoot: one top, and a code that is a continuous function of y.
+        top = lax.optimization_barrier(jnp.ceil(top / coarsest) * coarsest)
+        depth = by_block(y, top, lambda y, top: top - y)
+        code, step = -jnp.inf, 1.0
+        for start, above, width in self._edges:
+            code = jnp.maximum(code, self.codes - above - (depth - start) / width)
+            step = jnp.where(depth > start, width, step)
+        low = jnp.floor(code)
+        up = code - low
+        if self.power:  # (eᵃᵘ - 1)/(eᵃ - 1) with a the logarithm of the step in v^power
+            a = self.power * step * (2 * math.log(2) / self.per_octave)
+            up = jnp.expm1(a * up) / jnp.expm1(a)
+        u = unit(dither(self.rounding, v.shape, t, 0))
+        code = low.astype(jnp.int32) + (up + u >= 1)
+        return with_special(code, self.codes, v, g), top.astype(jnp.int16)
+
+    def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
+        place = self.codes - stored[0].astype(jnp.float32)
+        depth = -jnp.inf
+        for start, above, width in self._edges:
+            depth = jnp.maximum(depth, start + (place - above) * width)
+        level = below(stored[1].astype(jnp.float32), depth)
+        return without_special(jnp.exp2(level * (2 / self.per_octave)), stored[0], self.codes)
+
+
+@dataclass(frozen=True)
+class OfNeighbours:
+    """One v for each two neighbours, the mean of both: not Adam's where their scales differ."""
+
+    code: SecondMoment
+
+    @property
+    def bytes(self) -> float:
+        return self.code.bytes / 2
+
+    def encode(self, v: Moment, g: Moment, t: Array, betas: Betas) -> Stored:
+        pairs = v.reshape(-1, 2).mean(1).reshape(-1, v.shape[1] // 2)
+        largest_g = jnp.abs(g).reshape(-1, 2).max(1).reshape(pairs.shape)
+        return self.code.encode(pairs, largest_g, t, betas)
+
+    def decode(self, stored: Stored, t: Array, betas: Betas) -> Moment:
+        pairs = self.code.decode(stored, t, betas)
+        return jnp.repeat(pairs, 2, axis=1)
