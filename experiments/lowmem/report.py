@@ -68,6 +68,11 @@ class Report:
     """The page whose table of bytes is replaced."""
 
 
+@dataclass(frozen=True)
+class Memory(Report):
+    """Measures bytes a parameter anew, beside the trainings that results/lowmem.json has."""
+
+
 def runs_of(folder: Path, experiment: str) -> dict[str, list[dict[str, Any]]]:
     """The finished runs of each setting, by seed; all with one config."""
     runs = {
@@ -262,15 +267,10 @@ def main(config: Report) -> None:
     all_runs = {experiment: runs for experiment, runs in all_runs.items() if runs[REFERENCE]}
     if not all_runs:
         raise ValueError(f"{config.folder}: no finished run of {REFERENCE}")
-    memory = {
-        name: measure(setting, Shape())
-        for name, setting in track(SETTINGS.items(), "memory")
-        if setting.is_installed
-    }
     summaries = {experiment: summarize(runs) for experiment, runs in all_runs.items()}
     results = {
         **provenance("python -m experiments.lowmem report"),
-        "memory": memory,
+        "memory": measured(),
         **{
             experiment: {
                 "config": runs[REFERENCE][0]["config"],
@@ -281,9 +281,33 @@ def main(config: Report) -> None:
             for experiment, runs in all_runs.items()
         },
     }
-    write_json(config.results / "lowmem.json", results)
     picture.write(draw(all_runs), config.results / "lowmem", dpi=150)
+    publish(results, config)
+
+
+def measured() -> dict[str, dict[str, float]]:
+    """Bytes a parameter of each setting that is installed."""
+    return {
+        name: measure(setting, Shape())
+        for name, setting in track(SETTINGS.items(), "memory")
+        if setting.is_installed
+    }
+
+
+def main_of_memory(config: Memory) -> None:
+    """Measures memory alone; the trainings stay those of the JSON file."""
+    results = json.loads((config.results / "lowmem.json").read_text())
+    results |= {
+        "memory": measured(),
+        "memory's origin": provenance("python -m experiments.lowmem memory"),
+    }
+    publish(results, config)
+
+
+def publish(results: dict[str, Any], config: Report) -> None:
+    """Writes the JSON file and all tables."""
+    write_json(config.results / "lowmem.json", results)
     block = markdown(results)
     update_readme("lowmem", block, config.readme)
-    update_readme("memory", peers_table(memory), config.numbers)
+    update_readme("memory", peers_table(results["memory"]), config.numbers)
     print(f"{block}\n\nwritten to {config.results} and {config.readme}")
