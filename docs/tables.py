@@ -37,6 +37,7 @@ COSTS = {
     "`jadam.adamw`, `step`": ("float32", "jadam step"),
     "16-bit moments, `step`": ("bf16 moments", "jadam bf16 moments"),
     "8-bit moments, `step`": ("8-bit moments", "jadam 8-bit moments"),
+    "4-bit moments, `step`": ("4-bit moments", "jadam 4-bit moments"),
     "bfloat16 weights, compensated, `step`": (
         "bf16 weights, compensated",
         "jadam compensated bf16 weights",
@@ -44,6 +45,10 @@ COSTS = {
     "bfloat16 weights, compensated, 8-bit moments, `step`": (
         "bf16 weights, compensated + 8-bit moments",
         "jadam compensated, 8-bit moments",
+    ),
+    "bfloat16 weights, stochastic, 4-bit moments, `step`": (
+        "bf16 weights, stochastic + 4-bit moments",
+        "jadam stochastic, 4-bit moments",
     ),
 }
 # What the page of settings advises, the study of memory's name, and for what.
@@ -57,6 +62,10 @@ ADVICE = {
         "8-bit moments",
         "a quarter of the state, float32 weights",
     ),
+    '`mu_dtype="int4", nu_dtype="uint4"`': (
+        "4-bit moments",
+        "an eighth of the state: right in the mean, with noise",
+    ),
     "`compensated_weights(tx)`": (
         "bf16 weights, compensated",
         "bfloat16 weights that learn as if they had 24 bits",
@@ -68,6 +77,10 @@ ADVICE = {
     "`compensated_weights` around 8-bit moments": (
         "bf16 weights, compensated + 8-bit moments",
         "all of it",
+    ),
+    "`stochastic_rounding` around 4-bit moments": (
+        "bf16 weights, stochastic + 4-bit moments",
+        "the least there is",
     ),
 }
 
