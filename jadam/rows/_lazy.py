@@ -188,8 +188,8 @@ class Lazy:
     def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
 
-        For evaluation, checkpoints that other programs read, diagnostics and migration. It changes
-        nothing of what comes after. It takes the time of a few dense steps where missed steps are
+        For evaluation, checkpoints that other programs read, and migration. It changes nothing of
+        what comes after. It takes the time of a few dense steps where missed steps are
         summed, and of some hundred at most where they are made one by one.
 
         Raises:
