@@ -465,6 +465,19 @@ def test_each_device_steps_its_own_shard(spec, storage):
 
 
 @needs_kernel
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()], ids=str)
+def test_a_row_of_one_block_is_divided_as_any_other(spec):
+    """A last axis of exactly 128: its tops have an axis of size 1."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 128)), jnp.float32)
+    tx = jadam.adam(1e-2, **EIGHT_BITS, min_size=0, kernel="native")
+    state = tx.init(g)
+    sharded = jax.device_put(g, NamedSharding(mesh, spec))
+    found = jax.jit(tx.step)(sharded, tx.init(sharded), sharded)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.jit(tx.step)(g, state, g))
+
+
+@needs_kernel
 def test_blocks_that_a_sharding_divides_are_put_together():
     """A last axis in shards of 125: right, if not without communication."""
     mesh = Mesh(np.array(jax.devices()), "x")
