@@ -11,6 +11,7 @@ import json
 import pytest
 
 from tests.programs import __main__ as long
+from tests.programs import drawing
 from tests.programs.drawing import draw
 from tests.programs.running import Found
 
@@ -27,8 +28,6 @@ def test_a_random_program(seed, standard_promotion):
 def test_every_part_of_a_program_is_drawn():
     """A member, a storage, a wrapper, a dtype or a way that is never drawn would not be tested."""
     drawn = [draw(seed) for seed in range(200)]
-    from tests.programs import drawing
-
     assert {p.member for p in drawn} == set(drawing.MEMBERS)
     assert {p.storage for p in drawn} == set(drawing.STORAGES)
     assert {p.wrapper for p in drawn} == set(drawing.WRAPPERS)

@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
     parser.add_argument("--programs", type=int, default=10_000)
     parser.add_argument(
-        "--sequences", type=int, default=50, help="of gradients, of each configuration"
+        "--sequences", type=int, default=100, help="of gradients, of each configuration"
     )
     parser.add_argument("--out", type=Path, default=PATH)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
