@@ -102,14 +102,16 @@ def table(data: dict[str, Any]) -> str:
     lines.append("| all | " + " | ".join(map(str, total)) + " |")
     _, tried, alike, first, now = total
     interval = binomtest(first, tried - alike).proportion_ci(method="wilson")
-    kernel = data["kernel"]
+    edits = data["kernel"]
+    edited = sum(x["found"] for x in edits)
+    alike_edits = sum((x["file"], x["was"], x["is"]) in same for x in edits)
     lines += [
         "",
         f"Of {tried - alike} that are not equivalent, the tests as they were found {first}, "
         f"{first / (tried - alike):.0%} (95% interval, Wilson: {interval.low:.0%} to "
-        f"{interval.high:.0%}); with the tests that were then written, {now}. Of {len(kernel)} "
-        f"edits of the kernel in C++, {sum(x['found'] for x in kernel)}. Machine: "
-        f"{data['machine']}.",
+        f"{interval.high:.0%}); with the tests that were then written, {now}. Of {len(edits)} "
+        f"edits of the kernel in C++ {edited} were found, and {alike_edits} are equivalent. "
+        f"Machine: {data['machine']}.",
     ]
     return "\n".join(lines)
 

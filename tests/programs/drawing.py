@@ -141,8 +141,8 @@ class Program:
         """[steps, ...] for each leaf, all finite: one of the many sequences of a program."""
         rng = np.random.default_rng([self.seed, number])
         dtype = self.dtypes[1]
-        # What sums squares or gradients of its own has no larger numbers.
-        decades = 12 if self.wrapper in ("MultiSteps", "clip") else 45
+        # What sums squares or gradients of its own has no larger numbers, nor what lets some through.
+        decades = 12 if self.wrapper in ("MultiSteps", "clip", "masked") else 45
         return self.tree(
             [
                 jnp.asarray(hostile(rng, (steps, *shape), dtype, decades), dtype)
