@@ -117,20 +117,22 @@ def test_m_is_read_to_float32s_digits():
 
 
 def test_a_slow_first_moment_of_a_constant_gradient_is_not_cut():
-    """b1 = .9999 beside b2 = .99: |m|/√v is 141 times that of noise, which the limit of 200 has.
+    """b1 = .9999: |m|/√v becomes 141 times that of noise, which the limit of 200 has.
 
-    A limit of 50 would leave half of the update, once m is large enough. 25%: a code of m there is three quarters of it,
-    its dither is right in the mean, and an error of m stays for 10,000 steps.
+    A limit of 50 would leave at most 50/141/(1-b1ᵗ), half of an update at step 12,000. So far out a
+    code of m is three quarters of it, and the curve is convex: dithered, m comes out up to 1.5
+    times too long. At b1 = .999, 45 times noise, it is right to 2%, half of v's code.
     """
-    options = {"b1": 0.9999, "b2": 0.99, "kernel": "xla"}
-    state = jadam.init(jnp.zeros((1, 128)), mu_dtype="int8", nu_dtype="uint8", min_size=0)
+    for b1, least, most in ((0.9999, 0.95, 1.6), (0.999, 0.98, 1.02)):
+        state = jadam.init(jnp.zeros((1, 128)), mu_dtype="int8", nu_dtype="uint8", min_size=0)
 
-    def step(state, _):
-        updates, state = jadam.update(jnp.ones((1, 128)), state, learning_rate=1.0, **options)
-        return state, jnp.mean(updates)
+        def step(state, _, b1=b1):
+            g = jnp.ones((1, 128))
+            updates, state = jadam.update(g, state, learning_rate=1.0, b1=b1, b2=0.99, kernel="xla")
+            return state, -jnp.mean(updates)
 
-    _, updates = jax.jit(lambda s: jax.lax.scan(step, s, length=12_000))(state)
-    np.testing.assert_allclose(updates[-500:].mean(), -1, rtol=0.25)
+        _, sizes = jax.jit(lambda s, step=step: jax.lax.scan(step, s, length=12_000))(state)
+        assert least <= sizes[-1000:].mean() <= most
 
 
 @pytest.mark.parametrize("kernel", ["xla", "auto"])

@@ -141,7 +141,7 @@ class Program:
         """[steps, ...] for each leaf, all finite: one of the many sequences of a program."""
         rng = np.random.default_rng([self.seed, number])
         dtype = self.dtypes[1]
-        # What sums squares or gradients of its own has no larger numbers, nor what lets some through.
+        # What sums squares or gradients of its own has no larger numbers, nor what lets some by.
         decades = 12 if self.wrapper in ("MultiSteps", "clip", "masked") else 45
         return self.tree(
             [
