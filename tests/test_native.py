@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_storage
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_codec import bounds
@@ -375,6 +376,33 @@ def test_no_update_of_the_kernel_is_beyond_adams_bound():
         updates, state = update(jnp.asarray(g), state)
         # 1e-6: the roundings of the direction, under 4 ulps.
         assert np.max(np.abs(updates)) <= bound[t - 1] * (1 + 1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("storage", ["bfloat16", "bfloat16 m"])
+def test_no_rounding_of_16_bits_takes_the_kernel_beyond_adams_bound(storage):
+    """The gradients of test_storage, 1e-38 to 3e38, among them those that attain the bound."""
+    tx = jadam.adam(1.0, eps=0.0, **STORAGE[storage], kernel="native")
+    for name in instruction_sets():
+        use(name)
+        updates, _ = test_storage.directions(tx, test_storage.hostile())
+        largest = np.abs(updates).max(axis=(1, 2))
+        bound = bounds(len(largest))
+        assert np.all(largest <= bound * test_storage.SLACK)
+        assert largest[-1] >= 0.97 * bound[-1]
+
+
+@needs_kernel
+def test_ties_go_to_the_even_bfloat16():
+    """1 + 1/256 is in the middle of two numbers of bfloat16, as is 1 + 3/256: as in IEEE 754."""
+    params = jnp.tile(jnp.asarray([1, 1 + 2.0**-7], jnp.bfloat16), 128)
+    g = -jnp.ones(256, jnp.bfloat16)
+    step = jax.jit(functools.partial(jadam.step, learning_rate=2.0**-8, eps=0.0, kernel="native"))
+    for name in instruction_sets():
+        use(name)
+        moved, _ = step(g, jadam.init(params), params)
+        expected = np.tile([1, 1 + 2.0**-6], 128)
+        np.testing.assert_array_equal(moved.astype(jnp.float32), expected)
 
 
 @needs_kernel

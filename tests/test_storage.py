@@ -262,6 +262,26 @@ def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
     assert np.abs(updates[-1, 0]).max() < 1e-4
 
 
+def test_amsgrads_maximum_stays_where_no_gradient_comes():
+    """A number on the lattice is rounded up to itself, on every level of twelve octaves.
+
+    Were its own rounding to take it to the next level, it would rise by 2.2% a step, wherever the
+    powers and logarithms of float32 are a little too large.
+    """
+    gradients = np.zeros((200, 3, 128), np.float32)
+    gradients[0] = 2.0 ** (np.arange(128) / 32 + np.array([[0], [55], [-45]]))
+    tx = jadam.amsgrad(1.0, **STORAGES["8 bits"])
+
+    def step(state, g):
+        _, state = tx.update(g, state)
+        return state, state[0]
+
+    _, states = jax.jit(lambda: jax.lax.scan(step, tx.init(gradients[0]), gradients))()
+    found = [maxima(jax.tree.map(lambda x, t=t: x[t], states)) for t in (0, 1, 50, 199)]
+    for later in found[1:]:
+        np.testing.assert_array_equal(later, found[0])
+
+
 def test_amsgrads_maximum_never_falls_in_bfloat16():
     """It is rounded up: at least the largest v that was computed, from the v that was stored.
 
