@@ -104,13 +104,15 @@ def table(data: dict[str, Any]) -> str:
     interval = binomtest(first, tried - alike).proportion_ci(method="wilson")
     edits = data["kernel"]
     edited = sum(x["found"] for x in edits)
+    edited_now = edited + sum(bool(x.get("found_now")) for x in edits)
     alike_edits = sum((x["file"], x["was"], x["is"]) in same for x in edits)
     lines += [
         "",
         f"Of {tried - alike} that are not equivalent, the tests as they were found {first}, "
         f"{first / (tried - alike):.0%} (95% interval, Wilson: {interval.low:.0%} to "
         f"{interval.high:.0%}); with the tests that were then written, {now}. Of {len(edits)} "
-        f"edits of the kernel in C++ {edited} were found, and {alike_edits} are equivalent. "
+        f"edits of the kernel in C++ its program found {edited}, {alike_edits} are equivalent, and "
+        f"with tests that were then written {edited_now} are found. "
         f"Machine: {data['machine']}.",
     ]
     return "\n".join(lines)
