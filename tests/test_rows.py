@@ -293,6 +293,24 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
             assert (error <= 1e-5 + np.spacing(np.abs(np.asarray(got[0])))).all()
 
 
+@pytest.mark.parametrize("kernel", ["xla", "auto"])
+def test_an_absence_divides_by_no_root_of_zero(kernel):
+    """Without eps, where no gradient has come and where its square is lost: nothing moves there."""
+    rows = jadam.rows.lazy(jadam.adam(1e-2, eps=0.0, kernel=kernel), catch_up="sum")
+    table = jnp.ones((3, 4))
+    state = rows.init(table)
+    g = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]])
+    table, state = jax.jit(rows.scatter)(g, jnp.asarray([0]), table, state)
+    start = np.asarray(table)
+    for _ in range(40):
+        table, state = jax.jit(rows.scatter)(g, jnp.asarray([1]), table, state)
+    found, _ = jax.jit(rows.flush)(table, state)
+    assert np.all(np.isfinite(found))
+    np.testing.assert_array_equal(found[0, 1:3], start[0, 1:3])
+    np.testing.assert_array_equal(found[2], 1)
+    assert abs(found[0, 0] - start[0, 0]) > 1e-2
+
+
 def test_a_gathered_row_is_the_flushed_one():
     """`gather` gives what dense has, `flush` changes nothing of it, also when made twice."""
     table, ids, grads = sgd_noise(3)
