@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam._kernels.choice import apart
+from jadam._layers import near
 from jadam._rounding import as_layer
 from jadam._traced import function_of, inside, part_of
 from jadam._transform import FusedTransformation
@@ -76,7 +77,7 @@ class Program:
         whole = [*leaves, *leaves, *kept]
         slices = jax.eval_shape(
             lambda *arrays: [
-                x if slot.owner is None else x[:1]
+                near(x if slot.owner is None else x[:1])
                 for slot, x in zip(self._inputs, arrays, strict=True)
             ],
             *whole,
