@@ -350,22 +350,25 @@ def test_a_small_gpt_is_trained_to_the_same_loss():
 
 
 def arrays_made(jaxpr):
-    """The shape of every array that is made, in inner programs too; not those of references."""
+    """The shape of every array that is made, and by what, in inner programs too."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if "Ref" not in type(v.aval).__name__)
+        yield from ((v.aval.shape, equation.primitive.name) for v in equation.outvars)
         for inner in core.jaxprs_in_params(equation.params):
             yield from arrays_made(inner)
 
 
 def test_no_array_of_a_stack_is_made():
-    """No gradient, no copy: only the results, one for p, m and v, which take donated space."""
+    """No gradient, no copy: of p, m and v slices are written in a loop, in donated space."""
     params = {"layers": {"w": jnp.ones((8, 128, 128))}, "head": jnp.ones(128)}
     step = release.train_step(
         lambda p, x: mean(p, scanned(p, x, jax.checkpoint(layer_of))), DECAYING
     )
     arguments = params, DECAYING.init(params), jnp.ones((4, 128))
     made = list(arrays_made(jax.make_jaxpr(step)(*arguments).jaxpr))
-    assert made.count((8, 128, 128)) == 3
+    by = [name for shape, name in made if shape == (8, 128, 128)]
+    # The forward loop hands the parameters on as they are, the backward loop replaces slices.
+    as_it_lies = ["optimization_barrier", "layout_constraint", "scan"]
+    assert sorted(by) == sorted([*as_it_lies, *["dynamic_update_slice", "scan"] * 3])
     plan = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
     assert plan.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(arguments[:2]))
 

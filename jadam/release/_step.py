@@ -275,9 +275,10 @@ class Released:
                 return carry, {}, (y, pull)
 
             read = {slot: stacks[slot] for slot in params}
-            carry, _, (ys, pulls) = over_layers(
+            carry, read, (ys, pulls) = over_layers(
                 body, init, read, others, length, writes=False, **options
             )
+            fixed = (stacks | read, *fixed[1:])
             return ((carry, ys), jnp.zeros_like(probe)), (pulls, closed, init, ys, others, fixed)
 
         def backward(residuals: Any, cotangents: Any) -> Any:
