@@ -18,6 +18,7 @@ from experiments.common.gpt import scanned as scanned_gpt
 from experiments.common.report import readme_block
 from experiments.scale import release as scale_release
 from jadam import release
+from jadam.sharding import state_shardings
 
 LAYERS, WIDTH, HIDDEN, WORDS = 4, 64, 128, 32
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
@@ -312,6 +313,81 @@ def test_the_step_can_be_differentiated_and_vectorized():
     np.testing.assert_allclose(several, each, rtol=1e-5)
 
 
+def test_each_layer_is_clipped_by_its_own_norm():
+    """The gradients in float64 of a plain backward pass, each layer's clipped, then Adam's step."""
+    largest = 0.01
+    loss = OTHER_FORMS["two stacks"]
+    step = release.train_step(
+        loss, jadam.adam(1e-2, eps=1e-3, **XLA), per_layer=optax.clip_by_global_norm(largest)
+    )
+    params, state = SMALL, jadam.adam(1e-2).init(SMALL)
+    params, state, _ = jax.jit(step)(params, state, X)
+    names, layers = ("layers", "others", "head"), []
+    grads = jax.grad(loss)(SMALL, X)
+    wide = [np.asarray(jax.tree.leaves(grads[name])[0], np.float64) for name in names]
+    for g in wide:  # each stack is a scan of its own, and the head what is left
+        layers += [*g] if g.ndim > 1 else [g]
+    norms = [np.sqrt((g**2).sum()) for g in layers]
+    assert min(norms) < largest < max(norms)
+    for name, g in zip(names, wide, strict=True):
+        each = g if g.ndim > 1 else g[None]
+        norm = np.sqrt((each**2).sum(axis=tuple(range(1, each.ndim)), keepdims=True))
+        clipped = (each * np.minimum(1, largest / norm)).reshape(g.shape)
+        mu = jax.tree.leaves(state[0].mu[name])[0]
+        # The gradients are sums of 16 float32 products in two orders, and the norm another one.
+        np.testing.assert_allclose(mu, 0.1 * clipped, rtol=1e-5, atol=1e-9, err_msg=name)
+        moved = SMALL[name]["w"] if name != "head" else SMALL[name]
+        expected = np.asarray(moved, np.float64) - 1e-2 * clipped / (np.abs(clipped) + 1e-3)
+        got = params[name]["w"] if name != "head" else params[name]
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_layer_is_all_that_a_scan_releases():
+    """Two leaves of one scan are one layer, with one norm."""
+
+    def loss(params, x):
+        two = {"w": params["layers"]["w"], "v": params["others"]["w"]}
+        x, _ = release.scan(lambda x, p: (jnp.tanh(x @ p["w"] @ p["v"]), None), x, two)
+        return mean(params, x)
+
+    tx = jadam.adam(1e-2, **XLA)
+    step = release.train_step(loss, tx, per_layer=optax.clip_by_global_norm(1e-3))
+    _, state, _ = jax.jit(step)(SMALL, tx.init(SMALL), X)
+    grads = jax.grad(loss)(SMALL, X)
+    both = np.stack([np.asarray(grads[name]["w"], np.float64) for name in ("layers", "others")])
+    norms = np.sqrt((both**2).sum(axis=(0, 2, 3)))
+    assert (norms > 1e-3).all()
+    for g, name in zip(both, ("layers", "others"), strict=True):
+        expected = 0.1 * g * (1e-3 / norms)[:, None, None]
+        np.testing.assert_allclose(state[0].mu[name]["w"], expected, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["state", "state and parameters"])
+def test_stacks_on_the_host_come_and_go(where):
+    """They stay there, and the bits are those of stacks on the device."""
+    loss = OTHER_FORMS["two stacks"]
+    tx = jadam.adamw(1e-2, weight_decay=0.1, mu_dtype="int8", nu_dtype="uint8", min_size=0, **XLA)
+    params = {
+        "layers": {"w": jnp.tile(SMALL["layers"]["w"], (1, 8, 8)) / 8},
+        "others": {"w": jnp.ones((3, 32, 32)) / 64},
+        "head": jnp.ones(32),
+    }
+    x = jnp.ones((2, 32))
+    step = release.train_step(loss, tx)
+    expected = jax.jit(step)(params, tx.init(params), x)
+    host = state_shardings(tx, params, memory_kind="pinned_host")
+    near = jax.tree.map(lambda p: p.sharding, params)
+    lies = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), near)
+    lies = lies if where == "state and parameters" else near
+    state = jax.jit(tx.init, out_shardings=host)(params)
+    there = jax.device_put(params, lies)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(lies, host, None))
+    got = step(there, state, x)
+    assert_equal(got, expected, 0)
+    assert got[1][0].mu["layers"]["w"].sharding.memory_kind == "pinned_host"
+    assert got[0]["layers"]["w"].sharding.memory_kind == lies["layers"]["w"].memory_kind
+
+
 def test_released_names_the_leaves():
     assert release.released(OTHER_FORMS["one in a jit"], SMALL, X) == ["params['layers']['w']"]
 
@@ -323,6 +399,11 @@ def test_arguments_are_checked():
         release.train_step(mean, 3)
     with pytest.raises(TypeError, match=r"^has_aux: "):
         release.train_step(mean, DECAYING, has_aux=1)
+    with pytest.raises(TypeError, match=r"^per_layer: .*got 1.0"):
+        release.train_step(mean, DECAYING, per_layer=1.0)
+    step = release.train_step(lambda p, x: mean(p, scanned(p, x)), DECAYING, per_layer=DECAYING)
+    with pytest.raises(ValueError, match=r"^per_layer: .*without a state"):
+        jax.eval_shape(step, SMALL, DECAYING.init(SMALL), X)
 
 
 # A language model
@@ -367,7 +448,7 @@ def test_no_array_of_a_stack_is_made():
     made = list(arrays_made(jax.make_jaxpr(step)(*arguments).jaxpr))
     by = [name for shape, name in made if shape == (8, 128, 128)]
     # The forward loop hands the parameters on as they are, the backward loop replaces slices.
-    as_it_lies = ["optimization_barrier", "layout_constraint", "scan"]
+    as_it_lies = ["optimization_barrier", "cond", "layout_constraint", "scan"]
     assert sorted(by) == sorted([*as_it_lies, *["dynamic_update_slice", "scan"] * 3])
     plan = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
     assert plan.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(arguments[:2]))

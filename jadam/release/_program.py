@@ -18,7 +18,7 @@ from jadam.sharding._rules import owner_of
 MIXES = (
     "a released step makes each leaf's step when its gradient arrives, so that a transformation "
     "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite) "
-    "cannot be released; clip each leaf by itself, with "
+    "cannot be released; clip each layer by its own norm, with per_layer, or each leaf, with "
     "optax.clip_by_block_rms, and skip steps with skip_if"
 )
 

@@ -24,6 +24,7 @@ def train_step(
     *,
     has_aux: bool = False,
     skip_if: Callable[[Any], Any] | None = None,
+    per_layer: Any = None,
 ) -> Callable[..., tuple[PyTree, PyTree, Any]]:
     """A step in which the gradients of scanned layers are never whole.
 
@@ -45,14 +46,18 @@ def train_step(
         has_aux: the loss returns `(loss, aux)`; the third result is this pair.
         skip_if: a function of the loss, decided before the backward pass. Where it is true, params
             and state stay as they are: `lambda loss: ~jnp.isfinite(loss)`.
+        per_layer: an optax transformation without a state that changes the gradients of a layer,
+            all those that a scan releases together, before tx gets them:
+            `optax.clip_by_global_norm(1.0)` clips each layer by its own norm, where that of all
+            layers is not known yet. The gradients of all other parameters are one layer more.
 
     Returns:
         `(params, state, *args, **kwargs) -> (params, state, loss)`, to be jitted with params and
         state donated: else they are copied first.
 
     Raises:
-        TypeError: `loss` or `tx` is of a wrong type, or the loss is no real scalar.
-        ValueError: tx joins gradients of several leaves, such as a global norm does or the
+        TypeError: `loss`, `tx` or `per_layer` is of a wrong type, or the loss is no real scalar.
+        ValueError: `per_layer` has a state; tx joins gradients of several leaves, such as a global norm does or the
             accumulation of gradients; or the loss releases nothing, or uses a released parameter
             again, elsewhere, or inside of another transformation.
 
@@ -73,6 +78,7 @@ def train_step(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx: expected an optax.GradientTransformation, got {tx!r}")
     has_aux = _validate.flag("has_aux", has_aux)
+    change = _without_state(per_layer)
 
     def step(params: PyTree, state: PyTree, *args: Any, **kwargs: Any) -> Any:
         _validate.inexact_leaves("params", params)
@@ -91,7 +97,7 @@ def train_step(
         stacks = {slot: arrays[slot] for slot in program.slots_of(numbers)}
         homes = {slot: x for slot, x in arrays.items() if slot not in stacks}
         others = {slot: near(x) for slot, x in homes.items()}
-        run = Released(program, leaves, stacks, others, always=skip_if is None)
+        run = Released(program, leaves, stacks, others, change, always=skip_if is None)
 
         def forward(outside: dict[int, Any], probe: Any) -> Any:
             run.begin(probe)
@@ -118,6 +124,7 @@ def train_step(
         if run.new.keys() != stacks.keys():
             raise AssertionError("a layer's step was not made; please report this to jadam")
 
+        grads = change(grads, outside)
         gradients = {Slot("grads", i, None): g for i, g in grads.items()}
         outputs = program.other_slots
         make = program.part(outputs)
@@ -131,6 +138,27 @@ def train_step(
         return params, state, (value, aux) if has_aux else value
 
     return step
+
+
+def _without_state(tx: Any) -> Callable[[PyTree, PyTree], PyTree]:
+    """`(grads, params) -> grads`: a transformation that remembers nothing, or none."""
+    if tx is None:
+        return lambda grads, params: grads
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"per_layer: expected an optax.GradientTransformation, got {tx!r}")
+
+    def change(grads: PyTree, params: PyTree) -> PyTree:
+        state = tx.init(params)
+        if jax.tree.leaves(state):
+            got = type(state).__name__
+            raise ValueError(
+                f"per_layer: expected a transformation without a state, got one with {got}; what "
+                "remembers something for each parameter goes into tx"
+            )
+        changed, _ = tx.update(grads, state, params)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), changed, grads)
+
+    return change
 
 
 def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -197,6 +225,7 @@ class Released:
         leaves: Sequence[Any],
         stacks: dict[Slot, Any],
         others: dict[Slot, Any],
+        change: Callable[[PyTree, PyTree], PyTree],
         *,
         always: bool,
     ):
@@ -209,6 +238,7 @@ class Released:
         }
         self._stacks = stacks
         self._others = others
+        self._change = change
         self._always = always
         self.new: dict[Slot, Any] = {}
 
@@ -299,6 +329,7 @@ class Released:
                 in_closed, grads, in_carry, in_others = pull(
                     (_with_empty(of_carry, init), _with_empty(of_y, of_y_to))
                 )
+                grads = self._change(grads, slices)
                 gradients = {Slot("grads", n, n): g[None] for n, g in zip(mine, grads, strict=True)}
                 results = make(consts, i, gradients | rows | rest)
                 new = dict(zip(slots, results, strict=True))

@@ -55,7 +55,7 @@ def survey(
     loss: Callable[..., Any], params: PyTree, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> list[int]:
     """The numbers of the leaves that are released, in their order."""
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda x: jax.tree.map(near, x), params))
     found = Survey(names_of(params))
 
     def traced(*leaves: Any) -> Any:
@@ -110,6 +110,6 @@ class Survey:
                     f"{self.names[number]}: expected to scan it once, got it twice; {ONCE}"
                 )
             self.seen.add(number)
-            return near(jnp.zeros_like(leaf))
+            return jnp.zeros_like(leaf)
 
         return lax.scan(f, init, jax.tree.map(note, xs), **options)
