@@ -54,8 +54,9 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         >>> params["w"].tolist()
         [0.9990000128746033, 2.000999927520752]
         """
-        if hasattr(self.update, "step"):
-            return self.update.step(grads, state, params, **extra_args)
+        make = getattr(self.update, "step", None)
+        if make is not None:
+            return make(grads, state, params, **extra_args)
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 

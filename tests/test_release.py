@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.extend import core
+from jax.sharding import AxisType
 
 import jadam
 from experiments.common.gpt import GPT, Shape
@@ -462,3 +463,36 @@ def test_the_page_on_scale_has_the_committed_figures():
     for row in results["rows"].values():
         plain, released = (row[name]["peak"] for name in ("float32", "float32, released"))
         assert released < plain - 3
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_divided_stack_is_stepped_where_it_lies(kind):
+    """FSDP: parameters and state in eighths before and after, the numbers of the plain step."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    tx = jadam.adamw(1e-2, weight_decay=0.1, **EIGHT_BITS, **XLA)
+    rng = np.random.default_rng(4)
+    w = jnp.asarray(rng.standard_normal((3, 64, 64)) / 8, jnp.float32)
+    params, x = {"layers": {"w": w}, "head": jnp.ones(64)}, jnp.ones((16, 64))
+
+    def layer(x, p):
+        w = p["w"]
+        if kind == AxisType.Explicit:
+            w = jax.sharding.reshard(w, jax.P())
+        return x + jnp.tanh(x @ w), None
+
+    def loss(params, x):
+        return mean(params, scanned(params, x, jax.checkpoint(layer)))
+
+    with jax.set_mesh(mesh):
+        rows = {"layers": {"w": jax.P(None, "data")}, "head": jax.P()}
+        lies = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), rows)
+        params, x = jax.device_put((params, x), (lies, jax.NamedSharding(mesh, jax.P("data"))))
+        home = state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=home)(params)
+        expected = jax.jit(plain_step(loss, tx))(params, state, x)
+        step = jax.jit(release.train_step(loss, tx), out_shardings=(lies, home, None))
+        got = step(params, state, x)
+    # Sums over eight devices in two orders; a code may then be its neighbour, half an octave of 32.
+    assert_equal(got[0], expected[0], 1e-4)
+    assert got[0]["layers"]["w"].sharding.is_equivalent_to(lies["layers"]["w"], 3)
+    assert got[1][0].mu["layers"]["w"].sharding.shard_shape((3, 64, 64)) == (3, 8, 64)

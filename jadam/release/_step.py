@@ -57,9 +57,9 @@ def train_step(
 
     Raises:
         TypeError: `loss`, `tx` or `per_layer` is of a wrong type, or the loss is no real scalar.
-        ValueError: `per_layer` has a state; tx joins gradients of several leaves, such as a global norm does or the
-            accumulation of gradients; or the loss releases nothing, or uses a released parameter
-            again, elsewhere, or inside of another transformation.
+        ValueError: `per_layer` has a state; tx joins gradients of several leaves, such as a global
+            norm does or the accumulation of gradients; or the loss releases nothing, or uses a
+            released parameter again, elsewhere, or inside of another transformation.
 
     >>> import jax, jax.numpy as jnp, jadam
     >>> def loss(params, x):

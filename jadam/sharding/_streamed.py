@@ -146,7 +146,7 @@ class _Streamed:
 class _Sliced:
     """A step whose large leaves are slices of their first axes."""
 
-    def __init__(self, make: Any, trees: Any, extra: Any, rows: dict[Path, int], moved: int):
+    def __init__(self, make: Any, trees: Any, extra: Any, rows: dict[Path | None, int], moved: int):
         self._rows, self._moved = rows, moved
         flat, structure = jax.tree_util.tree_flatten_with_path(trees)
         self._arrays = [x for _, x in flat]
@@ -169,28 +169,28 @@ class _Sliced:
         self._consts, jaxpr = closed.consts, closed.jaxpr
         self._jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
-    def run(self, path: Path, group: list[int]) -> list[Any]:
+    def run(self, path: Path | None, group: list[int]) -> list[Any]:
         """The outputs at these places, which belong to the parameter at this path."""
         rows = self._rows[path]
+        # Constants, the slice's number, and the arrays, which go by their places: the others by
+        # numbers below 0.
+        names = [*range(-1 - len(self._consts), 0), *range(len(self._arrays))]
         wanted = [place in group for place in range(len(self._jaxpr.outvars))]
         part, used = part_of(self._jaxpr, wanted)
+        inputs = [name for name, is_used in zip(names, used, strict=True) if is_used]
         step = function_of(part)
-        used = used[len(self._consts) + 1 :]
         mine = [i for i, owner in enumerate(self._owners) if owner == path]
-        others = [i for i, is_used in enumerate(used) if is_used and i not in mine]
+        others = [i for i in inputs if i >= 0 and i not in mine]
         assert all(self._owners[i] is None for i in others), "a slice that needs other leaves"
         # The first result is a tree like the parameters, the others are the state's.
         source = [i for i in mine if self._tree_of[i] == self._moved]
         homes = [*source, *(i for i in mine if self._tree_of[i] == 1)]
-        results = [v.aval for v in part.outvars]
-        fits = results[0].dtype == self._arrays[homes[0]].dtype
-        stacks = {i: self._arrays[i] for i in mine if used[i] or i in homes[not fits :]}
-        fixed = [near(self._arrays[i]) for i in others]
-        names = [*range(-1 - len(self._consts), 0), *range(len(self._arrays))]
-        values = dict(zip(names, [*self._consts, None], strict=False))
-        values |= dict(zip(others, fixed, strict=True))
-        _, used_names = part_of(self._jaxpr, wanted)
-        inputs = [name for name, is_used in zip(names, used_names, strict=True) if is_used]
+        # An update of another dtype than its gradient's cannot take its place.
+        fits = part.outvars[0].aval.dtype == self._arrays[homes[0]].dtype
+        own = [*homes, *inputs] if fits else [*homes[1:], *inputs]
+        stacks = {i: self._arrays[i] for i in mine if i in own}
+        values = dict(zip(names, self._consts, strict=False))
+        values |= {i: near(self._arrays[i]) for i in others}
 
         def body(carry: Any, slices: Any, x: Any) -> Any:
             given = values | slices | {-1: x[0]}
