@@ -461,8 +461,10 @@ def test_the_page_on_scale_has_the_committed_figures():
     block = readme_block("release", scale_release.README)[1]
     assert block == scale_release.markdown(results) + "\n"
     for row in results["rows"].values():
-        plain, released = (row[name]["peak"] for name in ("float32", "float32, released"))
-        assert released < plain - 3
+        for name, sizes in row.items():
+            # One layer's gradients, and what the two passes take.
+            if name.endswith("released") and not sizes["host"]:
+                assert sizes["peak"] < sizes["arguments"] + 0.3, name
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
