@@ -44,6 +44,8 @@ MODELS = {
     "16 layers of Llama 3.2 1B": Model(16, 2048, 8192, gated=True),
 }
 FLOAT32, EIGHT_BITS = jadam.adamw(1e-3), jadam.adamw(1e-3, mu_dtype="int8", nu_dtype="uint8")
+FOUR_BITS = jadam.adamw(1e-3, mu_dtype="int4", nu_dtype="uint4")
+THREE_BYTES = jadam.stochastic_rounding(FOUR_BITS)
 FIVE_BYTES = jadam.compensated_weights(EIGHT_BITS)
 
 
@@ -63,6 +65,7 @@ SETTINGS = {
     "float32, released": Setting(jnp.float32, FLOAT32, released=True),
     "compensated + 8-bit": Setting(jnp.bfloat16, FIVE_BYTES),
     "compensated + 8-bit, released": Setting(jnp.bfloat16, FIVE_BYTES, released=True),
+    "stochastic + 4-bit, released": Setting(jnp.bfloat16, THREE_BYTES, released=True),
     "float32, state on the host": Setting(jnp.float32, FLOAT32, on_host=True),
     "float32, state on the host, released": Setting(jnp.float32, FLOAT32, True, True),
     "8-bit moments, state on the host, released": Setting(jnp.float32, EIGHT_BITS, True, True),
