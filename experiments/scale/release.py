@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
 MODELS = {
     "24 layers of GPT-2 medium": Model(24, 1024, 4096),
-    "16 layers of Llama 3.2 1B": Model(16, 2048, 8192, gated=True),
+    "8 layers of Llama 3.2 1B": Model(8, 2048, 8192, gated=True),
 }
 FLOAT32, EIGHT_BITS = jadam.adamw(1e-3), jadam.adamw(1e-3, mu_dtype="int8", nu_dtype="uint8")
 FOUR_BITS = jadam.adamw(1e-3, mu_dtype="int4", nu_dtype="uint4")
