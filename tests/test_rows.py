@@ -27,16 +27,18 @@ ROWS, ROWS_OF_TABLE = jadam.rows.lazy(jadam.adam(1e-3)), 1_000_000
 CASES = {case.name: case for case in FAMILY if not case.name.startswith("ademamix")}
 
 
-def sgd_noise(seed, *, scale=1.0):
+def sgd_noise(seed, *, scale=1.0, batch=None, rows=None):
     """A table, and the ids and gradients of a history in which rows are absent for long.
 
-    The last batch is of all rows, so that all are up to date after it; others are padded with -1.
+    The last batch is of all rows, so that all are up to date after it; others are of `batch` of the
+    first `rows`, padded with -1.
     """
     rng = np.random.default_rng(seed)
     # After step 60 the rows from 4 on are touched rarely; the last row never is.
     often = np.where(np.arange(STEPS)[:, None] < 60, SIZE - 1, 4)
     high = np.where(rng.random((STEPS, 1)) < 0.02, SIZE - 1, often)
-    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32)
+    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32) % (rows or SIZE)
+    ids[:, batch:] = -1
     grads = scale * rng.standard_normal((STEPS, SIZE, WIDTH))
     table = 0.1 * rng.standard_normal((SIZE, WIDTH))
     return table.astype(np.float32), padded(ids), grads.astype(np.float32)
@@ -122,9 +124,14 @@ def test_summed_steps_are_those_of_float64(name, scheduled, kernel, standard_pro
     lazily, densely = both(name, "sum", scheduled, flushes=flushes, kernel=kernel)
 
     @HISTORIES
-    @hypothesis.given(seed=st.integers(0, 2**16), scale=st.sampled_from([1.0, 1e-4, 3e-8]))
-    def check(seed, scale):
-        table, ids, grads = sgd_noise(seed, scale=scale)
+    @hypothesis.given(
+        seed=st.integers(0, 2**16),
+        scale=st.sampled_from([1.0, 1e-4, 3e-8]),
+        batch=st.integers(0, BATCH),
+        rows=st.integers(1, SIZE),
+    )
+    def check(seed, scale, batch, rows):
+        table, ids, grads = sgd_noise(seed, scale=scale, batch=batch, rows=rows)
         got, state = lazily(table, ids, grads)
         whole = dense_gradients(ids, grads)
         counted = whole[:-1] if flushes else whole
