@@ -27,7 +27,7 @@ ROWS, ROWS_OF_TABLE = jadam.rows.lazy(jadam.adam(1e-3)), 1_000_000
 CASES = {case.name: case for case in FAMILY if not case.name.startswith("ademamix")}
 
 
-def sgd_noise(seed, *, scale=1.0, batch=None, rows=None):
+def sgd_noise(seed, *, scale=1.0, batch=BATCH, rows=SIZE):
     """A table, and the ids and gradients of a history in which rows are absent for long.
 
     The last batch is of all rows, so that all are up to date after it; others are of `batch` of the
@@ -37,7 +37,7 @@ def sgd_noise(seed, *, scale=1.0, batch=None, rows=None):
     # After step 60 the rows from 4 on are touched rarely; the last row never is.
     often = np.where(np.arange(STEPS)[:, None] < 60, SIZE - 1, 4)
     high = np.where(rng.random((STEPS, 1)) < 0.02, SIZE - 1, often)
-    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32) % (rows or SIZE)
+    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32) % rows
     ids[:, batch:] = -1
     grads = scale * rng.standard_normal((STEPS, SIZE, WIDTH))
     table = 0.1 * rng.standard_normal((SIZE, WIDTH))
