@@ -209,6 +209,10 @@ def test_floats_are_left_to_xla_on_a_tpu():
         assert choice.TPU.is_faster(frozenset({*plain, f"moments {narrow}"}))
 
 
+AS_ON_A_TPUS_HOST = """
+from jadam._kernels import choice
+choice._wanted = lambda kernel: frozenset({"tpu"})
+"""
 AHEAD = """
 import json
 from experiments.bench.ahead.chips import V5E
@@ -227,11 +231,14 @@ print(json.dumps({{**found, divided: figures(PROGRAMS[divided](), shapes[:1], V5
 )
 def test_a_step_is_one_pass_on_a_tpu():
     """Memory is what 8-bit moments are for: a step reads each array once and needs no other."""
-    # On a host without a kernel for 4 bits on its CPU such a leaf is not lowered to that for TPUs.
     own = (programs.BF16_MOMENTS, programs.CODES, programs.COMPENSATED, programs.SMALLEST)
     by_xla = programs.CODES + programs.DIVIDED
     found = printed_ahead(AHEAD.format(names=own, divided=by_xla))
     divided = found.pop(by_xla)
+    # This host's CPU has no kernel for 4 bits, and so would not lower a leaf to that for TPUs.
+    fewer = AHEAD.format(names=(programs.FEWER_CODES,), divided=by_xla)
+    found |= printed_ahead(AS_ON_A_TPUS_HOST + fewer)
+    del found[by_xla]
     for name, figures in found.items():
         assert figures["calls"] == {"tpu_custom_call": 2}, (name, figures)
         # Tops are padded to 128 a row, of 32.
