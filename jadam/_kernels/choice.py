@@ -82,7 +82,7 @@ CPU = Kernel(
     # AMSGrad and AdEMAMix have a third moment, AdaMax an equation of u that no other member has.
     features=_members(lambda member: member.coefficients is not None)
     | _DTYPES_AND_OPTIONS
-    | {"weights stochastic bfloat16"},
+    | {"moments 4-bit codes", "weights stochastic bfloat16"},
     # An update alone leaves as much memory to read again in either form, and XLA can fuse its own
     # loops with what is around them.
     slow_updates=frozenset({"moments float32 float32"}),
@@ -101,7 +101,9 @@ ROWS = Kernel(
     ),
 )
 
-GPU = dataclasses.replace(CPU, platform="gpu")
+GPU = dataclasses.replace(
+    CPU, platform="gpu", features=CPU.features - {"moments 4-bit codes"}
+)
 
 
 def _lies_in_blocks(shape: Shape) -> bool:

@@ -26,7 +26,7 @@ from jadam._kernels.coefficients import Coefficients
 from jadam._leaf import increment
 from jadam._masters import Compensated, Weights
 from jadam._members import Rule
-from jadam._storage import EIGHT_BITS, lattice
+from jadam._storage import lattice
 from jadam._storage.curve import Curve
 from jadam._types import Count, Scalar
 
@@ -121,7 +121,8 @@ def _ffi_api_version() -> int:
 class Numbers(NamedTuple):
     """`Numbers` of step.h, field by field: the numbers of one step, for all its leaves.
 
-    Before the last are four of the curve of m's code (`Curve`) in the step before and in this one.
+    Beside the bound are those of the curve of m's code (`Curve`) in the step before and in this one:
+    of 8 bits, and at the end of 4.
     """
 
     coefficients: Coefficients
@@ -132,6 +133,10 @@ class Numbers(NamedTuple):
     now_a: Scalar
     now_s: Scalar
     bound: Scalar
+    coarse_before_a: Scalar
+    coarse_before_s: Scalar
+    coarse_now_a: Scalar
+    coarse_now_s: Scalar
 
     def packed(self) -> Float[Array, "numbers"]:
         """As one array, in which the library finds its struct."""
@@ -147,8 +152,11 @@ def numbers_of(
 ) -> Float[Array, "numbers"]:
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
-    (ratio,) = rule.relation_at(now).ratios
-    before, after = (Curve.of(rule.relation_at(t).ratios[0], EIGHT_BITS.dense) for t in (then, now))
+    (ratio_then,), (ratio,) = (rule.relation_at(t).ratios for t in (then, now))
+    (before, after), (coarse_before, coarse_after) = (
+        [Curve.of(x, bits.dense) for x in (ratio_then, ratio)]
+        for bits in (lattice.EIGHT_BITS, lattice.FOUR_BITS)
+    )
     return Numbers(
         rule.coefficients_at(now),
         learning_rate=learning_rate,
@@ -158,6 +166,10 @@ def numbers_of(
         now_a=after.a,
         now_s=after.s,
         bound=ratio.bound,
+        coarse_before_a=coarse_before.a,
+        coarse_before_s=coarse_before.s,
+        coarse_now_a=coarse_after.a,
+        coarse_now_s=coarse_after.s,
     ).packed()
 
 
@@ -197,6 +209,8 @@ def tables() -> np.ndarray:
         .coef,
         "exp2_polynomial": lattice.EXP2,
         "log2_polynomial": 16 * lattice.LOG2,
+        # To 2e-5, the ends included: they meet those of the next octaves.
+        "coarse_chance": _through_ends(_chance_of_the_next_level, 7, [0.5, 2]),
     }
     fields = [(name, np.float32, table.shape) for name, table in records.items()]
     return np.array([tuple(records.values())], fields)
@@ -212,3 +226,19 @@ def _tables_of(n: int) -> tuple[np.ndarray, ...]:
     powers = (powers.view(np.int32) - i * (2**23 // n)).astype(np.int32).view(np.float32)
     reciprocal = (1 / (1 + (i + 1 / 2) / n)).astype(np.float32)
     return powers, reciprocal, -16 * np.log2(reciprocal.astype(np.float64)) - i * 16 // n
+
+
+def _chance_of_the_next_level(half: np.ndarray) -> np.ndarray:
+    """That of `Lattice.rounded` for 4 bits, where v is twice this, times a power of 4."""
+    part = np.log2(2 * half) / 2
+    return part - lattice.FOUR_BITS.bend * part * (1 - part)
+
+
+def _through_ends(
+    function: Callable[[np.ndarray], np.ndarray], degree: int, ends: list[float]
+) -> np.ndarray:
+    """The coefficients of the polynomial through a function on an interval and at its ends."""
+    low, high = ends
+    x = (low + high) / 2 + (high - low) / 2 * chebyshev.chebpts2(degree + 1)
+    found = chebyshev.Chebyshev.fit(x, function(x), degree, domain=ends)
+    return found.convert(kind=np.polynomial.Polynomial).coef
