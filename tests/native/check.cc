@@ -262,9 +262,9 @@ int code_of_m(const Lattice& lattice, double m, double root, double u, const Num
   const double end = to_float32(lattice.sizes * s_);
   double x = end * size / (a * root + size) * (1 + outward * kShareError);
   if (lattice.is_coarse()) {
-    // The chance of the upper code keeps the mean of m itself.
-    const double lower = std::floor(x);
-    x = lower + std::min((x - lower) * (end - lower - 1) / (end - x), 1.0);
+    // The chance of the upper code keeps the mean of m itself; beyond the last one there is none.
+    const double lower = std::min(std::floor(x), double(lattice.sizes));
+    x = lower + std::min(std::max((x - lower) * (end - lower - 1) / (end - x), 0.0), 1.0);
   }
   const double code = std::floor(x + u + outward * kCodeError);
   const int kept = int(std::max(0.0, std::min(code, double(lattice.sizes))));

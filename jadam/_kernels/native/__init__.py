@@ -121,8 +121,8 @@ def _ffi_api_version() -> int:
 class Numbers(NamedTuple):
     """`Numbers` of step.h, field by field: the numbers of one step, for all its leaves.
 
-    Beside the bound are those of the curve of m's code (`Curve`) in the step before and in this one:
-    of 8 bits, and at the end of 4.
+    Around the bound are those of the curve of m's code (`Curve`) in the step before and in this
+    one: of 8 bits, and at the end of 4.
     """
 
     coefficients: Coefficients
@@ -210,7 +210,7 @@ def tables() -> np.ndarray:
         "exp2_polynomial": lattice.EXP2,
         "log2_polynomial": 16 * lattice.LOG2,
         # To 2e-5, the ends included: they meet those of the next octaves.
-        "coarse_chance": _through_ends(_chance_of_the_next_level, 7, [0.5, 2]),
+        "coarse_chance": _through_ends(_chance_of_the_next_level, 7, (0.5, 2.0)),
     }
     fields = [(name, np.float32, table.shape) for name, table in records.items()]
     return np.array([tuple(records.values())], fields)
@@ -235,10 +235,10 @@ def _chance_of_the_next_level(half: np.ndarray) -> np.ndarray:
 
 
 def _through_ends(
-    function: Callable[[np.ndarray], np.ndarray], degree: int, ends: list[float]
+    function: Callable[[np.ndarray], np.ndarray], degree: int, ends: tuple[float, float]
 ) -> np.ndarray:
     """The coefficients of the polynomial through a function on an interval and at its ends."""
     low, high = ends
     x = (low + high) / 2 + (high - low) / 2 * chebyshev.chebpts2(degree + 1)
-    found = chebyshev.Chebyshev.fit(x, function(x), degree, domain=ends)
+    found = chebyshev.Chebyshev.fit(x, function(x), degree, domain=list(ends))
     return found.convert(kind=np.polynomial.Polynomial).coef

@@ -12,7 +12,7 @@ namespace {
 class EightBits : public Codec {
  public:
   using Both = uint16_t;
-  static constexpr int kHighest = kTop;
+  static constexpr int kHighest = kTop;  // of a number
   static constexpr int32_t kOfNaN = 64 << 9 | kNaN;
 
   using Codec::Codec;
