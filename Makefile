@@ -12,7 +12,7 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native check-ahead ptx lint soak bench experiments playground scale \
+.PHONY: help mnist test check check-native check-ahead ptx lint soak mutants bench experiments playground scale \
   docs wheel format clean
 
 help: ## list the targets
@@ -51,8 +51,15 @@ check-ahead: $(call STAMP,dev) ## steps compiled ahead of time for TPUs and GPUs
 ptx: ## the CUDA kernels compiled, into jadam/_kernels/native/gpu/kernel.ptx: with nvcc 13.0
 	.ci/ptx.sh
 
-soak: $(call STAMP,test) ## the long forms of the tests, several processes among them
+soak: $(call STAMP,test) ## the long forms of the tests, and 10,000 random programs: hours
 	$(RUN) -m pytest -m soak
+	$(RUN) -m tests.programs
+
+mutants: $(call STAMP,mutants) ## small faults, one at a time: do the tests find them? hours; SAMPLE=10
+	$(RUN) -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE))
+	$(RUN) -m tests.mutants --kernel
+	$(RUN) -m tests.mutants --again
+	$(RUN) -m tests.mutants.report
 
 bench: $(call STAMP,bench) ## accuracy and speed beside optax, torch and others, as tables and JSON
 	$(RUN) -m experiments.bench

@@ -1,6 +1,5 @@
 """What an Adam is doing, in a few numbers that tell which hyperparameter is wrong."""
 
-import functools
 import itertools
 import math
 from typing import Any, Literal, NamedTuple
@@ -42,11 +41,15 @@ def diagnostics(
 
     Call it in the jitted step, every so many steps. It reads updates, parameters and gradients
     once and the moments twice, and makes no array of a leaf's size (on a CPU one, while it sums
-    the v of a leaf in 8 bits).
+    the v of a leaf in 8 bits or of a table in `jadam.rows`).
 
     Args:
-        state: the state after the step, with states of this family anywhere in it.
-        updates: what the step returned, a tree like the parameters.
+        state: the state after the step, with states of this family anywhere in it. Moments in a
+            state of `jadam.rows` count as dense steps would have made them by now: faded since the
+            last update of their row. (With `catch_up=False` they stand still: pass the field
+            `dense`.)
+        updates: what the step returned, a tree like the parameters. Of a table in `jadam.rows`
+            by how much it has changed.
         params: the parameters, before or after the step.
         grads: the gradients, for `grad_rms`.
         b1: the optimizer's, as are `b2`, `eps` and `eps_root`.
@@ -100,7 +103,7 @@ def diagnostics(
     arrays = {name: _matching(f"{name}s", tree, states) for name, tree in named.items()}
 
     def sums(state: Found, parameter: Parameter, path: str) -> Report:
-        moments = _moments(state, parameter, rates)
+        moments = _moments(state, parameter, rates, eps)
         root = jnp.sqrt(moments.v_hat + jnp.asarray(eps_root, moments.v_hat.dtype))
         flags = {
             "eps": jnp.asarray(eps * (2 if adamax else 1), root.dtype) > root,
@@ -177,18 +180,15 @@ def _square(x: Array) -> Real:
     return _math.square(x.astype(_math.widen(x.dtype)))
 
 
-def _moments(state: Found, parameter: Parameter, rates: dict[str, Scalar]) -> _Moments:
-    member, storage, stored = state.member, parameter.storage, parameter.stored
-    wide = storage.wide(jnp.result_type(jnp.float32))
-    real = jnp.finfo(wide).dtype
-    time = _math.Time.of(jnp.maximum(state.state.count, 1), real)
-    relation = functools.partial(member.relation_at, time, **rates)
-    m, second, largest = _by_role(member, storage.load(stored, relation, wide))
+def _moments(state: Found, parameter: Parameter, rates: dict[str, Scalar], eps: Scalar) -> _Moments:
+    member = state.member
+    m, second, largest = _by_role(member, state.numbers(parameter, rates, eps))
+    t = jnp.maximum(state.state.count, 1).astype(second.dtype)
     c1, c2 = (
-        _math.bias_correction(_math.Decay.of(rates[name], real), time.t) for name in ("b1", "b2")
+        _math.bias_correction(_math.Decay.of(rates[name], t.dtype), t) for name in ("b1", "b2")
     )
     m_squared = _math.square(m) * (1 / c1**2)
-    ends = storage.range_ends(stored)
+    ends = parameter.storage.range_ends(parameter.stored)
     if member.power == 1:
         return _Moments(m_squared, second**2, jnp.sum(second**2), ends)
     is_corrected = largest is not None and maximum_of(state.state) == "corrected"

@@ -100,6 +100,10 @@ class Decay(NamedTuple):
         log = jnp.log1p(jnp.maximum(b - 1, jnp.finfo(b.dtype).eps - 1))
         return cls(*(x.astype(dtype) for x in (b, 1 - b, log)))
 
+    def power(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
+        """b to the power of some steps; 0⁰ is 1, since 0 has a logarithm that is finite."""
+        return jnp.exp(steps * self.log)
+
 
 def _scaled(scalar: Scalar, x: Number) -> Number:
     """scalar * x in the dtype of x."""

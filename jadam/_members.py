@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jadam import _math, _validate
 from jadam._kernels import coefficients
@@ -82,6 +84,32 @@ class Member:
         """
         missing = dict.fromkeys(self.rates)
         return Rule(self, self._checked(self.rates, missing | rates)).relation_at(time)
+
+    def faded(
+        self,
+        moments: Sequence[Array],
+        steps: Float[Array, "..."],
+        *,
+        b1: Any,
+        b2: Any,
+        eps: Any = 0.0,
+    ) -> tuple[Array, ...]:
+        """The moments after some steps without a gradient; `eps` is that of AdaMax alone.
+
+        b1ᵏ·m, b2ᵏ·v, and a maximum as it is. AdaMax's u is eps at least after a step.
+        """
+
+        def one(role: Role, x: Array) -> Array:
+            if role is Role.MAXIMUM:
+                return x
+            b = b1 if role is Role.FIRST else b2
+            x = _math.Decay.of(b, steps.dtype).power(steps) * x
+            if role is Role.SECOND and self.power == 1:
+                x = jnp.where(steps > 0, jnp.maximum(x, jnp.asarray(eps, x.dtype)), x)
+            return x
+
+        roles = (moment.role for moment in self.moments)
+        return tuple(one(role, x) for role, x in zip(roles, moments, strict=True))
 
     def _checked(
         self, checks: Mapping[str, _validate.Check], values: Mapping[str, Any]

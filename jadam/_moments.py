@@ -1,11 +1,7 @@
 """A state's moments as numbers, whatever they are stored in."""
 
-from typing import Any
-
-import jax.numpy as jnp
-
-from jadam import _math, _validate
-from jadam._search import Found, Parameter, states_in, with_moments
+from jadam import _validate
+from jadam._search import dense_in, states_in, with_moments
 from jadam._types import PyTree, Scalar
 
 
@@ -32,7 +28,10 @@ def moments(
 
     Returns:
         The tree with other arrays in the states of the family, which no update takes from codes:
-        `jadam.migrate.cast_like` changes a storage.
+        `jadam.migrate.cast_like` changes a storage. In place of a state of `jadam.rows` it has
+        the dense state: moments that have faded since the last update of their row, but for the
+        eps under which AdaMax's u does not fade. With `catch_up=False` they stand still: pass the
+        field `dense`.
 
     Raises:
         ValueError: there is no state of the family, or a rate is out of range.
@@ -46,15 +45,6 @@ def moments(
     """
     rates |= {"b1": _validate.decay_rate("b1", b1), "b2": _validate.decay_rate("b2", b2)}
 
-    def numbers(found: Found, parameter: Parameter) -> tuple[Any, ...]:
-        wide = parameter.storage.wide(jnp.dtype(jnp.float32))
-        count: Any = found.state.count
-        time = _math.Time.of(count, jnp.finfo(wide).dtype)
-        return parameter.storage.load(
-            parameter.stored, lambda: found.member.relation_at(time, **rates), wide
-        )
-
     found = states_in("state", state, adamax=adamax)
-    return with_moments(
-        state, (numbers(each, parameter) for each in found for parameter in each.parameters)
-    )
+    numbers = (each.numbers(parameter, rates) for each in found for parameter in each.parameters)
+    return with_moments(dense_in(state), numbers)

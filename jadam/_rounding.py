@@ -1,7 +1,8 @@
 """Rounding to 16-bit dtypes that loses nothing over time.
 
 A moment that moves by less than half a unit in the last place rounds back to itself for ever.
-So each rounding is dithered: up or down, so often up as the value lies above the lower neighbour.
+(arXiv 2603.16731 studies this staleness of states in low precision, and resets them against it.) So
+each rounding is dithered: up or down, so often up as the value lies above the lower neighbour.
 """
 
 import contextlib

@@ -1,16 +1,18 @@
 """jadam's states wherever they lie in a tree: found, taken apart by parameter, filled again."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Array, Shaped
 
-from jadam import _validate
+from jadam import _math, _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
 from jadam._state import AmsgradState, CorrectedAmsgradState, RowsState
 from jadam._storage import Storage, storage_of
+from jadam._traced import is_tracer
 from jadam._types import PyTree
 
 Maximum: TypeAlias = Literal["raw", "corrected"] | None
@@ -44,30 +46,56 @@ class Parameter(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One of jadam's states, with its place in a tree, its member and its parameters."""
+    """One of jadam's states, with its place in a tree, its member and its parameters.
+
+    `last` is None, or the number of updates after which each row of the one parameter stands: of a
+    table in `jadam.rows`.
+    """
 
     where: str
     state: State
     member: Member
     parameters: list[Parameter]
+    last: Any = None
+
+    def numbers(
+        self, parameter: Parameter, rates: Mapping[str, Any], eps: Any = 0.0
+    ) -> tuple[Array, ...]:
+        """A parameter's moments in float32 or wider. Rows have faded since their last update.
+
+        eps: AdaMax's, below which u does not fade.
+        """
+        member, storage = self.member, parameter.storage
+        wide = storage.wide(jnp.result_type(jnp.float32))
+        real = jnp.finfo(wide).dtype
+        count: Any = self.state.count
+        # Codes mean what they do at the time at which they were stored.
+        stored_at = count
+        if self.last is not None:
+            stored_at = self.last.reshape(-1, *(1,) * (len(parameter.shape) - 1))
+        time = _math.Time.of(jnp.maximum(stored_at, 1), real)
+        moments = storage.load(parameter.stored, lambda: member.relation_at(time, **rates), wide)
+        if self.last is None:
+            return moments
+        missed = jnp.maximum(count - stored_at, 0).astype(real)
+        return member.faded(moments, missed, b1=rates["b1"], b2=rates["b2"], eps=eps)
 
 
 def states_in(argument: str, tree: PyTree, *, adamax: bool = False) -> list[Found]:
     """jadam's states in a tree, in its order. `adamax` says that they are AdaMax's.
 
     Raises:
-        TypeError: there is a state of `jadam.rows`, whose moments are of different times.
         ValueError: there are none, or one has trees that do not match.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_ends_search)
-    places = [(argument + jax.tree_util.keystr(path), node) for path, node in flat]
-    for where, node in places:
+    found: list[Found] = []
+    for path, node in flat:
+        where = argument + jax.tree_util.keystr(path)
         if isinstance(node, RowsState):
-            raise TypeError(
-                f"{where}: expected states whose rows are all of one time, got that of a table in "
-                "jadam.rows; flush it, and pass its field dense"
-            )
-    found = [_found(where, node, adamax) for where, node in places if is_state(node)]
+            dense = states_in(f"{where}.dense", node.dense, adamax=adamax)
+            found += [state._replace(last=node.last) for state in dense]
+        elif is_state(node):
+            found.append(_found(where, node, adamax))
     if not found:
         names = " or ".join(dict.fromkeys(member.state.__name__ for member in MEMBERS))
         raise ValueError(
@@ -113,6 +141,29 @@ def with_moments(tree: PyTree, moments: Iterator[Sequence[Any]]) -> PyTree:
         return member.state_of(node.count, structure, [next(moments) for _ in leaves])
 
     return jax.tree.map(fill, tree, is_leaf=is_state)
+
+
+def dense_in(tree: PyTree) -> PyTree:
+    """The tree with the dense state in place of each of `jadam.rows`."""
+
+    def dense(node: Any) -> Any:
+        return node.dense if isinstance(node, RowsState) else node
+
+    return jax.tree.map(dense, tree, is_leaf=lambda node: isinstance(node, RowsState))
+
+
+def check_flushed(states: Iterable[Found]) -> None:
+    """All rows of tables in `jadam.rows` stand after the last update, as other states do.
+
+    The missed updates move the table too, which a function of the state alone does not see.
+    """
+    for found in states:
+        is_known = isinstance(found.last, (np.ndarray, jax.Array)) and not is_tracer(found.last)
+        if is_known and bool(jnp.any(found.last != found.state.count)):
+            raise ValueError(
+                f"{found.where}: expected rows that all stand after update {found.state.count}, "
+                f"got one after {jnp.min(found.last)}; flush the table and its state in jadam.rows"
+            )
 
 
 def maximum_of(state: Any) -> Maximum:

@@ -54,11 +54,9 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
         >>> params["w"].tolist()
         [0.9990000128746033, 2.000999927520752]
         """
-        if isinstance(self.update, FusedUpdate):
-            moved, state, _ = self.update.move(
-                grads, state, params, to_params=True, extra_args=extra_args
-            )
-            return with_frozen(moved, params), state
+        make = getattr(self.update, "step", None)
+        if make is not None:
+            return make(grads, state, params, **extra_args)
         updates, state = self.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state
 
@@ -82,6 +80,12 @@ def is_local(tx: Any) -> bool:
     return isinstance(update, FusedUpdate) and update.is_local
 
 
+def steps_in_slices(tx: Any) -> bool:
+    """Whether a transformation's step of slices, which know their places, is its step."""
+    update = getattr(tx, "update", None)
+    return isinstance(update, FusedUpdate) and update.in_slices
+
+
 def recipe_of(tx: Any) -> Recipe | None:
     """The recipe of one of the family's transformations, None for any other object."""
     update = getattr(tx, "update", None)
@@ -97,17 +101,27 @@ class FusedUpdate:
             `advance`; the extra arguments of optax are for a transformation inside.
         recipe: what it is made of, if it is one of the family's.
         is_local: whether a block of 128 elements steps without knowing others or its place.
+        in_slices: whether a slice along a leaf's first axis steps without knowing others, where it
+            is told its place (`as_layer`).
     """
 
     move: Callable[..., Advanced]
     recipe: Recipe | None = field(default=None, compare=False)
     is_local: bool = False
+    in_slices: bool = False
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         moved, state, _ = self.move(updates, state, params, to_params=False, extra_args=extra_args)
         return moved, state
+
+    def step(
+        self, grads: PyTree, state: Any, params: PyTree, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        """The next parameters and state."""
+        moved, state, _ = self.move(grads, state, params, to_params=True, extra_args=extra_args)
+        return with_frozen(moved, params), state
 
 
 def _transformation(
@@ -162,7 +176,7 @@ def _transformation(
         return Advanced(moved, (adam_state, *jax.tree.map(increment, schedules)), extra)
 
     recipe = Recipe(rule, learning_rate, weight_decay, mask, kernel)
-    return FusedTransformation(init_fn, FusedUpdate(move, recipe, is_local=True))
+    return FusedTransformation(init_fn, FusedUpdate(move, recipe, is_local=True, in_slices=True))
 
 
 def _as_optax_takes(mask: Mask) -> Mask:

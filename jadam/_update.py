@@ -119,9 +119,10 @@ def update(
             16 or 8 bits. "native" takes it for float32 moments in `update` too, and raises where
             there is none; "xla" never takes it. Moments agree to 2 ulps, and one code in a thousand
             may be its neighbour. Updates agree to 3 units in the last place of a learning rate, or
-            of the update where it is longer, and to 4 from 8-bit moments (5 on a GPU): where terms
-            cancel, so that an update is short, that is more of its own units. Without fused
-            products (the baseline of x86-64) it is one and a half more.
+            of the update where it is longer, or of what m alone makes of it: where terms cancel,
+            so that an update is short, that is more of its own units. From 8-bit moments it is 4
+            (5 on a GPU) for gradients as in trainings, and 8 for any. Without fused products (the
+            baseline of x86-64) it is one and a half more.
 
     Raises:
         RuntimeError: `kernel` is "native" and there is none.

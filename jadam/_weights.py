@@ -22,7 +22,7 @@ from jadam._callers import check_callers
 from jadam._kernels.choice import left_to_xla
 from jadam._masters import Compensated, Stochastic, Weights, join
 from jadam._traced import is_tracer
-from jadam._transform import FusedTransformation, FusedUpdate, is_local
+from jadam._transform import FusedTransformation, FusedUpdate, is_local, steps_in_slices
 from jadam._types import DType, PyTree
 from jadam._update import Advanced
 
@@ -264,7 +264,8 @@ def compensated_weights(
         following = None if dither is None else dither + np.uint32(1)
         return Advanced(moved, CompensatedWeightsState(residual, following, inner_state), [])
 
-    return FusedTransformation(init_fn, FusedUpdate(move, is_local=is_local(inner)))
+    made = FusedUpdate(move, is_local=is_local(inner), in_slices=steps_in_slices(inner))
+    return FusedTransformation(init_fn, made)
 
 
 def _joined(params: PyTree, residual: PyTree) -> PyTree:
@@ -375,7 +376,7 @@ def stochastic_rounding(
         )
         return Advanced(moved, StochasticRoundingState(next_words, inner_state), [])
 
-    return FusedTransformation(init_fn, FusedUpdate(move))
+    return FusedTransformation(init_fn, FusedUpdate(move, in_slices=steps_in_slices(inner)))
 
 
 def _is_typed_key(key: Any) -> bool:

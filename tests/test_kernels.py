@@ -190,6 +190,22 @@ def test_under_shard_map_a_result_varies_where_any_operand_does(storage):
 
 
 @needs_kernel
+@pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
+def test_under_shard_map_a_leaf_that_is_the_same_everywhere_stays_so(storage):
+    """Beside one that is divided: `out_specs` may say of each what its `in_specs` did."""
+    params = {"rows": jnp.ones((8, 256)), "whole": jnp.ones((3, 256))}
+    tx = jadam.adam(0.1, kernel="native", **storage)
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: P("d") if x.shape[:1] == (8,) else P(), (params, state))
+    divided = jax.jit(
+        jax.shard_map(lambda p, s: tx.step(p, s, p), mesh=eight(), in_specs=specs, out_specs=specs)
+    )
+    assert "jadam_step" in divided.lower(params, state).as_text()
+    expected = jax.jit(tx.step)(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, divided(params, state), expected)
+
+
+@needs_kernel
 def test_leaves_on_several_meshes_take_a_step():
     """As with optax: their steps are XLA's, since JAX knows one mesh for such a primitive."""
     devices = np.array(jax.devices())

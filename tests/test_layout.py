@@ -48,6 +48,7 @@ ORDER = [
     "jadam.rows._divided",
     "jadam.rows._lazy",
     "jadam.rows",
+    "jadam._layers",
     "jadam.sharding._rules",
     "jadam.sharding._streamed",
     "jadam.sharding._parts",

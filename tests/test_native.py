@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_storage
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_codec import bounds
@@ -389,8 +390,35 @@ def test_no_update_of_the_kernel_is_beyond_adams_bound():
 
 
 @needs_kernel
+@pytest.mark.parametrize("storage", ["bfloat16", "bfloat16 m"])
+def test_no_rounding_of_16_bits_takes_the_kernel_beyond_adams_bound(storage):
+    """The gradients of test_storage, 1e-38 to 3e38, among them those that attain the bound."""
+    tx = jadam.adam(1.0, eps=0.0, **STORAGE[storage], kernel="native")
+    for name in instruction_sets():
+        use(name)
+        updates, _ = test_storage.directions(tx, test_storage.hostile())
+        largest = np.abs(updates).max(axis=(1, 2))
+        bound = bounds(len(largest))
+        assert np.all(largest <= bound * test_storage.SLACK)
+        assert largest[-1] >= 0.97 * bound[-1]
+
+
+@needs_kernel
+def test_ties_go_to_the_even_bfloat16():
+    """1 + 1/256 is in the middle of two numbers of bfloat16, as is 1 + 3/256: as in IEEE 754."""
+    params = jnp.tile(jnp.asarray([1, 1 + 2.0**-7], jnp.bfloat16), 128)
+    g = -jnp.ones(256, jnp.bfloat16)
+    step = jax.jit(functools.partial(jadam.step, learning_rate=2.0**-8, eps=0.0, kernel="native"))
+    for name in instruction_sets():
+        use(name)
+        moved, _ = step(g, jadam.init(params), params)
+        expected = np.tile([1, 1 + 2.0**-6], 128)
+        np.testing.assert_array_equal(moved.astype(jnp.float32), expected)
+
+
+@needs_kernel
 def test_by_itself_the_kernel_is_taken_where_it_is_faster():
-    """`step`, and moments of 16 bits and less; an update of float32 moments is XLA's, unless asked."""
+    """`step`, and moments of fewer bits; an update of float32 moments is XLA's, unless asked."""
     g = jnp.ones((64, 128))
     for storage, options in STORAGE.items():
         tx = jadam.adam(1e-2, **options)
@@ -474,6 +502,19 @@ def test_each_device_steps_its_own_shard(spec, storage):
     for _ in range(2):
         one, many = step(g, one[1], one[0]), step(many[0] * 0 + g, many[1], many[0])
     jax.tree.map(np.testing.assert_array_equal, many, one)
+
+
+@needs_kernel
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()], ids=str)
+def test_a_row_of_one_block_is_divided_as_any_other(spec):
+    """A last axis of exactly 128: its tops have an axis of size 1."""
+    mesh = Mesh(np.array(jax.devices()), "x")
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 128)), jnp.float32)
+    tx = jadam.adam(1e-2, **EIGHT_BITS, min_size=0, kernel="native")
+    state = tx.init(g)
+    sharded = jax.device_put(g, NamedSharding(mesh, spec))
+    found = jax.jit(tx.step)(sharded, tx.init(sharded), sharded)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.jit(tx.step)(g, state, g))
 
 
 @needs_kernel

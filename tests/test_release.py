@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.extend import core
+from jax.sharding import AxisType
 
 import jadam
 from experiments.common.gpt import GPT, Shape
@@ -18,6 +19,7 @@ from experiments.common.gpt import scanned as scanned_gpt
 from experiments.common.report import readme_block
 from experiments.scale import release as scale_release
 from jadam import release
+from jadam.sharding import state_shardings
 
 LAYERS, WIDTH, HIDDEN, WORDS = 4, 64, 128, 32
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
@@ -314,6 +316,81 @@ def test_the_step_can_be_differentiated_and_vectorized():
     np.testing.assert_allclose(several, each, rtol=1e-5)
 
 
+def test_each_layer_is_clipped_by_its_own_norm():
+    """The gradients in float64 of a plain backward pass, each layer's clipped, then Adam's step."""
+    largest = 0.01
+    loss = OTHER_FORMS["two stacks"]
+    step = release.train_step(
+        loss, jadam.adam(1e-2, eps=1e-3, **XLA), per_layer=optax.clip_by_global_norm(largest)
+    )
+    params, state = SMALL, jadam.adam(1e-2).init(SMALL)
+    params, state, _ = jax.jit(step)(params, state, X)
+    names, layers = ("layers", "others", "head"), []
+    grads = jax.grad(loss)(SMALL, X)
+    wide = [np.asarray(jax.tree.leaves(grads[name])[0], np.float64) for name in names]
+    for g in wide:  # each stack is a scan of its own, and the head what is left
+        layers += [*g] if g.ndim > 1 else [g]
+    norms = [np.sqrt((g**2).sum()) for g in layers]
+    assert min(norms) < largest < max(norms)
+    for name, g in zip(names, wide, strict=True):
+        each = g if g.ndim > 1 else g[None]
+        norm = np.sqrt((each**2).sum(axis=tuple(range(1, each.ndim)), keepdims=True))
+        clipped = (each * np.minimum(1, largest / norm)).reshape(g.shape)
+        mu = jax.tree.leaves(state[0].mu[name])[0]
+        # The gradients are sums of 16 float32 products in two orders, and the norm another one.
+        np.testing.assert_allclose(mu, 0.1 * clipped, rtol=1e-5, atol=1e-9, err_msg=name)
+        moved = SMALL[name]["w"] if name != "head" else SMALL[name]
+        expected = np.asarray(moved, np.float64) - 1e-2 * clipped / (np.abs(clipped) + 1e-3)
+        got = params[name]["w"] if name != "head" else params[name]
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_layer_is_all_that_a_scan_releases():
+    """Two leaves of one scan are one layer, with one norm."""
+
+    def loss(params, x):
+        two = {"w": params["layers"]["w"], "v": params["others"]["w"]}
+        x, _ = release.scan(lambda x, p: (jnp.tanh(x @ p["w"] @ p["v"]), None), x, two)
+        return mean(params, x)
+
+    tx = jadam.adam(1e-2, **XLA)
+    step = release.train_step(loss, tx, per_layer=optax.clip_by_global_norm(1e-3))
+    _, state, _ = jax.jit(step)(SMALL, tx.init(SMALL), X)
+    grads = jax.grad(loss)(SMALL, X)
+    both = np.stack([np.asarray(grads[name]["w"], np.float64) for name in ("layers", "others")])
+    norms = np.sqrt((both**2).sum(axis=(0, 2, 3)))
+    assert (norms > 1e-3).all()
+    for g, name in zip(both, ("layers", "others"), strict=True):
+        expected = 0.1 * g * (1e-3 / norms)[:, None, None]
+        np.testing.assert_allclose(state[0].mu[name]["w"], expected, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["state", "state and parameters"])
+def test_stacks_on_the_host_come_and_go(where):
+    """They stay there, and the bits are those of stacks on the device."""
+    loss = OTHER_FORMS["two stacks"]
+    tx = jadam.adamw(1e-2, weight_decay=0.1, mu_dtype="int8", nu_dtype="uint8", min_size=0, **XLA)
+    params = {
+        "layers": {"w": jnp.tile(SMALL["layers"]["w"], (1, 8, 8)) / 8},
+        "others": {"w": jnp.ones((3, 32, 32)) / 64},
+        "head": jnp.ones(32),
+    }
+    x = jnp.ones((2, 32))
+    step = release.train_step(loss, tx)
+    expected = jax.jit(step)(params, tx.init(params), x)
+    host = state_shardings(tx, params, memory_kind="pinned_host")
+    near = jax.tree.map(lambda p: p.sharding, params)
+    lies = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), near)
+    lies = lies if where == "state and parameters" else near
+    state = jax.jit(tx.init, out_shardings=host)(params)
+    there = jax.device_put(params, lies)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(lies, host, None))
+    got = step(there, state, x)
+    assert_equal(got, expected, 0)
+    assert got[1][0].mu["layers"]["w"].sharding.memory_kind == "pinned_host"
+    assert got[0]["layers"]["w"].sharding.memory_kind == lies["layers"]["w"].memory_kind
+
+
 def test_released_names_the_leaves():
     assert release.released(OTHER_FORMS["one in a jit"], SMALL, X) == ["params['layers']['w']"]
 
@@ -325,6 +402,11 @@ def test_arguments_are_checked():
         release.train_step(mean, 3)
     with pytest.raises(TypeError, match=r"^has_aux: "):
         release.train_step(mean, DECAYING, has_aux=1)
+    with pytest.raises(TypeError, match=r"^per_layer: .*got 1.0"):
+        release.train_step(mean, DECAYING, per_layer=1.0)
+    step = release.train_step(lambda p, x: mean(p, scanned(p, x)), DECAYING, per_layer=DECAYING)
+    with pytest.raises(ValueError, match=r"^per_layer: .*without a state"):
+        jax.eval_shape(step, SMALL, DECAYING.init(SMALL), X)
 
 
 # A language model
@@ -352,22 +434,25 @@ def test_a_small_gpt_is_trained_to_the_same_loss():
 
 
 def arrays_made(jaxpr):
-    """The shape of every array that is made, in inner programs too; not those of references."""
+    """The shape of every array that is made, and by what, in inner programs too."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if "Ref" not in type(v.aval).__name__)
+        yield from ((v.aval.shape, equation.primitive.name) for v in equation.outvars)
         for inner in core.jaxprs_in_params(equation.params):
             yield from arrays_made(inner)
 
 
 def test_no_array_of_a_stack_is_made():
-    """No gradient, no copy: only the results, one for p, m and v, which take donated space."""
+    """No gradient, no copy: of p, m and v slices are written in a loop, in donated space."""
     params = {"layers": {"w": jnp.ones((8, 128, 128))}, "head": jnp.ones(128)}
     step = release.train_step(
         lambda p, x: mean(p, scanned(p, x, jax.checkpoint(layer_of))), DECAYING
     )
     arguments = params, DECAYING.init(params), jnp.ones((4, 128))
     made = list(arrays_made(jax.make_jaxpr(step)(*arguments).jaxpr))
-    assert made.count((8, 128, 128)) == 3
+    by = [name for shape, name in made if shape == (8, 128, 128)]
+    # The forward loop hands the parameters on as they are, the backward loop replaces slices.
+    as_it_lies = ["optimization_barrier", "cond", "layout_constraint", "scan"]
+    assert sorted(by) == sorted([*as_it_lies, *["dynamic_update_slice", "scan"] * 3])
     plan = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
     assert plan.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(arguments[:2]))
 
@@ -377,6 +462,41 @@ def test_the_page_on_scale_has_the_committed_figures():
     results = json.loads(scale_release.RESULTS.read_text())
     block = readme_block("release", scale_release.README)[1]
     assert block == scale_release.markdown(results) + "\n"
-    for row in results["rows"].values():
-        plain, released = (row[name]["peak"] for name in ("float32", "float32, released"))
-        assert released < plain - 3
+    # One layer's gradients, and what the two passes take. Codes of 4 bits, which are XLA's on this
+    # host, and codes in eight wide layers take more: the page says so.
+    row = results["rows"]["24 layers of GPT-2 medium"]
+    for name in ("float32, released", "compensated + 8-bit, released"):
+        assert row[name]["peak"] < row[name]["arguments"] + 0.3, name
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_divided_stack_is_stepped_where_it_lies(kind):
+    """FSDP: parameters and state in eighths before and after, the numbers of the plain step."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    tx = jadam.adamw(1e-2, weight_decay=0.1, **EIGHT_BITS, **XLA)
+    rng = np.random.default_rng(4)
+    w = jnp.asarray(rng.standard_normal((3, 64, 64)) / 8, jnp.float32)
+    params, x = {"layers": {"w": w}, "head": jnp.ones(64)}, jnp.ones((16, 64))
+
+    def layer(x, p):
+        w = p["w"]
+        if kind == AxisType.Explicit:
+            w = jax.sharding.reshard(w, jax.P())
+        return x + jnp.tanh(x @ w), None
+
+    def loss(params, x):
+        return mean(params, scanned(params, x, jax.checkpoint(layer)))
+
+    with jax.set_mesh(mesh):
+        rows = {"layers": {"w": jax.P(None, "data")}, "head": jax.P()}
+        lies = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), rows)
+        params, x = jax.device_put((params, x), (lies, jax.NamedSharding(mesh, jax.P("data"))))
+        home = state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=home)(params)
+        expected = jax.jit(plain_step(loss, tx))(params, state, x)
+        step = jax.jit(release.train_step(loss, tx), out_shardings=(lies, home, None))
+        got = step(params, state, x)
+    # Sums over eight devices in two orders; a code may then be its neighbour, half an octave of 32.
+    assert_equal(got[0], expected[0], 1e-4)
+    assert got[0]["layers"]["w"].sharding.is_equivalent_to(lies["layers"]["w"], 3)
+    assert got[1][0].mu["layers"]["w"].sharding.shard_shape((3, 64, 64)) == (3, 8, 64)

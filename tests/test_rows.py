@@ -23,19 +23,22 @@ import jadam
 CODES = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 SIZE, WIDTH, BATCH, STEPS = 12, 5, 3, 320
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 50, STEPS)
+ROWS, ROWS_OF_TABLE = jadam.rows.lazy(jadam.adam(1e-3)), 1_000_000
 CASES = {case.name: case for case in FAMILY if not case.name.startswith("ademamix")}
 
 
-def sgd_noise(seed, *, scale=1.0):
+def sgd_noise(seed, *, scale=1.0, batch=BATCH, rows=SIZE):
     """A table, and the ids and gradients of a history in which rows are absent for long.
 
-    The last batch is of all rows, so that all are up to date after it; others are padded with -1.
+    The last batch is of all rows, so that all are up to date after it; others are of `batch` of the
+    first `rows`, padded with -1.
     """
     rng = np.random.default_rng(seed)
     # After step 60 the rows from 4 on are touched rarely; the last row never is.
     often = np.where(np.arange(STEPS)[:, None] < 60, SIZE - 1, 4)
     high = np.where(rng.random((STEPS, 1)) < 0.02, SIZE - 1, often)
-    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32)
+    ids = (rng.random((STEPS, BATCH)) * high).astype(np.int32) % rows
+    ids[:, batch:] = -1
     grads = scale * rng.standard_normal((STEPS, SIZE, WIDTH))
     table = 0.1 * rng.standard_normal((SIZE, WIDTH))
     return table.astype(np.float32), padded(ids), grads.astype(np.float32)
@@ -121,9 +124,14 @@ def test_summed_steps_are_those_of_float64(name, scheduled, kernel, standard_pro
     lazily, densely = both(name, "sum", scheduled, flushes=flushes, kernel=kernel)
 
     @HISTORIES
-    @hypothesis.given(seed=st.integers(0, 2**16), scale=st.sampled_from([1.0, 1e-4, 3e-8]))
-    def check(seed, scale):
-        table, ids, grads = sgd_noise(seed, scale=scale)
+    @hypothesis.given(
+        seed=st.integers(0, 2**16),
+        scale=st.sampled_from([1.0, 1e-4, 3e-8]),
+        batch=st.integers(0, BATCH),
+        rows=st.integers(1, SIZE),
+    )
+    def check(seed, scale, batch, rows):
+        table, ids, grads = sgd_noise(seed, scale=scale, batch=batch, rows=rows)
         got, state = lazily(table, ids, grads)
         whole = dense_gradients(ids, grads)
         counted = whole[:-1] if flushes else whole
@@ -292,6 +300,24 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
             assert (error <= 1e-5 + np.spacing(np.abs(np.asarray(got[0])))).all()
 
 
+@pytest.mark.parametrize("kernel", ["xla", "auto"])
+def test_an_absence_divides_by_no_root_of_zero(kernel):
+    """Without eps, where no gradient has come and where its square is lost: nothing moves there."""
+    rows = jadam.rows.lazy(jadam.adam(1e-2, eps=0.0, kernel=kernel), catch_up="sum")
+    table = jnp.ones((3, 4))
+    state = rows.init(table)
+    g = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]])
+    table, state = jax.jit(rows.scatter)(g, jnp.asarray([0]), table, state)
+    start = np.asarray(table)
+    for _ in range(40):
+        table, state = jax.jit(rows.scatter)(g, jnp.asarray([1]), table, state)
+    found, _ = jax.jit(rows.flush)(table, state)
+    assert np.all(np.isfinite(found))
+    np.testing.assert_array_equal(found[0, 1:3], start[0, 1:3])
+    np.testing.assert_array_equal(found[2], 1)
+    assert abs(found[0, 0] - start[0, 0]) > 1e-2
+
+
 def test_a_gathered_row_is_the_flushed_one():
     """`gather` gives what dense has, `flush` changes nothing of it, also when made twice."""
     table, ids, grads = sgd_noise(3)
@@ -370,11 +396,131 @@ def test_it_goes_with_a_dense_transformation_in_one_step():
     # Roundings of 60 steps, which Adam's division magnifies where a gradient is small.
     np.testing.assert_allclose(table, expected["embedding"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(got["layer"], expected["layer"], rtol=0, atol=1e-5)
-    # And on, dense from rows and rows from dense.
-    report = jadam.diagnostics(flushed.dense, table, table)
-    assert np.isfinite(report["whole"]["v_rms"])
+    # And on, rows from dense.
     again = rows.init(table, flushed.dense)
-    assert (again.last == 60).all()
+    jax.tree.map(np.testing.assert_array_equal, again, flushed)
+
+
+EDGES = [0.01, 0.03, 0.1, 0.3, 0.7, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", "adam"), ("amsgrad", "amsgrad"), ("adamax", "adamax")]
+)
+def test_diagnostics_and_moments_of_rows_are_of_dense_steps(name, kind):
+    """While rows are behind: the numbers of float64 moments that all gradients have reached."""
+    table, ids, grads = sgd_noise(5, scale=1e-7)
+    ids, grads = ids[:100], grads[:100]
+    member = reference.Member(kind=kind, eps=5e-8)
+    for g in dense_gradients(ids, grads):
+        member(g)
+    rows = jadam.rows.lazy(CASES[name](1e-2, eps=5e-8), catch_up="steps")
+    lazily = jax.jit(lambda *args: run_lazy(rows, False, *args))
+    stepped, state = lazily(table, ids, grads)
+    assert (state.last < 100).any()
+    options = {"adamax": kind == "adamax"}
+    # Roundings of 100 float32 steps.
+    for moments in (jadam.moments(state, **options), jadam.moments({"e": state}, **options)["e"]):
+        np.testing.assert_allclose(moments[0].mu, member.m, rtol=2e-5, atol=1e-30)
+        if kind != "adamax":  # whose eps `moments` does not know
+            np.testing.assert_allclose(moments[0].nu, member.v, rtol=2e-5)
+    report = jadam.diagnostics(state, stepped - table, stepped, eps=5e-8, **options)["whole"]
+    power = {"adam": 2, "amsgrad": 2, "adamax": 1}[kind]
+    correction = 1 if power == 1 else 1 - member.b2**100
+    root = (member.v_max if kind == "amsgrad" else member.v) / correction
+    root = root ** (1 / power)
+    v_hat = member.v if power == 1 else np.sqrt(member.v / correction)
+    # Below: a share counts, a root mean square is of float32 moments.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    close(report["v_rms"], np.sqrt(np.mean(v_hat**2)))
+    close(report["update_rms"], np.sqrt(np.mean(np.square(np.float64(stepped - table)))))
+    close(report["eps_share"], np.mean(5e-8 * (2 if power == 1 else 1) > root))
+    assert 0 < float(report["eps_share"]) < 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(member.m == 0, 0, np.abs(member.m) / (1 - member.b1**100) / root)
+    counts = np.histogram(ratio, [-1, *np.nextafter(EDGES, 9), np.inf])[0]
+    close(report["ratio_histogram"], counts / ratio.size)
+
+
+def test_moments_in_codes_mean_what_they_did_when_they_were_stored():
+    """Codes refer to the time of their row; what they mean fades from there."""
+    rng = np.random.default_rng(0)
+    rows = jadam.rows.lazy(jadam.adam(1e-2, min_size=0, **CODES), catch_up="sum")
+    table = jnp.asarray(rng.standard_normal((4, 128)), jnp.float32)
+    g = rng.standard_normal((4, 128)).astype(np.float32)
+    table, state = jax.jit(rows.scatter)(g, np.arange(4), table, rows.init(table))
+    then = jadam.moments(state.dense)[0]
+    later = state.dense[0]._replace(count=jnp.int32(31))
+    now = jadam.moments(state._replace(dense=(later, *state.dense[1:])))[0]
+    # 0.9³⁰ and 0.999³⁰ in float32.
+    np.testing.assert_allclose(now.mu, 0.9**30 * np.float64(then.mu), rtol=1e-5)
+    np.testing.assert_allclose(now.nu, 0.999**30 * np.float64(then.nu), rtol=1e-5)
+
+
+def test_diagnostics_of_rows_make_one_array_of_a_tables_size():
+    """On a CPU v once, to be counted and summed; neither m nor the table as flush makes them."""
+    table = jax.ShapeDtypeStruct((ROWS_OF_TABLE, 64), jnp.float32)
+    state = jax.eval_shape(ROWS.init, table)
+    compiled = jax.jit(jadam.diagnostics).lower(state, table, table).compile()
+    # And two numbers of each row, the powers by which its moments have faded.
+    most = (64 + 2) * 4 * ROWS_OF_TABLE
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.01 * most
+
+
+def flushed_rows():
+    """A table and a state of rows, before and after `flush`, with decay that is scheduled."""
+    rows = jadam.rows.lazy(jadam.adamw(SCHEDULE, weight_decay=0.1))
+    table, ids, grads = sgd_noise(7)
+    lazily = jax.jit(lambda *args: run_lazy(rows, False, *args))
+    behind = lazily(table, ids[:40], grads[:40])
+    return rows, behind, jax.jit(rows.flush)(*behind)
+
+
+def test_states_of_rows_go_to_other_libraries_and_come_back():
+    """torch and optax get moments of one time; what comes from there begins up to date."""
+    rows, (_, behind), (table, state) = flushed_rows()
+    group = {"params": [0], "betas": (0.9, 0.999), "amsgrad": False}
+    to_torch = functools.partial(
+        jadam.migrate.to_torch,
+        state_dict={"state": {}, "param_groups": [group]},
+        name=lambda path: 0,
+    )
+    found = to_torch(state)
+    np.testing.assert_array_equal(found["state"][0]["exp_avg"], state.dense[0].mu)
+    assert found["state"][0]["step"] == 40
+    dense = jadam.migrate.to_optax({"table": state})["table"]
+    assert jax.tree.structure(dense) == jax.tree.structure(rows.tx.init(table))
+    jax.tree.map(np.testing.assert_array_equal, dense, state.dense)
+    for like in (rows.init(table), jax.eval_shape(rows.init, table)):
+        back = jadam.migrate.from_torch(found, like, lambda path: 0)
+        jax.tree.map(np.testing.assert_array_equal, back, rows.init(table, state.dense))
+    # It goes on as dense does.
+    g, tx = np.ones(table.shape, np.float32), rows.tx
+    expected, _ = jax.jit(tx.step)(g, dense, table)
+    got, _ = jax.jit(rows.scatter)(g, np.arange(SIZE), table, back)
+    np.testing.assert_array_equal(got, expected)
+    for call in (to_torch, jadam.migrate.to_optax):
+        with pytest.raises(ValueError, match=r"after update 40, got one after \d+; flush"):
+            call(behind)
+
+
+def test_states_of_rows_in_other_storage_and_in_files(tmp_path):
+    """`cast_like` of a flushed state; a safetensors file holds any, bit for bit."""
+    rows, (table, behind), (_, state) = flushed_rows()
+    narrow = jadam.rows.lazy(
+        jadam.adamw(SCHEDULE, weight_decay=0.1, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
+    )
+    like = jax.eval_shape(narrow.init, table)
+    cast = jadam.migrate.cast_like(state, like)
+    assert jax.tree.map(lambda x: x.dtype, cast) == jax.tree.map(lambda x: x.dtype, like)
+    np.testing.assert_array_equal(cast.dense[0].mu, state.dense[0].mu.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(cast.last, state.last)
+    with pytest.raises(ValueError, match="flush"):
+        jadam.migrate.cast_like(behind, like)
+    file = tmp_path / "rows.safetensors"
+    jadam.migrate.to_safetensors(file, behind)
+    read = jadam.migrate.from_safetensors(file, jax.eval_shape(rows.init, table))
+    jax.tree.map(np.testing.assert_array_equal, read, behind)
 
 
 def by_rows_as_torch():
@@ -404,7 +550,6 @@ def test_without_catching_up_it_is_torchs_sparse_adam():
         np.testing.assert_allclose(sparse_adam.by_torch(), recorded, rtol=0, atol=1e-12)
 
 
-ROWS = jadam.rows.lazy(jadam.adam(1e-3))
 TABLE = np.ones((6, 4), np.float32)
 
 
@@ -443,16 +588,6 @@ TABLE = np.ones((6, 4), np.float32)
             ValueError,
             "catch_up: .*adamax",
         ),
-        (
-            lambda: jadam.diagnostics({"rows": ROWS.init(TABLE)}, TABLE, TABLE),
-            TypeError,
-            r"state\['rows'\]: .*flush",
-        ),
-        (
-            lambda: jadam.migrate.to_optax({"rows": ROWS.init(TABLE)}),
-            TypeError,
-            r"state\['rows'\]: .*flush",
-        ),
     ],
 )
 def test_what_is_refused(call, error, message):
@@ -461,7 +596,6 @@ def test_what_is_refused(call, error, message):
         call()
 
 
-ROWS_OF_TABLE = 1_000_000
 SCHEDULED = jadam.adamw(SCHEDULE, weight_decay=0.1)
 SPARSE = jadam.adam(1e-3)
 IN_XLA = jadam.adamw(SCHEDULE, weight_decay=0.1, kernel="xla")

@@ -439,6 +439,60 @@ def test_a_streamed_state_comes_leaf_by_leaf():
     assert len(back) == 12
 
 
+SLICED = {
+    "float32": jadam.adamw(
+        optax.linear_schedule(1e-2, 1e-3, 10),
+        weight_decay=0.1,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 2, params),
+        kernel="xla",
+    ),
+    "8 bits": jadam.nadamw(1e-2, weight_decay=0.1, **EIGHT_BITS, kernel="xla"),
+    "residuals": jadam.compensated_weights(jadam.amsgrad(1e-2, **SIXTEEN_BITS, kernel="xla")),
+    "stochastic": jadam.stochastic_rounding(jadam.adam(1e-2, **SIXTEEN_BITS, kernel="xla"), 3),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.parametrize("form", ["update", "step"])
+def test_a_large_leaf_comes_in_slices(name, form):
+    """No bit changes: slices are dithered, rounded and decayed as the whole leaf."""
+    tx, rng = SLICED[name], np.random.default_rng(0)
+    dtype = jnp.bfloat16 if name in ("residuals", "stochastic") else jnp.float32
+    shapes = {"stack": (4, 8, 256), "words": (60, 128), "bias": (64,), "prime": (53, 32)}
+
+    def tree():
+        return {k: jnp.asarray(rng.standard_normal(s) / 8, dtype) for k, s in shapes.items()}
+
+    params, grads = tree(), tree()
+    lies = jax.tree.map(lambda p: p.sharding, params)
+    host = state_shardings(tx, params, memory_kind="pinned_host")
+
+    def trained(tx, state, **options):
+        def step(params, state):
+            if form == "step":
+                return tx.step(grads, state, params)
+            return one_step(tx, params, state, grads)
+
+        # Two programs: XLA is to round in the order that is written.
+        plain = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "algsimp"}
+        exact = {**plain, "xla_allow_excess_precision": False}
+        jitted = jax.jit(step, compiler_options=exact, **options)
+        program = str(jax.make_jaxpr(step)(params, state))
+        after = jitted(params, state)
+        return jitted(*after), program.count("scan[")
+
+    expected, loops = trained(tx, jax.jit(tx.init)(params))
+    state = jax.jit(tx.init, out_shardings=host)(params)
+    moved = streamed(tx, host, slice_size=2**13)
+    got, more = trained(moved, state, out_shardings=(lies, host))
+    assert_equal(got, expected)
+    # The bias has no rows, and a prime number of them no equal slices.
+    assert more >= loops + 1
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(got[1]) if x.size > 64}
+    assert kinds == {"pinned_host"}
+
+
 def test_streaming_changes_no_bit_of_what_mixes_leaves():
     """Norms of all gradients, of a leaf's own, a condition on all: each needs what it needs."""
     tx = optax.apply_if_finite(

@@ -186,6 +186,34 @@ def test_float32_moments_of_float64_gradients_stay_finite(x64):
     assert largest <= [reference.step_bound(t) * SLACK for t in (1, 2)]
 
 
+def test_complex64_moments_of_complex128_gradients_follow_float64(x64):
+    """A moment in fewer bits than the step has keeps its value where it is in bounds.
+
+    Beside Adam in NumPy's complex128. 1e-5: float32's roundings of m and v in 50 steps.
+    """
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((50, 6)) + 1j * rng.standard_normal((50, 6))
+    state = jadam.init(jnp.zeros(6, jnp.complex64))
+    update = jax.jit(functools.partial(jadam.update, learning_rate=1.0))
+    for g, direction in zip(gradients, reference.directions(gradients), strict=True):
+        updates, state = update(jnp.asarray(g), state)
+        np.testing.assert_allclose(updates, -direction, rtol=1e-5, atol=1e-5)
+    assert (updates.dtype, state.mu.dtype) == (jnp.complex128, jnp.complex64)
+
+
+def test_a_first_moment_in_float16_stays_within_what_a_warm_up_allows():
+    """AdEMAMix's slow moment of gradients under float16's numbers is not made large by rounding.
+
+    6e-8, the smallest of float16, beside a root of 1e-8 was a step of 11 times the bound. While b3
+    grows no bound has a formula: it is kept to a unit in float16's last place.
+    """
+    gradients = np.full((100, 128), 1e-8, np.float32)
+    tx = jadam.ademamix(1.0, eps=0.0, warmup=40, b3=0.999, mu_dtype="float16")
+    updates, _ = directions(tx, gradients)
+    bounds = reference.ademamix_bounds(100, warmup=40, b3=0.999)
+    assert np.all(np.abs(updates).max(axis=1) <= bounds * (1 + 2.0**-10 + 1e-5))
+
+
 # AMSGrad's maximum
 
 
@@ -233,6 +261,26 @@ def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
     assert np.all(ratio[2] > 0.978**2)  # on the lowest code of its block
     # In float32 it is 1e-6/√v_max, 4.5e-6 and less. Were the maximum to fall, it would be 4e-3.
     assert np.abs(updates[-1, 0]).max() < 1e-4
+
+
+def test_amsgrads_maximum_stays_where_no_gradient_comes():
+    """A number on the lattice is rounded up to itself, on every level of twelve octaves.
+
+    Were its own rounding to take it to the next level, it would rise by 2.2% a step, wherever the
+    powers and logarithms of float32 are a little too large.
+    """
+    gradients = np.zeros((200, 3, 128), np.float32)
+    gradients[0] = 2.0 ** (np.arange(128) / 32 + np.array([[0], [55], [-45]]))
+    tx = jadam.amsgrad(1.0, **STORAGES["8 bits"])
+
+    def step(state, g):
+        _, state = tx.update(g, state)
+        return state, state[0]
+
+    _, states = jax.jit(lambda: jax.lax.scan(step, tx.init(gradients[0]), gradients))()
+    found = [maxima(jax.tree.map(lambda x, t=t: x[t], states)) for t in (0, 1, 50, 199)]
+    for later in found[1:]:
+        np.testing.assert_array_equal(later, found[0])
 
 
 def test_amsgrads_maximum_never_falls_in_bfloat16():

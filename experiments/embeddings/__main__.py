@@ -1,8 +1,9 @@
 """What a step on the touched rows costs, and what it learns: `python -m experiments.embeddings`.
 
-All contenders are timed in one interleaved run: each round times each of them once. torch is timed
-where it is installed. A step is the optimizer's alone, from gradients that are there: of the rows
-for the lazy ones, of the whole table for the dense ones.
+All contenders are timed in one interleaved run: each round times each of them once, torch where it
+is installed. Under `speed` a step is the optimizer's alone, from gradients that are there: of the
+rows for the lazy ones, of the whole table for the dense ones. Under `learned` it is the step of a
+training, with the loss and its gradient.
 """
 
 import functools
@@ -22,14 +23,14 @@ from rich.console import Console
 import jadam
 from experiments.common import palette, picture, report
 
-from . import skipgram
+from . import nextword
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "embeddings.json"
 SIZES = tuple(2**k for k in (14, 16, 18, 20))
 ROUNDS = 31
 LEARNING_RATE = 1e-2
-LEARNED_SIZE, LEARNED_STEPS = 2**15, 300
+LEARNED_SIZE, LEARNED_STEPS = 2**20, 60
 Step = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -43,13 +44,22 @@ def timed(step: Callable[[], Any]) -> float:
 CODES: dict[str, Any] = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 
 
+def moments(size: int) -> tuple[jax.Array, jax.Array]:
+    """Those of a table that has learned for long: no row is as at the start."""
+    m, v = jax.random.normal(jax.random.key(1), (2, size, nextword.WIDTH))
+    return 1e-2 * m, 1e-3 * v**2
+
+
 def by_rows(size: int, *, gathers: bool, storage: Any = None, **options: Any) -> Step:
     """A step of jadam.rows; every row has missed a thousand steps."""
     rows = jadam.rows.lazy(jadam.adam(LEARNING_RATE, **(storage or {})), **options)
-    table = skipgram.table(size)
+    table = nextword.table(size)
     state = rows.init(table)
-    moments = state.dense[0]._replace(count=jnp.int32(1000))
-    carry = [table, state._replace(dense=(moments, *state.dense[1:]))]
+    learned = state.dense[0]._replace(count=jnp.int32(1000))
+    if storage is None:
+        mu, nu = moments(size)
+        learned = learned._replace(mu=mu, nu=nu)
+    carry = [table, state._replace(dense=(learned, *state.dense[1:]))]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(table: Any, state: Any, ids: Any, grads: Any) -> Any:
@@ -67,7 +77,7 @@ def by_rows(size: int, *, gathers: bool, storage: Any = None, **options: Any) ->
 
 def dense(size: int, tx: Any, *, fused: bool) -> Step:
     """A step of a dense transformation."""
-    table = skipgram.table(size)
+    table = nextword.table(size)
     carry = [table, tx.init(table)]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -78,7 +88,7 @@ def dense(size: int, tx: Any, *, fused: bool) -> Step:
         return optax.apply_updates(table, updates), state
 
     def run(ids: np.ndarray, grads: np.ndarray) -> float:
-        whole = jnp.zeros((size, skipgram.WIDTH)).at[ids].add(grads).block_until_ready()
+        whole = jnp.zeros((size, nextword.WIDTH)).at[ids].add(grads).block_until_ready()
         return timed(lambda: carry.__setitem__(slice(None), step(*carry, whole)) or carry)
 
     return run
@@ -88,8 +98,10 @@ def torch_sparse(size: int) -> Step:
     """A step of torch.optim.SparseAdam."""
     import torch
 
-    table = torch.nn.Parameter(torch.tensor(np.asarray(skipgram.table(size))))
+    table = torch.nn.Parameter(torch.tensor(np.asarray(nextword.table(size))))
     optimizer = torch.optim.SparseAdam([table], lr=LEARNING_RATE)
+    m, v = (torch.tensor(np.asarray(x)) for x in moments(size))
+    optimizer.state[table] = {"step": 1000, "exp_avg": m, "exp_avg_sq": v}
 
     def run(ids: np.ndarray, grads: np.ndarray) -> float:
         table.grad = torch.sparse_coo_tensor(
@@ -122,8 +134,8 @@ def speed(size: int) -> dict[str, Any]:
     rng, steps = np.random.default_rng(0), contenders(size)
     rounds = []
     for _ in range(ROUNDS + 2):
-        ids = rng.integers(0, size, skipgram.IDS)
-        grads = rng.standard_normal((skipgram.IDS, skipgram.WIDTH), np.float32)
+        ids = rng.integers(0, size, nextword.IDS)
+        grads = rng.standard_normal((nextword.IDS, nextword.WIDTH), np.float32)
         rounds.append({name: step(ids, grads) for name, step in steps.items()})
     rounds = rounds[2:]
     own = "jadam.rows, scatter"
@@ -139,7 +151,7 @@ def speed(size: int) -> dict[str, Any]:
 
 def state_bytes(size: int) -> dict[str, float]:
     """The bytes of a state for each parameter of the table."""
-    table = jax.ShapeDtypeStruct((size, skipgram.WIDTH), jnp.float32)
+    table = jax.ShapeDtypeStruct((size, nextword.WIDTH), jnp.float32)
 
     def of(init: Callable[[Any], Any]) -> float:
         leaves = jax.tree.leaves(jax.eval_shape(init, table))
@@ -153,71 +165,140 @@ def state_bytes(size: int) -> dict[str, float]:
     }
 
 
-def learned() -> dict[str, dict[str, float]]:
-    """The mean loss of the last 50 batches, and the greatest distance from dense jadam."""
-    tx = jadam.adam(LEARNING_RATE)
+Losses = Callable[[np.ndarray], float]
 
-    def by_rows(tx: Any = tx, **options: Any) -> tuple[list[float], Any]:
-        rows = jadam.rows.lazy(tx, **options)
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(table: Any, state: Any, ids: Any) -> Any:
-            vectors = rows.gather(table, state, ids)
-            value, grads = jax.value_and_grad(skipgram.loss)(vectors)
-            return *rows.scatter(grads, ids, table, state), value
+def learned_by_rows(tx: Any, **options: Any) -> tuple[Losses, Callable[[], Any]]:
+    """A training step by rows, and the table that it has made."""
+    rows = jadam.rows.lazy(tx, **options)
+    table = nextword.table(LEARNED_SIZE)
+    carry = [table, rows.init(table)]
 
-        table = skipgram.table(LEARNED_SIZE)
-        losses, (table, state) = run(step, table, rows.init(table))
-        return losses, rows.flush(table, state)[0]
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(table: Any, state: Any, ids: Any) -> Any:
+        vectors = rows.gather(table, state, ids)
+        value, grads = jax.value_and_grad(nextword.loss)(vectors)
+        return *rows.scatter(grads, ids, table, state), value
 
-    def dense(tx: Any) -> tuple[list[float], Any]:
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(table: Any, state: Any, ids: Any) -> Any:
-            value, grads = jax.value_and_grad(lambda t: skipgram.loss(t[ids]))(table)
-            updates, state = tx.update(grads, state, table)
-            return optax.apply_updates(table, updates), state, value
+    def run(ids: np.ndarray) -> float:
+        *carry[:], value = step(*carry, ids)
+        return float(value)
 
-        table = skipgram.table(LEARNED_SIZE)
-        losses, (table, _) = run(step, table, tx.init(table))
-        return losses, table
+    return run, lambda: rows.flush(*carry)[0]
 
-    def run(step: Any, table: Any, state: Any) -> tuple[list[float], Any]:
-        losses, batches = [], skipgram.batches(LEARNED_SIZE, 0)
-        for _ in range(LEARNED_STEPS):
-            table, state, value = step(table, state, next(batches))
-            losses.append(float(value))
-        return losses, (table, state)
 
+def learned_densely(tx: Any) -> tuple[Losses, Callable[[], Any]]:
+    """A training step of all rows, and the table that it has made."""
+    table = nextword.table(LEARNED_SIZE)
+    carry = [table, tx.init(table)]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(table: Any, state: Any, ids: Any) -> Any:
+        value, grads = jax.value_and_grad(lambda t: nextword.loss(t[ids]))(table)
+        updates, state = tx.update(grads, state, table)
+        return optax.apply_updates(table, updates), state, value
+
+    def run(ids: np.ndarray) -> float:
+        *carry[:], value = step(*carry, ids)
+        return float(value)
+
+    return run, lambda: carry[0]
+
+
+def learned_by_torch() -> tuple[Losses, Callable[[], Any]]:
+    """A training step of torch.optim.SparseAdam, and the table that it has made."""
+    import torch
+
+    table = torch.tensor(np.asarray(nextword.table(LEARNED_SIZE)))
+    embedding = torch.nn.Embedding.from_pretrained(table, freeze=False, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=LEARNING_RATE)
+
+    def run(ids: np.ndarray) -> float:
+        vectors = embedding(torch.tensor(ids))
+        context = vectors[:, : nextword.ORDERS].sum(1)
+        scores = torch.einsum("pw,pcw->pc", context, vectors[:, nextword.ORDERS :])
+        signs = torch.where(torch.arange(scores.shape[1]) == 0, 1.0, -1.0)
+        value = -torch.nn.functional.logsigmoid(signs * scores).sum(1).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return run, lambda: embedding.weight.detach().numpy()
+
+
+def learned() -> dict[str, Any]:
+    """Losses, distances from dense jadam and times of a training, all on the same batches."""
     runs = {
-        "jadam dense": dense(tx),
-        "jadam.rows": by_rows(),
-        "jadam.rows, 8-bit": by_rows(jadam.adam(LEARNING_RATE, **CODES), catch_up="sum"),
-        "optax dense": dense(optax.adam(LEARNING_RATE)),
-        "jadam.rows, catch_up=False": by_rows(catch_up=False),
+        "jadam dense": learned_densely(jadam.adam(LEARNING_RATE)),
+        "optax dense": learned_densely(optax.adam(LEARNING_RATE)),
+        "jadam.rows": learned_by_rows(jadam.adam(LEARNING_RATE)),
+        "jadam.rows, 8-bit": learned_by_rows(jadam.adam(LEARNING_RATE, **CODES), catch_up="sum"),
+        "jadam.rows, catch_up=False": learned_by_rows(jadam.adam(LEARNING_RATE), catch_up=False),
     }
-    reference, table = runs["jadam dense"]
+    if importlib.util.find_spec("torch"):
+        runs["torch SparseAdam"] = learned_by_torch()
+    batches, touched = nextword.batches(LEARNED_SIZE, 0), set[int]()
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(LEARNED_STEPS):
+        ids = next(batches)
+        touched.update(ids.reshape(-1).tolist())
+        for name, (step, _) in runs.items():
+            start = time.perf_counter()
+            losses[name].append(step(ids))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    reference = np.asarray(runs["jadam dense"][1]())
+    contexts, targets = nextword.ngrams(LEARNED_SIZE)
     return {
-        name: {
-            "loss": float(np.mean(losses[-50:])),
-            "loss_distance": float(np.abs(np.subtract(losses, reference)).max()),
-            "table_rms_distance": float(jnp.sqrt(jnp.mean((found - table) ** 2))),
-        }
-        for name, (losses, found) in runs.items()
+        "rows": LEARNED_SIZE,
+        "rows_of_the_text": np.union1d(contexts, targets).size,
+        "rows_touched": len(touched),
+        "steps": LEARNED_STEPS,
+        "runs": {
+            name: {
+                "loss": float(np.mean(losses[name][LEARNED_STEPS // 2 :])),
+                "loss_distance": float(
+                    np.abs(np.subtract(losses[name], losses["jadam dense"])).max()
+                ),
+                "table_rms_distance": float(
+                    np.sqrt(np.mean((np.asarray(table()) - reference) ** 2))
+                ),
+                "best_ms": min(times[name][2:]),
+                "ms": report.quartiles(times[name][2:]),
+            }
+            for name, (_, table) in runs.items()
+        },
     }
 
 
 def picture_of(results: dict[str, Any]) -> Figure:
     """The time of a step against the number of rows."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    colours = (*palette.SIX, palette.ORANGE)
     sizes = [int(size) for size in results["speed"]]
-    for name, colour in zip(results["speed"][str(sizes[0])], colours, strict=False):
+    styles = {
+        "optax dense": (palette.BLACK, "s-"),
+        "jadam dense": (palette.PINK, "s-"),
+        "torch SparseAdam": (palette.ORANGE, "^-"),
+        "jadam.rows, 8-bit": (palette.RED, "o-"),
+        "jadam.rows, gather and scatter": (palette.SKY, "o-"),
+        "jadam.rows, scatter": (palette.BLUE, "o-"),
+        "jadam.rows, catch_up=False": (palette.GREEN, "o--"),
+    }
+    for name, (colour, style) in styles.items():
+        if name not in results["speed"][str(sizes[0])]:
+            continue
         best = [results["speed"][str(size)][name]["best_ms"] for size in sizes]
-        axes.loglog(sizes, best, "o-", color=colour, label=name)
-    axes.set(xlabel=f"rows of {skipgram.WIDTH}", ylabel="a step, best round [ms]")
-    axes.set_title(f"{skipgram.IDS} ids a batch: what is not touched costs nothing")
-    axes.legend(frameon=False)
+        axes.loglog(sizes, best, style, color=colour, label=name, markersize=5)
+    axes.set(xlabel=f"rows of {nextword.WIDTH} numbers", ylabel="a step, best round [ms]")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.25)
+    axes.set_title(f"A batch of {nextword.IDS:,} ids: rows that are not touched cost nothing")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -236,17 +317,21 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     columns = ["ms a step, best", *(f"{int(size):,} rows" for size in results["speed"])]
     columns += ["beside jadam.rows, most rows", "in the same round"]
+    runs = results["learned"]["runs"]
     learned_rows = [
         [
             f"`{name}`",
             f"{x['loss']:.4f}",
             f"{x['loss_distance']:.1e}",
             f"{x['table_rms_distance']:.1e}",
+            f"{x['best_ms']:.1f}",
+            f"{x['ms']['median']:.1f}",
         ]
-        for name, x in results["learned"].items()
+        for name, x in runs.items()
     ]
     bytes_rows = [[f"`{name}`", f"{x:.2f}"] for name, x in results["state_bytes"].items()]
-    names = ["skip-gram", "loss", "largest distance from jadam dense", "table, root mean square"]
+    names = ["next word", "loss", "largest distance from jadam dense", "table, root mean square"]
+    names += ["ms a training step, best", "median"]
     tables = [
         report.table(columns, speed_rows),
         report.table(["state", "bytes a parameter"], bytes_rows),

@@ -3,63 +3,111 @@
 Compiled ahead of time for one v5e chip, which needs libtpu but no TPU.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
 from experiments.common.report import table, update_readme, write_json
+from jadam.sharding import state_shardings, streamed
 
 from .tpu import NO_CLOUD
 
 RESULTS = Path(__file__).parent / "results" / "release.json"
 README = Path(__file__).parent / "README.md"
 TOKENS, HEAD = 512, 64
-# Layers, width and words. With few words, which are no part of the stack, it is nearly all.
-MODELS = {"24 layers of GPT-2 medium": (24, 1024, 128)}
-EIGHT_BITS = jadam.compensated_weights(jadam.adamw(1e-3, mu_dtype="int8", nu_dtype="uint8"))
-SETTINGS: dict[str, tuple[Any, Any, bool]] = {
-    "optax.adamw float32": (jnp.float32, optax.adamw(1e-3), False),
-    "float32": (jnp.float32, jadam.adamw(1e-3), False),
-    "float32, released": (jnp.float32, jadam.adamw(1e-3), True),
-    "compensated + 8-bit": (jnp.bfloat16, EIGHT_BITS, False),
-    "compensated + 8-bit, released": (jnp.bfloat16, EIGHT_BITS, True),
+
+
+class Model(NamedTuple):
+    """Layers whose parameters are stacked. With few words, which are no part of it, it is all."""
+
+    layers: int
+    width: int
+    hidden: int
+    gated: bool = False
+    words: int = 128
+
+
+MODELS = {
+    "24 layers of GPT-2 medium": Model(24, 1024, 4096),
+    "8 layers of Llama 3.2 1B": Model(8, 2048, 8192, gated=True),
+}
+FLOAT32, EIGHT_BITS = jadam.adamw(1e-3), jadam.adamw(1e-3, mu_dtype="int8", nu_dtype="uint8")
+FOUR_BITS = jadam.adamw(1e-3, mu_dtype="int4", nu_dtype="uint4")
+THREE_BYTES = jadam.stochastic_rounding(FOUR_BITS)
+FIVE_BYTES = jadam.compensated_weights(EIGHT_BITS)
+
+
+class Setting(NamedTuple):
+    """The parameters' dtype, the optimizer, and how the step is made."""
+
+    dtype: Any
+    tx: Any
+    released: bool = False
+    on_host: bool = False
+
+
+SETTINGS = {
+    "optax.adamw float32": Setting(jnp.float32, optax.adamw(1e-3)),
+    "flashoptim-jax": Setting(jnp.bfloat16, None),
+    "float32": Setting(jnp.float32, FLOAT32),
+    "float32, released": Setting(jnp.float32, FLOAT32, released=True),
+    "compensated + 8-bit": Setting(jnp.bfloat16, FIVE_BYTES),
+    "compensated + 8-bit, released": Setting(jnp.bfloat16, FIVE_BYTES, released=True),
+    "stochastic + 4-bit, released": Setting(jnp.bfloat16, THREE_BYTES, released=True),
+    "float32, state on the host": Setting(jnp.float32, FLOAT32, on_host=True),
+    "float32, state on the host, released": Setting(jnp.float32, FLOAT32, True, True),
+    "8-bit moments, state on the host, released": Setting(jnp.float32, EIGHT_BITS, True, True),
 }
 
 
-def parameters(layers: int, width: int, words: int, dtype: Any) -> dict[str, Any]:
+def parameters(model: Model, dtype: Any) -> dict[str, Any]:
+    layers, width, hidden = model.layers, model.width, model.hidden
+    keys = width // 4 if model.gated else width  # Llama's groups of heads share keys and values
     shapes = {
-        "qkv": (layers, width, 3 * width),
+        "qkv": (layers, width, width + 2 * keys),
         "out": (layers, width, width),
-        "up": (layers, width, 4 * width),
-        "down": (layers, 4 * width, width),
+        "up": (layers, width, hidden),
+        "down": (layers, hidden, width),
     }
+    shapes |= {"gate": (layers, width, hidden)} if model.gated else {}
     stack = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    return {"words": jax.ShapeDtypeStruct((words, width), dtype), "layers": stack}
+    return {"words": jax.ShapeDtypeStruct((model.words, width), dtype), "layers": stack}
 
 
 def layer(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
     p = jax.tree.map(lambda p: p.astype(jnp.bfloat16), p)
-    qkv = (jax.nn.standardize(x) @ p["qkv"]).reshape(TOKENS, 3, -1, HEAD)
-    attention = jax.nn.dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], is_causal=True)
+    width, columns = p["qkv"].shape
+    cuts = (width, (width + columns) // 2)
+    q, k, v = jnp.split(jax.nn.standardize(x) @ p["qkv"], cuts, axis=1)
+    q, k, v = (x.reshape(TOKENS, -1, HEAD) for x in (q, k, v))
+    attention = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     x = x + attention.reshape(x.shape) @ p["out"]
-    return x + jax.nn.gelu(jax.nn.standardize(x) @ p["up"]) @ p["down"], None
+    y = jax.nn.standardize(x)
+    gate = jax.nn.silu(y @ p["gate"]) if "gate" in p else 1
+    hidden = gate * (y @ p["up"]) if "gate" in p else jax.nn.gelu(y @ p["up"])
+    return x + hidden @ p["down"], None
 
 
-def loss(params: dict[str, Any], text: jax.Array) -> jax.Array:
-    x = params["words"].astype(jnp.bfloat16)[text]
+def from_words(params: dict[str, Any], x: jax.Array, text: jax.Array) -> jax.Array:
     x, _ = jadam.release.scan(jax.checkpoint(layer), x, params["layers"])
     logits = (x @ params["words"].astype(jnp.bfloat16).T).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, text).mean()
+
+
+def loss(params: dict[str, Any], text: jax.Array) -> jax.Array:
+    return from_words(params, params["words"].astype(jnp.bfloat16)[text], text)
 
 
 def plain(tx: Any) -> Callable[..., Any]:
@@ -73,53 +121,113 @@ def plain(tx: Any) -> Callable[..., Any]:
     return step
 
 
-def measured(model: str, setting: str, place: NamedSharding) -> dict[str, float]:
-    """Bytes a parameter: what lies there before and after the step, and the peak in it."""
-    dtype, tx, released = SETTINGS[setting]
-    params = parameters(*MODELS[model], dtype)
-    step = jadam.release.train_step(loss, tx) if released else plain(tx)
-    arguments = (params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((TOKENS,), "int32"))
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+def peer(flash: Any) -> Callable[..., Any]:
+    def step(params: Any, state: Any, text: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, text)
+        return *flash.step(params, state, grads), value
+
+    return step
+
+
+def lying(tree: Any, place: Any) -> Any:
+    places = place if jax.tree.structure(place) == jax.tree.structure(tree) else None
+    if places is None:
+        places = jax.tree.map(lambda _: place, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
     )
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
+def activations(model: Model, place: NamedSharding) -> float:
+    """What both passes need in bytes a parameter: of bfloat16 parameters without gradients."""
+    params = parameters(model, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((TOKENS, model.width), jnp.bfloat16)
+    text = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+    arguments = lying((params, x, text), place)
+    compiled = jax.jit(jax.grad(from_words, 1)).lower(*arguments).compile()
     plan = compiled.memory_analysis()
+    size = plan.peak_memory_in_bytes - plan.argument_size_in_bytes
+    return round(size / sum(p.size for p in jax.tree.leaves(params)), 3)
+
+
+def measured(model: Model, setting: Setting, place: NamedSharding) -> dict[str, float]:
+    """Bytes a parameter: what lies there before and after the step, and the peak in it."""
+    params, tx = parameters(model, setting.dtype), setting.tx
+    if tx is None:
+        from flashoptim_jax import flash_adamw
+
+        flash = flash_adamw(1e-3, fused=False)  # its kernels are for GPUs
+        step = peer(flash)
+        state = jax.eval_shape(flash.init, params)
+    else:
+        step, state = plain(tx), jax.eval_shape(tx.init, params)
+    near = jax.tree.map(lambda _: place, params)
+    text = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+    home = jax.tree.map(lambda _: place, state)
+    if setting.on_host:
+        home = state_shardings(tx, lying(params, near), memory_kind="pinned_host")
+    if setting.released:
+        # The words are not released: their state may stay on the device.
+        home = jax.tree_util.tree_map_with_path(
+            lambda path, s: s if "layers" in jax.tree_util.keystr(path) else place, home
+        )
+        step = jadam.release.train_step(loss, tx)
+    elif setting.on_host:
+        step = plain(streamed(tx, home))
+    arguments = lying(params, near), lying(state, home), lying(text, place)
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(near, home, place))
+    plan = jitted.lower(*arguments).compile().memory_analysis()
     count = sum(p.size for p in jax.tree.leaves(params))
+    # XLA's own peak counts what lies on the host as well.
+    peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     sizes = {
         "arguments": plan.argument_size_in_bytes,
+        "host": plan.host_argument_size_in_bytes,
         "temporary": plan.temp_size_in_bytes,
-        "peak": plan.peak_memory_in_bytes,
+        "peak": peak if setting.on_host else plan.peak_memory_in_bytes,
     }
     return {name: round(size / count, 3) for name, size in sizes.items()}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    columns = ("model", "AdamW", "parameters and state", "temporary", "peak")
-    rows = [
-        [model, setting, *(f"{size:.2f}" for size in sizes.values())]
-        for model, row in results["rows"].items()
-        for setting, sizes in row.items()
-    ]
+    columns = ("model", "AdamW", "parameters and state", "on the host", "peak", "without passes")
+    rows = []
+    for model, row in results["rows"].items():
+        passes = results["activations"][model]
+        for setting in (setting for setting in SETTINGS if setting in row):
+            sizes = row[setting]
+            kept = [sizes["arguments"], sizes["host"], sizes["peak"], sizes["peak"] - passes]
+            rows.append([model, setting, *(f"{size:.2f}" for size in kept)])
     return table(columns, rows)
 
 
-def main() -> None:
+def main(
+    models: tuple[str, ...] = tuple(MODELS), settings: tuple[str, ...] = tuple(SETTINGS)
+) -> None:
+    """Measures these rows, and keeps the others that the results have of this version of jax."""
     os.environ.update(NO_CLOUD)
     jax.config.update("jax_platforms", "cpu")
     topology = topologies.get_topology_desc("v5e:2x4", "tpu")
     place = NamedSharding(Mesh(np.array(topology.devices)[:1], "data"), P())
-    results = {
+    results: dict[str, Any] = {
         "command": "python -m experiments.scale.release",
         "jax": jax.__version__,
         "device": topology.devices[0].device_kind,
-        "rows": {
-            model: {setting: measured(model, setting, place) for setting in SETTINGS}
-            for model in MODELS
-        },
+        "activations": {},
+        "rows": {},
     }
-    write_json(RESULTS, results)
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if before.get("jax") == jax.__version__ and "activations" in before:
+        results |= before
+    for name in models:
+        if name not in results["activations"]:
+            results["activations"][name] = activations(MODELS[name], place)
+        row = results["rows"].setdefault(name, {})
+        for setting in settings:
+            row[setting] = measured(MODELS[name], SETTINGS[setting], place)
+            write_json(RESULTS, results)
     update_readme("release", markdown(results), README)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

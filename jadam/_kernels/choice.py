@@ -278,9 +278,10 @@ def kernels() -> dict[str, str]:
 
     On an NVIDIA GPU of compute capability 8.0 or later, with a driver for CUDA 12.1 or later, the
     same features but 4-bit codes are a kernel in CUDA, which the driver compiles when it is first
-    used. Up to 256 leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
+    used. Up to 256 leaves are one launch. XLA makes a kernel for each leaf, and two passes of
+    codes.
 
-    On a TPU a kernel in Pallas takes leaves with moments of 8 or 16 bits and compensated weights,
+    On a TPU a kernel in Pallas takes leaves with moments of 16, 8 or 4 bits and compensated weights,
     on one device and under `jax.shard_map(check_vma=False)`, as `jadam.sharding.step_in_parts`
     makes it. It was compiled for TPUs and compared with XLA's form on a CPU, but has not run on a
     TPU yet. XLA makes one pass of all other leaves but those of other shapes with such moments or

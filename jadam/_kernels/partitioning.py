@@ -45,7 +45,7 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
         blocks = axes
         if any(shape != whole for shape in tops):
             blocks = [*axes[:-1], "blocks"]
-            if whole[-1] % BLOCK == 0:
+            if whole[-1] % BLOCK == 0 and whole[-1] > BLOCK:  # one block has no axis of its own
                 axes, sizes = [*axes[:-1], "(blocks lanes)"], {"lanes": BLOCK}
         names = {whole: " ".join(axes), (): ""}
         leaf = [names.get(shape, " ".join(blocks)) for shape in shapes]

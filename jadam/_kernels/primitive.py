@@ -125,20 +125,35 @@ def through_kernel(
         if rule.member.coefficients is None
         else native.numbers_of(rule, learning_rate, weight_decay, count)
     )
-    results, size = [], GROUP.get(jax.default_backend(), 32)
-    for first in range(0, len(rows), size):
-        group = rows[first : first + size]
-        options = tuple(options for _, _, options, *_ in group)
-        platforms = tuple(on[first : first + size])
-        plan = Plan(structure, known, len(rule.member.moments), options, platforms)
-        operands = [
+    operands = [
+        [
             jnp.asarray(x)
-            for g, p, options, stored, extra in group
             for x in Leaf(g, p if options.needs_params else None, stored, extra).in_order()
         ]
-        flat = _bind(plan, *_varying_alike(packed, count, *arrays, *operands))
-        results += plan.stepped(flat)
-    return results
+        for g, p, options, stored, extra in rows
+    ]
+    results: dict[int, Stepped] = {}
+    for places in _calls(operands):
+        options = tuple(rows[i][2] for i in places)
+        platforms = tuple(on[i] for i in places)
+        plan = Plan(structure, known, len(rule.member.moments), options, platforms)
+        flat = [x for i in places for x in operands[i]]
+        stepped = plan.stepped(_bind(plan, *_varying_alike(packed, count, *arrays, *flat)))
+        results |= zip(places, stepped, strict=True)
+    return [results[i] for i in range(len(rows))]
+
+
+def _calls(operands: Sequence[Sequence[Array]]) -> list[list[int]]:
+    """Which leaves go into one call: as many as there may be, that differ between the same devices.
+
+    Under `jax.shard_map` a leaf that is the same on all of them would else not be it afterwards.
+    """
+    alike: dict[frozenset[str], list[int]] = {}
+    for i, own in enumerate(operands):
+        axes = frozenset[str]().union(*map(jax_internals.varying_axes, own))
+        alike.setdefault(axes, []).append(i)
+    size = GROUP.get(jax.default_backend(), 32)
+    return [x[i : i + size] for x in alike.values() for i in range(0, len(x), size)]
 
 
 def _varying_alike(*operands: Array) -> list[Array]:

@@ -80,7 +80,6 @@ def now(
 def stepped(
     table: Table,
     touched: Touched,
-    now: Places,
     g: Places,
     numbers: Float[Array, "numbers"],
     count: Int[Array, ""],
@@ -93,14 +92,13 @@ def stepped(
     Args:
         table: which is written in place.
         touched: the rows.
-        now: of the same batch.
         g: the gradients. A row that comes again gets their sum.
         numbers: of the step, as `native.numbers_of` packs them.
         count: see above.
         decays: whether the parameters decay.
         otherwise: makes the same in XLA's operations.
     """
-    operands = (*table[:3], *touched, table.last, now, g, numbers, count)
+    operands = (*table[:3], *touched, table.last, g, numbers, count)
     return Table(*_bound(native.ROWS_STEP, operands, otherwise, decays=decays))
 
 

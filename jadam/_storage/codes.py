@@ -16,9 +16,9 @@ What this needs of a member: the `Ratio` of each first moment, and equations who
 grows with |g| and with itself (`Equations`).
 
 Further moments have an array of 8 bits each: a first moment its ratio, as an int8; the maximum of
-the second moment its distance above it in levels, as a uint8. No maximum falls: where it is more
-than 255 levels above v, v is stored so much below it. AMSGrad divides by the maximum alone, and a v
-that is 65,536 times smaller does not change it.
+the second moment its distance above it, as a uint8, in levels, of coarse ones in sixteenths. No
+maximum falls: a v that is too far below is stored as far below as a byte can say. AMSGrad divides
+by the maximum alone, and a v that is 65,536 times smaller does not change it.
 """
 
 import functools
@@ -42,7 +42,7 @@ from jadam._types import Count, Real, Shape
 BLOCK = 128
 MIN_SIZE = 4096
 _BYTE_LEVELS = 127  # the highest of the 8-bit codes for a further first moment
-_FARTHEST = 255  # levels that a maximum is above its second moment
+_FARTHEST = 255  # parts of a level that a maximum is above its second moment
 _TOPS = np.dtype(np.int16)
 _BESIDE = {Role.FIRST: np.dtype(np.int8), Role.MAXIMUM: np.dtype(np.uint8)}
 
@@ -184,8 +184,9 @@ class Codes:
                 x = stored[i].astype(jnp.float32) / _BYTE_LEVELS
                 moments[i] = root * curves[i].expand(x)
             else:
-                higher = self.lattice.power_of_two(level + stored[i].astype(jnp.int32))
-                moments[i] = self._special(code, higher) ** relation.power
+                higher = self.lattice.parts * level + stored[i].astype(jnp.int32)
+                root = self.lattice.in_parts.power_of_two(higher)
+                moments[i] = self._special(code, root) ** relation.power
         return tuple(moments[i] for i in self._places)
 
     def store(
@@ -249,18 +250,20 @@ class Codes:
         """The largest v of each block, and the largest maximum where there is one, by place."""
         both, tops = stored[self._first], stored[self._second].astype(jnp.int32)
         lattice = self.lattice
-        largest = self.block_max(both, lattice.seen).astype(jnp.int32)
-        codes = {self._second: lattice.code_of(largest)}
+
+        def number(code: Blocks, lattice: Lattice, parts: int) -> Float[Array, "*rows blocks"]:
+            level = code + parts * (tops - lattice.top)
+            return jnp.where(code > 0, lattice.power_of_two(level) ** power, 0)
+
+        largest = lattice.code_of(self.block_max(both, lattice.seen).astype(jnp.int32))
+        found = {self._second: number(largest, lattice, 1)}
         for i in self._maxima:
             # As int16, which holds NaN's code with the largest distance.
             code = lattice.code_of(lattice.seen(both)).astype(jnp.int16)
-            higher = jnp.where(code > 0, code + stored[i].astype(jnp.int16), 0)
-            codes[i] = self.block_max(higher, lambda x: x).astype(jnp.int32)
-
-        def number(code: Blocks) -> Float[Array, "*rows blocks"]:
-            return jnp.where(code > 0, lattice.power_of_two(code - lattice.top + tops) ** power, 0)
-
-        return {i: number(code) for i, code in codes.items()}
+            higher = jnp.where(code > 0, lattice.parts * code + stored[i].astype(jnp.int16), 0)
+            highest = self.block_max(higher, lambda x: x).astype(jnp.int32)
+            found[i] = number(highest, lattice.in_parts, lattice.parts)
+        return found
 
     def _encode(
         self,
@@ -272,17 +275,19 @@ class Codes:
     ) -> tuple[Array, ...]:
         """The codes of moments that are at most `bounds` in each block: v, and maxima of it."""
         m, v, power = moments[self._first], moments[self._second], relation.power
-        lattice = self.lattice
+        lattice, fine = self.lattice, self.lattice.in_parts
 
-        def top_of(place: int) -> Blocks:
-            return floor(lattice.level(bounds[place], power)) + 1
+        def least(level: Lanes) -> Lanes:
+            """The least level from which a byte reaches a maximum's, which is in parts."""
+            return -((_FARTHEST - level) // lattice.parts)
 
-        tops, some = top_of(self._second), bounds[self._second] > 0
+        tops = floor(lattice.level(bounds[self._second], power)) + 1
+        some = bounds[self._second] > 0
         level, alive = self._level_of(v, moments, relation, count), v > 0
         for i in self._maxima:
             # Neither a block's top nor a v is farther below a maximum than a byte can say.
-            tops = jnp.maximum(tops, top_of(i) - _FARTHEST)
-            level = jnp.maximum(level, lattice.level_above(moments[i], power) - _FARTHEST)
+            tops = jnp.maximum(tops, least(floor(fine.level(bounds[i], power)) + 1))
+            level = jnp.maximum(level, least(fine.level_above(moments[i], power)))
             some, alive = some | (bounds[i] > 0), alive | (moments[i] > 0)
             fed = jnp.where(moments[i] > 0, 1, fed)
         # Computed once: the tops that are stored are those that the codes count from.
@@ -312,7 +317,7 @@ class Codes:
                 dither = _unit(v.shape, count, salt, OTHER_STEP)
                 arrays[i] = ratio_code(i, moments[i], dither, _BYTE_LEVELS).astype(jnp.int8)
             else:
-                above = lattice.level_above(moments[i], power) - level
+                above = fine.level_above(moments[i], power) - lattice.parts * level
                 arrays[i] = jnp.clip(above, 0, _FARTHEST).astype(jnp.uint8)
         return tuple(arrays[i] for i in self._places)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jadam._math import Equations, Relation, largest_gradient, widen
+from jadam._math import Equations, Ratio, Relation, largest_gradient, widen
 from jadam._rounding import round_dithered, round_from_zero, round_to_zero
 from jadam._state import Moment, Role
 from jadam._types import Count, Number, Real, Shape
@@ -100,7 +100,7 @@ class Floats:
         root = _root(second, related.power)
         firsts = [i for i, role in enumerate(roles) if role is Role.FIRST]
         for i, ratio in zip(firsts, related.ratios, strict=True):
-            kept[i] = _within(kept[i], moments[i], jnp.asarray(ratio.bound, root.dtype) * root)
+            kept[i] = _within(kept[i], moments[i], _most(moments[i], ratio, root, kept[i].dtype))
         return tuple(kept)
 
     def round(self, moments: Sequence[Number], relation: Relation) -> tuple[Array, ...]:
@@ -162,6 +162,17 @@ def _root(second: Real, power: int) -> Real:
     """
     smallest = 2.0**10 * float(jnp.finfo(second.dtype).tiny)
     return second if power == 1 else jnp.sqrt(jnp.maximum(second, smallest))
+
+
+def _most(m: Number, ratio: Ratio, root: Real, dtype: jnp.dtype) -> Real:
+    """How large a first moment may become by its rounding.
+
+    Where no bound is known, it is the limit with one unit in the last place, or the moment's own
+    size: gradients give the one, and have given the other.
+    """
+    bound, limit = (jnp.asarray(x, root.dtype) for x in (ratio.bound, ratio.limit))
+    above = jnp.maximum(jnp.abs(m), limit * (1 + float(jnp.finfo(dtype).eps)) * root)
+    return jnp.where(jnp.isfinite(bound), bound * root, above)
 
 
 def _within(kept: Array, m: Number, most: Real) -> Array:

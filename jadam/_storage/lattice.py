@@ -1,5 +1,6 @@
 """The lattices on which codes lie: levels of √v, and how v's and m's codes share an integer."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Lattice:
         sizes: codes of m on either side of 0.
         dense: half of them are for sizes up to so many times that of noise.
         bend: of the rounding of √v between two levels (`rounded`).
+        parts: of a level, in which a maximum's distance above √v is counted.
     """
 
     name: str
@@ -37,6 +39,12 @@ class Lattice:
     sizes: int
     dense: float
     bend: float = 0.0
+    parts: int = 1
+
+    @property
+    def in_parts(self) -> "Lattice":
+        """The lattice of maxima, whose levels are parts of these."""
+        return dataclasses.replace(self, per_octave=self.per_octave * self.parts)
 
     @property
     def nan(self) -> int:
@@ -157,7 +165,9 @@ class _Mixed(Lattice):
 
 EIGHT_BITS = _Split("8-bit codes", np.dtype(np.uint16), 32, top=510, sizes=63, dense=3.0)
 """16 octaves of √v in 9 bits, m in 7."""
-FOUR_BITS = _Mixed("4-bit codes", np.dtype(np.uint8), 1, top=12, sizes=10, dense=2.0, bend=0.173)
+FOUR_BITS = _Mixed(
+    "4-bit codes", np.dtype(np.uint8), 1, top=12, sizes=10, dense=2.0, bend=0.173, parts=16
+)
 """12 octaves of √v, the powers of two, and 21 codes of m: 252 of a byte's 256 values."""
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jadam import _math, _validate
 from jadam._members import Member
-from jadam._search import Found, Parameter, states_in, with_moments
+from jadam._search import Found, Parameter, check_flushed, states_in, with_moments
 from jadam._storage import Storage
 from jadam._types import Count, PyTree
 from jadam.migrate._foreign import check_possible
@@ -33,7 +33,8 @@ def cast_like(
     float32 and back is therefore exact.
 
     Args:
-        state: a state of any chain. Not for use inside jit.
+        state: a state of any chain; of `jadam.rows` one that `flush` has made. Not for use inside
+            jit.
         like: the state that the same chain with other `mu_dtype` and `nu_dtype` makes, also an
             abstract one. Only its dtypes are taken.
         b1: the decay rate of m, which codes refer to.
@@ -57,6 +58,7 @@ def cast_like(
     ours, theirs = (
         states_in(name, tree, adamax=adamax) for name, tree in (("state", state), ("like", like))
     )
+    check_flushed(ours)
     kinds = [[type(found.state).__name__ for found in states] for states in (theirs, ours)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"state: expected {kinds[0]} as in like, got {kinds[1]}")

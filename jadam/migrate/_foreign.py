@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Shaped
 from jadam import _math
 from jadam._members import is_state
 from jadam._search import Found, Parameter, placed, refuse_codes, with_moments
+from jadam._state import RowsState
 from jadam._types import PyTree
 
 Key: TypeAlias = str | int
@@ -294,12 +295,19 @@ _COUNTED = {
 
 
 def filled(like: PyTree, moments: list[list[jax.Array]], count: int) -> PyTree:
-    """`like` with other moments, and with other counts there and in schedules."""
+    """`like` with other moments, and with other counts there, in schedules and of rows."""
 
     def is_counted(node: Any) -> bool:
-        return is_state(node) or type(node).__name__ in _COUNTED
+        return is_state(node) or isinstance(node, RowsState) or type(node).__name__ in _COUNTED
 
     def counted(node: Any) -> Any:
+        if isinstance(node, RowsState):
+            # All rows stand after the last update, and have nothing to make up for.
+            last = placed(np.full(np.shape(node.last), count, np.int32), node.last)
+            decayed = jax.tree.map(
+                lambda x: placed(np.zeros(np.shape(x), x.dtype), x), node.decayed
+            )
+            return RowsState(at_count(node.dense), last, decayed)
         if not is_counted(node):
             return node
         fields = {name: at_count(child) for name, child in node._asdict().items()}

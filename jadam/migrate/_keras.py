@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jadam import _validate
-from jadam._search import Maximum, check_maximum, states_in
+from jadam._search import Maximum, check_flushed, check_maximum, states_in
 from jadam._types import PyTree
 from jadam.migrate._foreign import (
     Address,
@@ -152,6 +152,7 @@ def to_keras(
         ValueError: a variable has no leaf or a leaf no variable, or shapes differ.
     """
     prefix, states = _prefix(variables), states_in("state", state)
+    check_flushed(states)
     check_maximum((found.state for found in states), maximum, "raw", "Keras")
     count, b1 = count_of(states), float(_validate.decay_rate("b1", b1))
     found: dict[str, Any] = {f"{prefix}iteration": count}

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jadam._search import Maximum, check_maximum, refuse_codes, states_in
+from jadam._search import (
+    Maximum,
+    check_flushed,
+    check_maximum,
+    dense_in,
+    refuse_codes,
+    states_in,
+)
 from jadam._traced import is_tracer
 from jadam._types import PyTree
 from jadam.migrate._foreign import check_possible
@@ -83,7 +90,9 @@ def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
     >>> type(jadam.migrate.to_optax(jadam.adam(1e-3).init(jnp.ones(3)))[0]).__name__
     'ScaleByAdamState'
     """
-    for found in states_in("state", state):
+    states = states_in("state", state)
+    check_flushed(states)
+    for found in states:
         for parameter in found.parameters:
             refuse_codes(parameter)
 
@@ -93,7 +102,7 @@ def to_optax(state: PyTree, *, maximum: Maximum = None) -> PyTree:
             return v
         return v.update(dtype=m.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v.astype(m.dtype)
 
-    return _swapped(state, like_first, maximum)
+    return _swapped(dense_in(state), like_first, maximum)
 
 
 def _swapped(

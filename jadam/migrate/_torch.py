@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jadam import _validate
-from jadam._search import Maximum, check_maximum, states_in
+from jadam._search import Maximum, check_flushed, check_maximum, states_in
 from jadam._types import PyTree
 from jadam.migrate._foreign import (
     Address,
@@ -267,6 +267,7 @@ def to_torch(
             not fit as in `from_torch`.
     """
     parameters, states = _parameters(state_dict, names), states_in("state", state)
+    check_flushed(states)
     check_maximum((found.state for found in states), maximum, "raw", "torch")
     t, fields = count_of(states), _fields(adamax)
     # torch counts in float32, which is exact up to 2²⁴.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam._kernels.choice import apart
+from jadam._layers import near
 from jadam._rounding import as_layer
 from jadam._traced import function_of, inside, part_of
 from jadam._transform import FusedTransformation
@@ -17,7 +18,7 @@ from jadam.sharding._rules import owner_of
 MIXES = (
     "a released step makes each leaf's step when its gradient arrives, so that a transformation "
     "that joins the gradients of several leaves (clip_by_global_norm, apply_if_finite) "
-    "cannot be released; clip each leaf by itself, with "
+    "cannot be released; clip each layer by its own norm, with per_layer, or each leaf, with "
     "optax.clip_by_block_rms, and skip steps with skip_if"
 )
 
@@ -76,7 +77,7 @@ class Program:
         whole = [*leaves, *leaves, *kept]
         slices = jax.eval_shape(
             lambda *arrays: [
-                x if slot.owner is None else x[:1]
+                near(x if slot.owner is None else x[:1])
                 for slot, x in zip(self._inputs, arrays, strict=True)
             ],
             *whole,

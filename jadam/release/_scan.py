@@ -12,7 +12,16 @@ from jadam._types import PyTree
 class Run(Protocol):
     """What a scan turns to while a train step is traced."""
 
-    def scan(self, f: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any) -> Any:
+    def scan(
+        self,
+        f: Callable[..., Any],
+        init: PyTree,
+        xs: PyTree,
+        *,
+        length: int | None,
+        reverse: bool,
+        unroll: int | bool,
+    ) -> Any:
         """As `scan`."""
         ...
 
@@ -59,5 +68,5 @@ def scan(
     [0.125, 0.125]
     """
     run = current.get()
-    options = {"length": length, "reverse": reverse, "unroll": unroll}
-    return (lax.scan if run is None else run.scan)(f, init, xs, **options)
+    loop = lax.scan if run is None else run.scan
+    return loop(f, init, xs, length=length, reverse=reverse, unroll=unroll)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jadam._layers import near
 from jadam._traced import level
 from jadam._types import PyTree
 from jadam.release import _scan
@@ -54,7 +55,7 @@ def survey(
     loss: Callable[..., Any], params: PyTree, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> list[int]:
     """The numbers of the leaves that are released, in their order."""
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda x: jax.tree.map(near, x), params))
     found = Survey(names_of(params))
 
     def traced(*leaves: Any) -> Any:

@@ -138,12 +138,10 @@ class Lazy:
     def _scatter_in_kernel(
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
     ) -> tuple[Table, RowsState]:
-        """The same by the kernel. What `gather` and it both call XLA makes once."""
+        """The same by the kernel. What `gather` and it both need of the batch XLA makes once."""
         moments = self._moments(state.dense, table)
         count = moments.count
-        args = self._of_kernel(table, state, ids)
-        of_table, touched, *_ = args
-        now = _kernel().now(*args)
+        of_table, touched, *_ = self._of_kernel(table, state, ids)
 
         def otherwise() -> Any:
             table_, state_ = self._scatter_in_xla(table, state, ids, grads)
@@ -152,8 +150,7 @@ class Lazy:
         table, *kept, last = _kernel().stepped(
             of_table,
             touched,
-            now,
-            grads.reshape(now.shape),
+            grads.reshape((ids.size, *table.shape[1:])),
             native.numbers_of(self._rule_at(count), *self.plan.rates_at(count), count),
             increment(count),
             decays=self.plan.decays,
@@ -191,8 +188,8 @@ class Lazy:
     def flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         """All rows brought up to date: the dense transformation's table, and its state in `.dense`.
 
-        For evaluation, checkpoints that other programs read, diagnostics and migration. It changes
-        nothing of what comes after. It takes the time of a few dense steps where missed steps are
+        For evaluation, checkpoints that other programs read, and migration. It changes nothing of
+        what comes after. It takes the time of a few dense steps where missed steps are
         summed, and of some hundred at most where they are made one by one.
 
         Raises:

@@ -26,7 +26,6 @@ from jadam._members import (
     Member,
     Rule,
 )
-from jadam._state import Role
 
 # An interpolation costs a division for each node and element, and some time to find.
 _MOST_NODES, _MOST_STEPS = 24, 1000
@@ -224,26 +223,12 @@ def _interpolation(member: Member, numbers: tuple[tuple[str, Any], ...]) -> Inte
 
 def power(rule: Rule, b: str, steps: Array) -> Array:
     """What so many steps without a gradient leave of a moment, by the name of its rate."""
-    decay = _math.Decay.of(rule.hyperparameters[b], steps.dtype)
-    # 0⁰ is 1: a rate of 0 has a logarithm that is finite.
-    return jnp.exp(steps * decay.log)
+    return _math.Decay.of(rule.hyperparameters[b], steps.dtype).power(steps)
 
 
 def faded(
     rule: Rule, moments: tuple[Array, ...], steps: Float[Array, "rows *ones"]
 ) -> tuple[Array, ...]:
     """The moments after some steps without a gradient."""
-
-    def one(role: Role, x: Array) -> Array:
-        if role is Role.FIRST:
-            return power(rule, "b1", steps) * x
-        if role is Role.MAXIMUM:
-            return x
-        x = power(rule, "b2", steps) * x
-        if rule.member is ADAMAX:
-            floor = jnp.asarray(rule.hyperparameters["eps"], x.dtype)
-            x = jnp.where(steps > 0, jnp.maximum(x, floor), x)
-        return x
-
-    roles = (moment.role for moment in rule.member.moments)
-    return tuple(one(role, x) for role, x in zip(roles, moments, strict=True))
+    numbers = rule.hyperparameters
+    return rule.member.faded(moments, steps, **{x: numbers[x] for x in ("b1", "b2", "eps")})

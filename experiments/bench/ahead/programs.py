@@ -13,6 +13,7 @@ from experiments.bench.workloads import GPT2, Shapes
 
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1}
 BITS_8: dict[str, Any] = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+BITS_4: dict[str, Any] = {"mu_dtype": "int4", "nu_dtype": "uint4"}
 BITS_16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
 BF16 = jnp.bfloat16
 
@@ -73,6 +74,7 @@ def over_chips(make: Callable[[], Program]) -> Program:
 
 OPTAX, FLOAT32, BF16_MOMENTS = "optax", "jadam float32", "jadam bf16 moments"
 CODES, COMPENSATED = "jadam 8-bit moments", "jadam compensated bf16 weights"
+FEWER_CODES = "jadam 4-bit moments"
 SMALLEST = "jadam 7 bytes: compensated, 8-bit"
 UPDATE = f"{CODES}, update"
 FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
@@ -82,6 +84,7 @@ _OWN: dict[str, Callable[..., Program]] = {
     FLOAT32: adamw,
     BF16_MOMENTS: partial(adamw, **BITS_16),
     CODES: partial(adamw, **BITS_8),
+    FEWER_CODES: partial(adamw, **BITS_4),
     COMPENSATED: compensated,
     SMALLEST: partial(compensated, **BITS_8),
 }

@@ -17,7 +17,7 @@ from experiments.bench.codecs.first_moment import (
     SoftsignM,
 )
 from experiments.bench.codecs.judgement import advance, first
-from experiments.bench.codecs.second_moment import DynamicV, Fp8V, LinearRoot, LogRoot
+from experiments.bench.codecs.second_moment import DynamicV, Fp8V, LinearRoot, LinearV, LogRoot
 
 Rates: TypeAlias = tuple[float, float]
 """b1 and b2."""
@@ -79,6 +79,7 @@ def by_formula(codec: Codec, source: str) -> Storage:
 
 FLOAT32 = of_jadam("jadam, float32")
 EIGHT_BITS = of_jadam("jadam, 8 bits", mu_dtype="int8", nu_dtype="uint8")
+FOUR_BITS = of_jadam("jadam, 4 bits", mu_dtype="int4", nu_dtype="uint4")
 NEAREST = by_formula(
     Codec(
         "jadam's codes to nearest",
@@ -92,6 +93,7 @@ STORAGES = (
     of_jadam("jadam, bfloat16", mu_dtype="bfloat16", nu_dtype="bfloat16"),
     of_jadam("jadam, m float16, v bfloat16", mu_dtype="float16", nu_dtype="bfloat16"),
     EIGHT_BITS,
+    FOUR_BITS,
     NEAREST,
     by_formula(
         Codec("FlashOptim", SoftsignM(), LinearRoot()),
@@ -107,5 +109,11 @@ STORAGES = (
         Codec("torchao fp8", Fp8M(256), Fp8V()),
         "[torchao](https://github.com/pytorch/ao/blob/main/torchao/optim/subclass_fp8.py), "
         "e4m3 of m and of v, blocks of 256",
+    ),
+    by_formula(
+        Codec("torchao 4-bit", DynamicM(128, exponents=3), LinearV()),
+        "[arXiv 2309.01507](https://arxiv.org/abs/2309.01507), as in "
+        "[torchao](https://github.com/pytorch/ao/blob/main/torchao/optim/subclass_4bit.py), "
+        "blocks of 128",
     ),
 )

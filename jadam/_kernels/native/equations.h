@@ -118,18 +118,21 @@ struct Adam {
 
 // ---- _missed.py
 
-// Two nodes of _missed.Sums: the factors, and the scales times 2^-51.5 and times eps. Of a node that
-// is not there the factor is 0.
+// Of a node q of _missed.Sums, and m times the sum over all moves a parameter where eps_root is 0:
+// factor_q/(max(√v, kFloor·scale_q) + eps·scale_q).
+constexpr float kFloor = 0x1.6a09e6p-52f;  // the root of 2^-103
+
+// Two nodes: the factors, and the scales times kFloor and times eps. Of a node that is not there the
+// factor is 0.
 struct NodePair {
   float factor[2] = {0, 0};
   float floor[2] = {1, 1};
   float shift[2] = {0, 0};
 };
 
-// Σ_q factor_q/(max(√v, floor_q) + shift_q), which times m moves a parameter, where eps_root is 0.
-// Two quotients are one division; under 2^-126 would be the product where b2 is above 1 - 2^-22.
-JADAM_INLINE F32 motion_of(F32 v, const NodePair* pairs, int64_t n) {
-  const F32 root = sqrt(v);
+// The sum over nodes. Two quotients are one division; under 2^-126 would be the product where b2 is
+// above 1 - 2^-22.
+JADAM_INLINE F32 motion_of(F32 root, const NodePair* pairs, int64_t n) {
   F32 total{};
   for (int64_t q = 0; q < n; ++q) {
     const auto& [factor, floor, shift] = pairs[q];
@@ -138,6 +141,28 @@ JADAM_INLINE F32 motion_of(F32 v, const NodePair* pairs, int64_t n) {
     total += divide(factor[0] * y + factor[1] * x, at_least(x * y, all(0x1p-126f)));
   }
   return total;
+}
+
+// The same as a geometric series in 1/√v, for √v far above eps: with `shift` the largest of all
+// nodes and y = shift/√v it is 1/√v·Σ_k terms_k·yᵏ, terms_k = Σ_q factor_q·(-scale_q/largest)ᵏ.
+// What is cut off is y⁶ of it, 2^-27 where √v is kShifts times the shift.
+constexpr int kTerms = 6;
+constexpr float kShifts = 23.0f;
+
+struct Series {
+  float shift, least, terms[kTerms];
+};
+
+// Whether the series is precise enough wherever m is not 0.
+JADAM_INLINE bool is_far(F32 root, F32 m, const Series& series) {
+  return !any((root < series.least) & (m != 0.0f));
+}
+
+JADAM_INLINE F32 motion_of(F32 root, const Series& series) {
+  const F32 x = 1.0f / at_least(root, all(series.least)), y = series.shift * x;
+  F32 total = all(series.terms[kTerms - 1]);
+  for (int k = kTerms - 2; k >= 0; --k) total = total * y + series.terms[k];
+  return x * total;
 }
 
 // ---- codes.py

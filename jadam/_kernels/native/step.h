@@ -125,29 +125,34 @@ struct Batch {
   const int32_t* ids;   // the rows; what is not in the table counts for nothing
   Missed missed;
   const float *p, *m, *v;
-  float* now;  // [n, width]: the rows as they are after the missed steps
 
   bool has(int64_t place) const { return 0 <= ids[place] && ids[place] < rows; }
 };
 
-// A step of these rows in place, from `Batch::now`. A row that comes again has one gradient, the sum.
+// A place of a batch among those with the same row.
+struct Place {
+  bool is_first;
+  int32_t next;  // -1 where there is none
+};
+
+// A step of these rows in place. A row that comes again has one gradient, the sum.
 struct Update {
-  const float* g;        // [n, width]
-  const int64_t* first;  // of each row its first place in the batch
-  const int64_t* next;   // of each place the next one with the same row; -1 where there is none
+  const float* g;  // [n, width]
+  const Place* places;
   float *p, *m, *v;
   int32_t* last;
   int32_t count;  // after the step
   bool decays;
 };
 
-using CatchUp = void (*)(const Batch&, Range places, float eps);
-using StepRows = void (*)(const Batch&, const Update&, Range rows, const Numbers&);
+// The first writes the rows as they are after the missed steps, [n, width].
+using CatchUp = void (*)(const Batch&, Range places, float eps, float* now);
+using StepRows = void (*)(const Batch&, const Update&, Range places, const Numbers&);
 
 #define JADAM_DECLARE(isa)                                                     \
   namespace isa {                                                              \
   void run(const Leaf&, Range, const Numbers&, const Tables&, const Dithers&); \
-  void catch_up(const Batch&, Range, float);                                   \
+  void catch_up(const Batch&, Range, float, float*);                           \
   void step_rows(const Batch&, const Update&, Range, const Numbers&);          \
   }
 JADAM_DECLARE(avx512)

@@ -65,7 +65,7 @@ struct Rows {
 };
 
 // The rows of a call, if shapes match.
-ffi::Error read_rows(const Rows& rows, const Floats& now, Batch& batch) {
+ffi::Error read_rows(const Rows& rows, const Floats& of_places, Batch& batch) {
   const auto sizes = rows.table.dimensions();
   if (sizes.size() < 2 || rows.factors.dimensions().size() != 2) return wrong("of other shapes");
   const size_t n = rows.ids.element_count(), size = rows.table.element_count();
@@ -75,13 +75,14 @@ ffi::Error read_rows(const Rows& rows, const Floats& now, Batch& batch) {
   batch.n = int64_t(n);
   batch.missed.nodes = rows.factors.dimensions()[0];
   bool fits = rows.m.element_count() == size && rows.v.element_count() == size &&
-              int64_t(now.element_count()) == batch.n * batch.width &&
+              int64_t(of_places.element_count()) == batch.n * batch.width &&
               rows.scales.element_count() == n * size_t(batch.missed.nodes) &&
               rows.factors.element_count() == rows.scales.element_count();
   for (const Floats* x : {&rows.steps, &rows.plain, &rows.first, &rows.second, &rows.decay}) {
     fits = fits && x->element_count() == n;
   }
   if (!fits) return wrong("of other shapes");
+  if (batch.n > INT32_MAX) return wrong("more than 2^31 places");
   batch.ids = rows.ids.typed_data();
   batch.missed.steps = rows.steps.typed_data();
   batch.missed.plain = rows.plain.typed_data();
@@ -103,26 +104,24 @@ ffi::Error rows_now(ffi::ThreadPool threads, Floats table, Floats m, Floats v, I
   const Rows rows{table, m, v, ids, steps, plain, first, second, decay, factors, scales};
   const ffi::Error error = read_rows(rows, *now, batch);
   if (error.failure()) return error;
-  batch.now = now->typed_data();
-  run_on(threads, std::make_shared<CatchUpWork>(in_use.load()->catch_up, batch, *eps.typed_data()));
+  run_on(threads, std::make_shared<CatchUpWork>(in_use.load()->catch_up, batch, *eps.typed_data(),
+                                                now->typed_data()));
   return ffi::Error::Success();
 }
 
 ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, Ints ids,
                      Floats steps, Floats plain, Floats first, Floats second, Floats decay,
-                     Floats factors, Floats scales, Ints last, Floats now, Floats g,
-                     Floats numbers, Ints count, ffi::Result<Floats> table_out,
+                     Floats factors, Floats scales, Ints last, Floats g, Floats numbers,
+                     Ints count, ffi::Result<Floats> table_out,
                      ffi::Result<Floats> m_out, ffi::Result<Floats> v_out,
                      ffi::Result<Ints> last_out, bool decays) {
   Batch batch{};
   const Rows rows{table, m, v, ids, steps, plain, first, second, decay, factors, scales};
-  const ffi::Error error = read_rows(rows, now, batch);
+  const ffi::Error error = read_rows(rows, g, batch);
   if (error.failure()) return error;
-  if (g.element_count() != now.element_count() || int64_t(last.element_count()) != batch.rows ||
-      numbers.size_bytes() != sizeof(Numbers)) {
+  if (int64_t(last.element_count()) != batch.rows || numbers.size_bytes() != sizeof(Numbers)) {
     return wrong("of other shapes");
   }
-  batch.now = now.typed_data();
   Update update{};
   update.g = g.typed_data();
   update.p = table_out->typed_data();
@@ -137,7 +136,7 @@ ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, 
   update.decays = decays;
   Numbers step;
   std::memcpy(&step, numbers.typed_data(), sizeof step);
-  run_on(threads, std::make_shared<RowsWork>(in_use.load()->step_rows, batch, update, step));
+  run_on(threads, std::make_shared<StepRowsWork>(in_use.load()->step_rows, batch, update, step));
   return ffi::Error::Success();
 }
 
@@ -200,7 +199,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jadam_rows_step, jadam::step_rows,
     jadam::with_rows(xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>())
         .Arg<jadam::Ints>()
-        .Arg<jadam::Floats>()
         .Arg<jadam::Floats>()
         .Arg<jadam::Floats>()
         .Arg<jadam::Ints>()

@@ -30,47 +30,129 @@ JADAM_INLINE void store_some(float* p, F32 x, int64_t n) {
   std::memcpy(p, &x, n * sizeof(float));
 }
 
-// The nodes of some rows. In a batch the numbers of a node lie together; here those of a row do.
-class Nodes {
+// The series of the rows of kLanes places, a lane each.
+class SeriesOfPlaces {
  public:
-  static constexpr int64_t kRows = 16;
-
-  Nodes(const Batch& batch, float eps)
-      : batch_(batch), eps_(eps), pairs_((batch.missed.nodes + 1) / 2), of_rows_(kRows * pairs_) {}
-
-  int64_t pairs() const { return pairs_; }
-  const NodePair* of(int64_t place) const { return of_rows_.data() + (place - first_) * pairs_; }
-
-  void read(int64_t first) {
-    first_ = first;
-    const int64_t rows = batch_.n - first < kRows ? batch_.n - first : kRows;
-    for (int64_t q = 0; q < batch_.missed.nodes; ++q) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = q * batch_.n + first + row;
-        const float scale = batch_.missed.scales[at];
-        NodePair& pair = of_rows_[row * pairs_ + q / 2];
-        pair.factor[q % 2] = batch_.missed.factors[at];
-        pair.floor[q % 2] = 0x1.6a09e6p-52f * scale;
-        pair.shift[q % 2] = eps_ * scale;
+  // Those of the places from `first` on.
+  void read(const Batch& batch, int64_t first, float eps) {
+    const int64_t n = batch.n - first < kLanes ? batch.n - first : kLanes;
+    const auto of_places = [&](const float* x, int64_t q) {
+      return load_some(x + q * batch.n + first, n);
+    };
+    F32 largest{}, terms[kTerms] = {};
+    for (int64_t q = 0; q < batch.missed.nodes; ++q) {
+      largest = at_least(of_places(batch.missed.scales, q), largest);
+    }
+    const F32 inverse = -1.0f / largest;
+    for (int64_t q = 0; q < batch.missed.nodes; ++q) {
+      const F32 ratio = of_places(batch.missed.scales, q) * inverse;
+      F32 term = of_places(batch.missed.factors, q);
+      for (F32& sum : terms) {
+        sum += term;
+        term *= ratio;
       }
     }
+    for (int k = 0; k < kTerms; ++k) store(terms_[k], terms[k]);
+    store(shift_, eps * largest);
+    // No root of a number is smaller than 2^-63: for rows without nodes, whose sums are 0.
+    const F32 least = at_least(kShifts * eps * largest, kFloor * largest);
+    store(least_, at_least(least, all(0x1p-63f)));
+    first_ = first;
+  }
+
+  Series of(int64_t place) const {
+    const int64_t lane = place - first_;
+    Series series{shift_[lane], least_[lane], {}};
+    for (int k = 0; k < kTerms; ++k) series.terms[k] = terms_[k][lane];
+    return series;
   }
 
  private:
-  const Batch& batch_;
-  const float eps_;
-  const int64_t pairs_;
-  std::vector<NodePair> of_rows_;
+  float terms_[kTerms][kLanes], shift_[kLanes], least_[kLanes];
   int64_t first_ = 0;
 };
+
+// The rows of places that follow each other, after the steps that they have missed.
+class CaughtUp {
+ public:
+  CaughtUp(const Batch& batch, float eps)
+      : batch_(batch), eps_(eps), pairs_((batch.missed.nodes + 1) / 2) {}
+
+  void go_to(int64_t place) {
+    place_ = place;
+    has_pairs_ = false;
+    has_missed_ = batch_.missed.steps[place] != 0;
+    if (!has_missed_) return;
+    if (place >= end_) {
+      of_places_.read(batch_, place, eps_);
+      end_ = place + kLanes;
+    }
+    series_ = of_places_.of(place);
+    plain_ = batch_.missed.plain[place];
+    decay_ = batch_.missed.decay[place];
+  }
+
+  JADAM_INLINE F32 operator()(F32 p, F32 m, F32 v) {
+    if (!has_missed_) return p;
+    const F32 root = sqrt(v);
+    F32 motion;
+    if (__builtin_expect(is_far(root, m, series_), true)) {
+      motion = motion_of(root, series_);
+    } else {
+      if (!has_pairs_) read_pairs();
+      motion = motion_of(root, pairs_.data(), int64_t(pairs_.size()));
+    }
+    return (p + decay_ * p) - m * (plain_ + motion);
+  }
+
+ private:
+  // In a batch the numbers of a node lie together; here those of a row do.
+  void read_pairs() {
+    for (int64_t q = 0; q < batch_.missed.nodes; ++q) {
+      const int64_t at = q * batch_.n + place_;
+      const float scale = batch_.missed.scales[at];
+      NodePair& pair = pairs_[q / 2];
+      pair.factor[q % 2] = batch_.missed.factors[at];
+      pair.floor[q % 2] = kFloor * scale;
+      pair.shift[q % 2] = eps_ * scale;
+    }
+    has_pairs_ = true;
+  }
+
+  const Batch& batch_;
+  const float eps_;
+  std::vector<NodePair> pairs_;
+  SeriesOfPlaces of_places_;
+  Series series_{};
+  int64_t place_ = 0, end_ = 0;
+  float plain_ = 0, decay_ = 0;
+  bool has_missed_ = false, has_pairs_ = false;
+};
+
+// The row of a place into the cache, where there is one.
+void prefetch_row(const Batch& batch, int64_t place, int64_t end) {
+  if (place >= end || !batch.has(place)) return;
+  const int64_t first = int64_t(batch.ids[place]) * batch.width;
+  for (const float* x : {batch.p, batch.m, batch.v}) prefetch(x + first, batch.width);
+}
+
+// `of_place(place)` of each of some places, whose rows are in the cache by then.
+template <class OfPlace>
+JADAM_INLINE void of_places(const Batch& batch, Range places, const OfPlace& of_place) {
+  for (int64_t i = 0; i < kAhead; ++i) prefetch_row(batch, places.begin + i, places.end);
+  for (int64_t place = places.begin; place < places.end; ++place) {
+    prefetch_row(batch, place + kAhead, places.end);
+    of_place(place);
+  }
+}
 
 // The gradient of a row, the sum of those of its places in their order.
 const float* gradient(const Batch& batch, const Update& update, int64_t place,
                       std::vector<float>& sum) {
   const float* g = update.g + place * batch.width;
-  if (update.next[place] < 0) return g;
+  if (update.places[place].next < 0) return g;
   sum.assign(g, g + batch.width);
-  while ((place = update.next[place]) >= 0) {
+  while ((place = update.places[place].next) >= 0) {
     g = update.g + place * batch.width;
     for (int64_t i = 0; i < batch.width; ++i) sum[i] += g[i];
   }
@@ -78,66 +160,55 @@ const float* gradient(const Batch& batch, const Update& update, int64_t place,
 }
 
 template <class Member>
-void step_member(const Batch& batch, const Update& update, Range rows, const Numbers& s) {
+void step_member(const Batch& batch, const Update& update, Range places, const Numbers& s) {
   const Member member{s};
   const int64_t width = batch.width;
+  CaughtUp now(batch, s.eps);
   std::vector<float> sum;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    if (row + kAhead < rows.end) {
-      const int64_t to_come = int64_t(batch.ids[update.first[row + kAhead]]) * width;
-      for (const float* x : {update.p, update.m, update.v}) prefetch(x + to_come, width);
-    }
-    const int64_t place = update.first[row], id = batch.ids[place];
+  of_places(batch, places, [&](int64_t place) {
+    if (!update.places[place].is_first) return;
+    now.go_to(place);
+    const int64_t id = batch.ids[place];
     const float* g = gradient(batch, update, place, sum);
     const float first = batch.missed.first[place], second = batch.missed.second[place];
-    const float* now = batch.now + place * width;
     float *p = update.p + id * width, *m = update.m + id * width, *v = update.v + id * width;
     of_vectors(width, [&](int64_t i, int64_t n) {
-      F32 m_ = load_some(m + i, n) * first, v_ = load_some(v + i, n) * second;
-      const F32 p_ = load_some(now + i, n);
+      F32 m_ = load_some(m + i, n), v_ = load_some(v + i, n);
+      const F32 p_ = now(load_some(p + i, n), m_, v_);
+      m_ *= first;
+      v_ *= second;
       const F32 direction = member(limit_range(load_some(g + i, n)), m_, v_);
       store_some(p + i, p_ + update_of(direction, p_, update.decays, s), n);
       store_some(m + i, m_, n);
       store_some(v + i, v_, n);
     });
     update.last[id] = update.count;
-  }
+  });
 }
 
 }  // namespace
 
-void catch_up(const Batch& batch, Range places, float eps) {
-  Nodes nodes(batch, eps);
+void catch_up(const Batch& batch, Range places, float eps, float* now) {
   const int64_t width = batch.width;
-  for (int64_t place = places.begin; place < places.end; ++place) {
-    if ((place - places.begin) % Nodes::kRows == 0) nodes.read(place);
-    if (place + kAhead < places.end && batch.has(place + kAhead)) {
-      const int64_t to_come = int64_t(batch.ids[place + kAhead]) * width;
-      for (const float* x : {batch.p, batch.m, batch.v}) prefetch(x + to_come, width);
-    }
-    float* now = batch.now + place * width;
+  CaughtUp caught_up(batch, eps);
+  of_places(batch, places, [&](int64_t place) {
+    float* row = now + place * width;
     if (!batch.has(place)) {
-      std::memset(now, 0, width * sizeof(float));
-      continue;
+      std::memset(row, 0, width * sizeof(float));
+      return;
     }
+    caught_up.go_to(place);
     const int64_t first = int64_t(batch.ids[place]) * width;
     const float *p = batch.p + first, *m = batch.m + first, *v = batch.v + first;
-    if (batch.missed.steps[place] == 0) {
-      std::memcpy(now, p, width * sizeof(float));
-      continue;
-    }
-    const NodePair* pairs = nodes.of(place);
-    const float plain = batch.missed.plain[place], decay = batch.missed.decay[place];
     of_vectors(width, [&](int64_t i, int64_t n) {
-      const F32 p_ = load_some(p + i, n), m_ = load_some(m + i, n), v_ = load_some(v + i, n);
-      const F32 motion = m_ * (plain + motion_of(v_, pairs, nodes.pairs()));
-      store_some(now + i, (p_ + decay * p_) - motion, n);
+      store_some(row + i, caught_up(load_some(p + i, n), load_some(m + i, n), load_some(v + i, n)),
+                 n);
     });
-  }
+  });
 }
 
-void step_rows(const Batch& batch, const Update& update, Range rows, const Numbers& s) {
-  (s.g_weight != 0 ? step_member<Adam<true>> : step_member<Adam<false>>)(batch, update, rows, s);
+void step_rows(const Batch& batch, const Update& update, Range places, const Numbers& s) {
+  (s.g_weight != 0 ? step_member<Adam<true>> : step_member<Adam<false>>)(batch, update, places, s);
 }
 
 }  // namespace JADAM_ISA

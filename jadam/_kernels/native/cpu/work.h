@@ -169,92 +169,81 @@ class Work : public Jobs {
   std::vector<int64_t> starts_;  // of each job in parts_
 };
 
-// Of each row of a batch its first place, and of each place the next one with the same row.
+// Which places of a batch have the same row.
 class Places {
  public:
-  explicit Places(const Batch& batch) : next_(batch.n, -1) {
+  explicit Places(const Batch& batch) : places_(batch.n, Place{false, -1}) {
     int bits = 4;
     while (int64_t(1) << bits < 2 * batch.n) ++bits;
-    std::vector<int64_t> latest(int64_t(1) << bits, -1);  // by the row's place in a table of hashes
+    std::vector<int32_t> latest(int64_t(1) << bits, -1);  // by the row's place in a table of hashes
     for (int64_t place = 0; place < batch.n; ++place) {
       if (!batch.has(place)) continue;
       const int32_t id = batch.ids[place];
       uint32_t at = uint32_t(id) * kStep >> (32 - bits);
       while (latest[at] >= 0 && batch.ids[latest[at]] != id) at = (at + 1) % latest.size();
       if (latest[at] < 0) {
-        first_.push_back(place);
+        places_[place].is_first = true;
       } else {
-        next_[latest[at]] = place;
+        places_[latest[at]].next = int32_t(place);
       }
-      latest[at] = place;
+      latest[at] = int32_t(place);
     }
   }
 
-  int64_t rows() const { return int64_t(first_.size()); }
-  const int64_t* first() const { return first_.data(); }
-  const int64_t* next() const { return next_.data(); }
+  const Place* data() const { return places_.data(); }
 
  private:
-  std::vector<int64_t> first_, next_;
+  std::vector<Place> places_;
 };
 
-// So many rows of a width in jobs that are longer than waking a thread.
-class RowsOfJobs {
+// Work on the rows of a batch, cut into jobs that are longer than waking a thread.
+class RowsWork : public Jobs {
  public:
-  RowsOfJobs(int64_t rows, int64_t width)
-      : rows_(rows), in_job_(std::max<int64_t>(1, 4096 / std::max<int64_t>(width, 1))) {}
+  int64_t jobs() const override { return (batch_.n + in_job_ - 1) / in_job_; }
 
-  int64_t jobs() const { return (rows_ + in_job_ - 1) / in_job_; }
-  Range of(int64_t job) const {
-    return {job * in_job_, std::min((job + 1) * in_job_, rows_)};
+ protected:
+  explicit RowsWork(const Batch& batch)
+      : batch_(batch), in_job_(std::max<int64_t>(1, 4096 / std::max<int64_t>(batch.width, 1))) {}
+
+  Range places_of(int64_t job) const {
+    return {job * in_job_, std::min((job + 1) * in_job_, batch_.n)};
   }
 
+  const Batch batch_;
+
  private:
-  const int64_t rows_, in_job_;
+  const int64_t in_job_;
 };
 
 // The rows of a batch as they are after the steps that they have missed.
-class CatchUpWork : public Jobs {
+class CatchUpWork : public RowsWork {
  public:
-  CatchUpWork(CatchUp kernel, const Batch& batch, float eps)
-      : kernel_(kernel), batch_(batch), eps_(eps), parts_(batch.n, batch.width) {}
-
-  int64_t jobs() const override { return parts_.jobs(); }
+  CatchUpWork(CatchUp kernel, const Batch& batch, float eps, float* now)
+      : RowsWork(batch), kernel_(kernel), eps_(eps), now_(now) {}
 
  private:
-  void run(int64_t job) const override { kernel_(batch_, parts_.of(job), eps_); }
+  void run(int64_t job) const override { kernel_(batch_, places_of(job), eps_, now_); }
 
   const CatchUp kernel_;
-  const Batch batch_;
   const float eps_;
-  const RowsOfJobs parts_;
+  float* const now_;
 };
 
 // A step of the rows of a batch, each once.
-class RowsWork : public Jobs {
+class StepRowsWork : public RowsWork {
  public:
-  RowsWork(StepRows kernel, const Batch& batch, const Update& update, const Numbers& step)
-      : kernel_(kernel),
-        batch_(batch),
-        update_(update),
-        step_(step),
-        places_(batch),
-        parts_(places_.rows(), batch.width) {
-    update_.first = places_.first();
-    update_.next = places_.next();
+  StepRowsWork(StepRows kernel, const Batch& batch, const Update& update, const Numbers& step)
+      : RowsWork(batch), kernel_(kernel), update_(update), step_(step), places_(batch) {
+    update_.places = places_.data();
   }
 
-  int64_t jobs() const override { return parts_.jobs(); }
-
  private:
-  void run(int64_t job) const override { kernel_(batch_, update_, parts_.of(job), step_); }
+  void run(int64_t job) const override { kernel_(batch_, update_, places_of(job), step_); }
 
   const StepRows kernel_;
-  const Batch batch_;
   Update update_;
   const Numbers step_;
   const Places places_;
-  const RowsOfJobs parts_;
 };
 
 }  // namespace jadam

@@ -1,0 +1,102 @@
+"""A loop over the layers of stacks that lie on the device or in the host's memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+Rows = dict[Any, Any]
+"""Of each stack some rows of its first axis, by the stacks' names."""
+
+
+def is_far(x: Any) -> bool:
+    """Whether an array lies in the host's memory, as far as JAX's types say."""
+    return jax.typeof(x).memory_space is jax.memory.Space.Host
+
+
+def near(x: Any) -> Any:
+    """The array on the device."""
+    return jax.device_put(x, jax.memory.Space.Device) if is_far(x) else x
+
+
+def back(x: Any, home: Any) -> Any:
+    """The array in the memory where `home` lies."""
+    return jax.device_put(x, jax.memory.Space.Host) if is_far(home) else x
+
+
+def _as_it_lies(stack: Any) -> Any:
+    """The stack, which is read by slices only.
+
+    XLA:TPU would make another one before the loop, in the dtype or in the order of axes that the
+    body wants of a slice: 2 or 4 bytes a parameter.
+    """
+    if is_far(stack):
+        return stack
+    order = Layout(tuple(range(stack.ndim)))
+    stack = lax.optimization_barrier(stack)
+    return lax.platform_dependent(
+        stack, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
+    )
+
+
+def over_layers(
+    body: Callable[[Any, Rows, Any], tuple[Any, Rows, Any]],
+    carry: Any,
+    stacks: Rows,
+    xs: Any,
+    length: int,
+    *,
+    rows: int = 1,
+    writes: bool = True,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+) -> tuple[Any, Rows, Any]:
+    """`lax.scan` over slices of stacks, which are replaced in place.
+
+    Of a stack in the host's memory no more is on the device than the slice that is computed and the
+    one that comes or goes.
+
+    Args:
+        body: `(carry, slices [rows, ...], (i, x)) -> (carry, new slices, y)`, i counting slices.
+        carry: the first carry.
+        stacks: arrays [>= length * rows, ...].
+        xs: as in `lax.scan`.
+        length: the number of slices.
+        rows: how many rows of the stacks' first axes one slice is.
+        writes: whether there are new slices. The stacks that are returned are to be used in any
+            case: XLA does more with stacks of which nothing else is wanted than what it reads here.
+        reverse, unroll: as in `lax.scan`.
+
+    Returns:
+        The last carry, the stacks, and the stacked ys.
+    """
+    # XLA:TPU cannot compile the same of stacks that are written: there each slice is fetched when
+    # its round begins, while the body computes what it does not need it for.
+    ahead = {name: x for name, x in stacks.items() if is_far(x) and not writes}
+
+    def slices(stacks: Rows, i: Any) -> Rows:
+        return {
+            name: near(lax.dynamic_slice_in_dim(x, i * rows, rows)) for name, x in stacks.items()
+        }
+
+    def step(state: Any, x: Any) -> Any:
+        carry, fetched, own = state
+        own = own if writes else {name: _as_it_lies(x) for name, x in own.items()}
+        i, _ = x
+        following = jnp.where(i > 0, i - 1, i) if reverse else jnp.minimum(i + 1, length - 1)
+        coming = slices(ahead, following)
+        here = slices({name: x for name, x in own.items() if name not in ahead}, i)
+        carry, new, y = body(carry, here | fetched, x)
+        for name, slice_ in new.items():
+            slice_ = back(slice_, own[name])
+            own |= {name: lax.dynamic_update_slice_in_dim(own[name], slice_, i * rows, 0)}
+        return (carry, coming, own), y
+
+    first = jnp.uint32(length - 1 if reverse else 0)
+    state = (carry, slices(ahead, first), stacks)
+    index = jnp.arange(length, dtype=jnp.uint32)
+    (carry, _, own), ys = lax.scan(step, state, (index, xs), reverse=reverse, unroll=unroll)
+    return carry, own, ys

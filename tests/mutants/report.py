@@ -1,0 +1,130 @@
+"""What was tried and found: results.json, and the table of it in README.md.
+
+`python -m tests.mutants.report` writes the table.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+from experiments.common.report import processor, write_file
+
+HERE = Path(__file__).parent
+PATH = HERE / "results.json"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def equivalent() -> dict[tuple[str, str, str], str]:
+    """Survivors that change nothing that is promised, with the reason."""
+    listed = tomllib.loads((HERE / "equivalent.toml").read_text())["mutant"]
+    return {(x["module"], x["was"], x["is"]): x["why"] for x in listed}
+
+
+@dataclass
+class Results:
+    """The records of all runs: `modules` by name, each with the digest of the text it is of."""
+
+    data: dict[str, Any]
+
+    @classmethod
+    def read(cls) -> "Results":
+        """Those of results.json, or none."""
+        data = json.loads(PATH.read_text()) if PATH.exists() else {"modules": {}, "kernel": []}
+        return cls({"machine": processor(), **data})
+
+    def write(self) -> None:
+        """All, whole or not at all."""
+        write_file(PATH, (json.dumps(self.data, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def module(self, name: str, digest: str, mutants: int) -> None:
+        """Makes room for a module; records of another text of it go."""
+        found = self.data["modules"].get(name)
+        if found is None or found["digest"] != digest:
+            self.data["modules"][name] = {"digest": digest, "mutants": mutants, "tried": {}}
+
+    def has(self, module: str, rank: int) -> bool:
+        """Whether this mutant was tried."""
+        return str(rank) in self.data["modules"][module]["tried"]
+
+    def add(self, module: str, rank: int, record: dict[str, object]) -> None:
+        """Keeps what became of a mutant."""
+        self.data["modules"][module]["tried"][str(rank)] = record
+        self.write()
+        print(module, rank, "found" if record["found"] else "SURVIVED", record, flush=True)
+
+    def survivors(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Those that no test has found yet and that are not equivalent."""
+        same = equivalent()
+        for module, found in self.data["modules"].items():
+            for record in found["tried"].values():
+                is_same = (module, record["was"], record["is"]) in same
+                if not (record["found"] or record.get("found_now") or is_same):
+                    yield module, record
+
+    def now(self, record: dict[str, Any], found: dict[str, object]) -> None:
+        """Keeps what the tests of today say of a survivor."""
+        record |= {"found_now": found["found"], "by": found["by"]}
+        self.write()
+        print("found now" if found["found"] else "SURVIVED", record, flush=True)
+
+    def has_edit(self, edit: dict[str, str]) -> bool:
+        """Whether this edit of the kernel was tried."""
+        return any(all(x[key] == edit[key] for key in edit) for x in self.data["kernel"])
+
+    def add_edit(self, record: dict[str, object]) -> None:
+        """Keeps what became of an edit of the kernel."""
+        self.data["kernel"].append(record)
+        self.write()
+        print("kernel", "found" if record["found"] else "SURVIVED", record, flush=True)
+
+
+def table(data: dict[str, Any]) -> str:
+    """The counts of each module, and the share that is found, with its interval."""
+    same = equivalent()
+    lines = [
+        "| module | mutants | tried | equivalent | found at first | found now |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = [0, 0, 0, 0, 0]
+    for name, module in data["modules"].items():
+        tried = list(module["tried"].values())
+        first = sum(x["found"] for x in tried)
+        later = sum(bool(x.get("found_now")) for x in tried)
+        alike = sum(not x["found"] and (name, x["was"], x["is"]) in same for x in tried)
+        row = [module["mutants"], len(tried), alike, first, first + later]
+        total = [x + y for x, y in zip(total, row, strict=True)]
+        lines.append(f"| `{name}` | " + " | ".join(map(str, row)) + " |")
+    lines.append("| all | " + " | ".join(map(str, total)) + " |")
+    _, tried, alike, first, now = total
+    interval = binomtest(first, tried - alike).proportion_ci(method="wilson")
+    edits = data["kernel"]
+    edited = sum(x["found"] for x in edits)
+    edited_now = edited + sum(bool(x.get("found_now")) for x in edits)
+    alike_edits = sum((x["file"], x["was"], x["is"]) in same for x in edits)
+    lines += [
+        "",
+        f"Of {tried - alike} that are not equivalent, the tests as they were found {first}, "
+        f"{first / (tried - alike):.0%} (95% interval, Wilson: {interval.low:.0%} to "
+        f"{interval.high:.0%}); with the tests that were then written, {now}. Of {len(edits)} "
+        f"edits of the kernel in C++ its program found {edited}, {alike_edits} are equivalent, and "
+        f"with tests that were then written {edited_now} are found. "
+        f"Machine: {data['machine']}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    page = HERE / "README.md"
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    text = f"{before}{BEGIN}\n\n{table(Results.read().data)}\n\n{END}{after}"
+    write_file(page, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Random programs over the whole interface (tests/programs): what each of them keeps.
+
+Finite gradients give finite numbers; no step is beyond the bound; a bad element poisons itself
+alone; shapes and dtypes stay; the kernel's step is XLA's; a saved training goes on bit for bit; and
+a step is the same under vmap, on eight devices, with donation and without jit. The oracles are the
+bound in float64, and the other way of doing the same. `python -m tests.programs` runs ten thousand.
+"""
+
+import json
+
+import pytest
+
+from tests.programs import __main__ as long
+from tests.programs import drawing
+from tests.programs.drawing import draw
+from tests.programs.running import Found
+
+# Between them: five members, three storages, two wrappers, all kernels, each way of making a step.
+SHORT = (1, 4, 20, 22, 39)
+
+
+@pytest.mark.parametrize("seed", SHORT, ids=lambda seed: f"seed {seed}")
+def test_a_random_program(seed, standard_promotion):
+    """Along two sequences of 200 gradients from 1e-45 to the largest number."""
+    assert Found(draw(seed), range(2)).failures == []
+
+
+def test_every_part_of_a_program_is_drawn():
+    """A member, a storage, a wrapper, a dtype or a way that is never drawn would not be tested."""
+    drawn = [draw(seed) for seed in range(200)]
+    assert {p.member for p in drawn} == set(drawing.MEMBERS)
+    assert {p.storage for p in drawn} == set(drawing.STORAGES)
+    assert {p.wrapper for p in drawn} == set(drawing.WRAPPERS)
+    assert {p.dtypes for p in drawn} == set(drawing.DTYPES)
+    assert {way for p in drawn for way in p.ways} == set(drawing.WAYS)
+
+
+def test_the_committed_report_has_no_failure():
+    """What was run once to its end, by the command in its module."""
+    report = json.loads(long.PATH.read_text())
+    assert report["failures"] == []
+    assert report["programs"] >= 2_000
