@@ -209,8 +209,8 @@ def compare_stored(x, y):
         if CODES[x.dtype].is_coarse:  # beside the next power of two m is twice or half as large
             size = np.where(code > 0, 0, size)
         assert max(code.max(initial=0), size.max(initial=0)) <= 1
-        # The logarithm of the kernel is within 2e-5 levels of that of XLA's form, of 4 bits the
-        # chance of the upper level is within 2.1e-5.
+        # The logarithm of the kernel is within 2e-5 levels of that of XLA's form; of 4 bits it is
+        # exact.
         assert np.sum(x != y) <= 1e-3 * x.size
     elif x.dtype in (np.int16, np.int32):
         np.testing.assert_array_equal(x, y)

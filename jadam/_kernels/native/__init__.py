@@ -209,8 +209,6 @@ def tables() -> np.ndarray:
         .coef,
         "exp2_polynomial": lattice.EXP2,
         "log2_polynomial": 16 * lattice.LOG2,
-        # To 2e-5, the ends included: they meet those of the next octaves.
-        "coarse_chance": _through_ends(_chance_of_the_next_level, 7, (0.5, 2.0)),
     }
     fields = [(name, np.float32, table.shape) for name, table in records.items()]
     return np.array([tuple(records.values())], fields)
@@ -226,19 +224,3 @@ def _tables_of(n: int) -> tuple[np.ndarray, ...]:
     powers = (powers.view(np.int32) - i * (2**23 // n)).astype(np.int32).view(np.float32)
     reciprocal = (1 / (1 + (i + 1 / 2) / n)).astype(np.float32)
     return powers, reciprocal, -16 * np.log2(reciprocal.astype(np.float64)) - i * 16 // n
-
-
-def _chance_of_the_next_level(half: np.ndarray) -> np.ndarray:
-    """That of `Lattice.rounded` for 4 bits, where v is twice this, times a power of 4."""
-    part = np.log2(2 * half) / 2
-    return part - lattice.FOUR_BITS.bend * part * (1 - part)
-
-
-def _through_ends(
-    function: Callable[[np.ndarray], np.ndarray], degree: int, ends: tuple[float, float]
-) -> np.ndarray:
-    """The coefficients of the polynomial through a function on an interval and at its ends."""
-    low, high = ends
-    x = (low + high) / 2 + (high - low) / 2 * chebyshev.chebpts2(degree + 1)
-    found = chebyshev.Chebyshev.fit(x, function(x), degree, domain=list(ends))
-    return found.convert(kind=np.polynomial.Polynomial).coef

@@ -53,15 +53,19 @@ struct Tables {
   float series_eighths[4];
   float exp2_polynomial[7];
   float log2_polynomial[10];
-  float coarse_chance[8];  // of the next level of 4 bits, at half of v over the power of 4 below it
 };
 
 // The dithers of a block's lanes, of both salts: the upper 16 bits, and 23 bits as numbers in
-// [0, 1).
+// [0, 1). For codes of 4 bits that of v as what makes of a number's bits, from the 24th on, the level
+// of its root as Lattice.rounded has it, and 64.
 struct Dithers {
   alignas(64) uint32_t upper[2][kBlock];
   alignas(64) float unit[2][kBlock];
+  alignas(64) uint32_t to_level[kBlock];
 };
+
+// Added to the bits of v: an odd power of 2 has the level of the even one below it.
+constexpr uint32_t kHalfExponent = 0x800000;
 
 enum class Float { kF32, kBF16 };
 inline int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }

@@ -37,24 +37,27 @@ class EightBits : public Codec {
   static int32_t offset_of(int32_t top) { return top - kTop; }
   static int32_t base_of(int32_t top) { return top - kTop + kBias; }
 
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, const Dithers& dithers, int64_t lane) const {
+    return Codec::encode_v(v, fed, base, load_vector<F32>(dithers.unit[0] + lane));
+  }
+
   // The top of a block whose largest v is this.
   JADAM_INLINE I32 top_above(F32 v) const { return biased_level(v, F32{}) - (kBias - 1); }
 };
 
 // codes.FOUR_BITS: the levels are powers of two, so exponents of floats. Its functions are those of
-// Codec.
+// Codec. No approximation is in v's.
 class FourBits {
  public:
   using Both = uint8_t;
   static constexpr int kHighest = 12, kSizes = 10, kSizeBase = 2 * kSizes + 1;
   static constexpr int32_t kOfNaN = 255;
 
-  JADAM_INLINE FourBits(const Numbers& s, const Tables& tables)
+  JADAM_INLINE FourBits(const Numbers& s, const Tables&)
       : before_a_(s.coarse_before_a),
         before_end_(kSizes * s.coarse_before_s),
         now_a_(s.coarse_now_a),
-        now_end_(kSizes * s.coarse_now_s),
-        chance_(tables.coarse_chance) {}
+        now_end_(kSizes * s.coarse_now_s) {}
 
   static JADAM_INLINE I32 load_both(const Both* p) { return load_u8(p); }
   static JADAM_INLINE void store_both(Both* p, I32 both) { store_u8(p, both); }
@@ -84,12 +87,9 @@ class FourBits {
   }
 
   // `fed` is 1 where the gradient is not 0, and 0 elsewhere.
-  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, F32 dither) const {
-    const U32 up = of_octaves(v);
-    // v over the power of 4 at or below it, over 2.
-    const F32 part = bits<F32>((up & 0xFFFFFFu) | 0x3F000000u);
-    const Mask goes_up = chance_(part) + dither >= 1.0f;
-    const I32 raised = bits<I32>(up >> 24) - goes_up - base;
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, const Dithers& dithers, int64_t lane) const {
+    const U32 up = bits<U32>(v) + load_vector<U32>(dithers.to_level + lane);
+    const I32 raised = bits<I32>(up >> 24) - base;
     return max(min(raised, I32{} + kHighest), fed) & (v > 0.0f);
   }
 
@@ -107,7 +107,7 @@ class FourBits {
   }
 
   JADAM_INLINE I32 top_above(F32 v) const {
-    return bits<I32>(of_octaves(v) >> 24) - (kBiasOfRoot - 1);
+    return bits<I32>((bits<U32>(v) + kHalfExponent) >> 24) - (kBiasOfRoot - 1);
   }
 
   static JADAM_INLINE F32 power_of_two(I32 level) { return bits<F32>((level + 127) << 23); }
@@ -115,12 +115,8 @@ class FourBits {
  private:
   static constexpr int kBiasOfRoot = 64;
 
-  // v's bits so that from the 24th on they say the level of the root at or below it, and 64.
-  static JADAM_INLINE U32 of_octaves(F32 v) { return bits<U32>(v) + 0x800000u; }
-
   const float before_a_, before_end_, now_a_, now_end_;
   const float per_end_a_ = 1.0f / (now_end_ * now_a_);
-  const Polynomial<8> chance_;
 };
 
 }  // namespace

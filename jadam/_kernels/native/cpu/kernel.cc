@@ -60,7 +60,7 @@ __attribute__((noinline)) void encode_block(const Codec& known_codec, Block& blo
   for (int64_t i = 0; i < n; i += kLanes) {
     const I32 code =
         codec.encode_v(load_vector<F32>(block.v + i), load_vector<I32>(block.codes + i), base,
-                       load_vector<F32>(dithers.unit[0] + i));
+                       dithers, i);
     store_vector(block.codes + i, code);
   }
   for (int64_t i = 0; i < n; i += kLanes) {
