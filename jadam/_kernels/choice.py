@@ -281,13 +281,12 @@ def kernels() -> dict[str, str]:
     used. Up to 256 leaves are one launch. XLA makes a kernel for each leaf, and two passes of
     codes.
 
-    On a TPU a kernel in Pallas takes leaves with moments of 16, 8 or 4 bits and compensated
-    weights, on one device and under `jax.shard_map(check_vma=False)`, as
-    `jadam.sharding.step_in_parts` makes it. It was compiled for TPUs and compared with XLA's form
-    on a CPU, but has not run on a TPU yet. XLA makes one pass of all other leaves but those of
-    other shapes with such moments or residuals, and those divided over devices without it: of
-    these, codes without 16-bit weights are stepped in the order of a TPU's tiles where each device
-    has whole ones.
+    On a TPU a kernel in Pallas takes leaves with moments of 4 to 16 bits and compensated weights,
+    on one device and under `jax.shard_map(check_vma=False)`, as `jadam.sharding.step_in_parts`
+    makes it. It was compiled for TPUs and compared with XLA's form on a CPU, but has not run on a
+    TPU yet. XLA makes one pass of all other leaves but those of other shapes with such moments or
+    residuals, and those divided over devices without it: of these, codes without 16-bit weights are
+    stepped in the order of a TPU's tiles where each device has whole ones.
 
     >>> import jadam
     >>> sorted(jadam.kernels())
