@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 from jadam._storage import storage_of
+from jadam._storage.curve import Curve
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
 FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0}
@@ -243,6 +244,14 @@ def test_other_decay_rates_follow_float64(b1, b2):
     error = np.sum((np.asarray(updates, np.float64) - exact) ** 2) / np.sum(exact**2)
     # As for the defaults above; at b1 = .99 a rounding of m stays for 100 steps.
     assert error <= (2e-2 if b1 == 0.99 else 6e-3)
+
+
+def test_a_first_moment_past_the_limit_has_the_last_code():
+    """With few codes the one below stands for a third of it: a cut m is cut to the limit."""
+    curve, dither = Curve(0.458, 1 + 0.458 / 7.27), jnp.linspace(0, 1 - 2.0**-24, 1001)
+    for r in (7.28, 8.0, 14.0, 1e6):
+        codes = curve.compress(jnp.full_like(dither, r), dither, 10, unbiased=True)
+        np.testing.assert_array_equal(codes, 10)
 
 
 def test_amsgrads_maximum_never_falls():

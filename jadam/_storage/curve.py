@@ -48,7 +48,8 @@ class Curve(NamedTuple):
         lower = jnp.floor(y)
         # e - y = e·a/(a + size)
         chance = (y - lower) * (end - lower - 1) * (self.a + size) * (1 / (end * self.a))
-        code = lower + jnp.floor(jnp.minimum(chance, 1) + dither)
+        # Past the limit it would be negative.
+        code = lower + jnp.floor(jnp.clip(chance, 0, 1) + dither)
         return jnp.copysign(jnp.minimum(code, levels), r)
 
 
