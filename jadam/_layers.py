@@ -1,12 +1,15 @@
 """A loop over the layers of stacks that lie on the device or in the host's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from jadam._kernels.choice import apart
+from jadam._rounding import as_layer
+from jadam._traced import ClosedJaxpr, in_order
 
 Rows = dict[Any, Any]
 """Of each stack some rows of its first axis, by the stacks' names."""
@@ -35,11 +38,35 @@ def _as_it_lies(stack: Any) -> Any:
     """
     if is_far(stack):
         return stack
-    order = Layout(tuple(range(stack.ndim)))
     stack = lax.optimization_barrier(stack)
-    return lax.platform_dependent(
-        stack, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
+    return lax.platform_dependent(stack, tpu=in_order, default=lambda x: x)
+
+
+def on_slices(
+    step: Callable[..., Any], arrays: Sequence[Any], rows: Sequence[int | None]
+) -> tuple[ClosedJaxpr, list[Any]]:
+    """A step of one layer, traced: what no kernel joins over leaves, and dithers by its number.
+
+    Args:
+        step: a function of the arrays.
+        arrays: stacks, and others.
+        rows: of each array how many rows of its first axis are there, or None: all.
+
+    Returns:
+        The equations, whose inputs are the layer's number and the arrays, and the arrays' types.
+    """
+
+    def numbered(layer: Any, *arrays: Any) -> Any:
+        with apart(), as_layer(layer):
+            return step(*arrays)
+
+    slices = jax.eval_shape(
+        lambda *arrays: [
+            near(x if n is None else x[:n]) for x, n in zip(arrays, rows, strict=True)
+        ],
+        *arrays,
     )
+    return jax.make_jaxpr(numbered)(jax.ShapeDtypeStruct((), jnp.uint32), *slices), slices
 
 
 def over_layers(

@@ -44,7 +44,7 @@ def init(
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter: `mu` then
             holds uint16 codes of both, `nu` one int16 for each 128 of them. `mu_dtype="int4",
             nu_dtype="uint4"` does in 1 byte, `mu` holding uint8: an update is then by chance
-            40% longer or shorter, and not on average.
+            half as long again or half as short, and not on average.
         min_size: leaves with fewer elements are stored in float32 instead of codes, as are those
             with a last axis under 32. Default: 4096.
 

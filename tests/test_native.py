@@ -33,7 +33,7 @@ STORAGE = {
     "8 bits": EIGHT_BITS,
     "4 bits": FOUR_BITS,
 }
-CODES = {x.dtype: x for x in codes.LATTICES}
+CODES = {x.dtype: x for x in lattice.LATTICES}
 DTYPES = {
     "float32": (jnp.float32, jnp.float32),
     "bfloat16 gradients": (jnp.bfloat16, jnp.float32),
@@ -794,16 +794,15 @@ def test_the_kernel_has_pythons_constants():
     assert _rounding._LANES == codes.BLOCK
     # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
     assert lattice.EIGHT_BITS.per_octave == 32
+    assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["work.h"]
 
 
 def test_comments_in_the_kernel_name_python_that_exists():
     """A reader who follows one finds it."""
     for text in SOURCES.values():
         comments = "\n".join(re.findall(r"//.*", text))
-        for module, name in re.findall(
-            r"\b(codes|native|_math|_rounding)\.(?!py\b)(\w+)", comments
-        ):
-            where = {"codes": codes, "native": native, "_math": jadam._math, "_rounding": _rounding}
+        where = {"lattice": lattice, "native": native, "_math": jadam._math, "_rounding": _rounding}
+        for module, name in re.findall(rf"\b({'|'.join(where)})\.(?!py\b)(\w+)", comments):
             assert hasattr(where[module], name), (module, name)
 
 

@@ -8,7 +8,7 @@ namespace jadam {
 namespace JADAM_ISA {
 namespace {
 
-// codes.EIGHT_BITS
+// lattice.EIGHT_BITS
 class EightBits : public Codec {
  public:
   using Both = uint16_t;
@@ -45,7 +45,7 @@ class EightBits : public Codec {
   JADAM_INLINE I32 top_above(F32 v) const { return biased_level(v, F32{}) - (kBias - 1); }
 };
 
-// codes.FOUR_BITS: the levels are powers of two, so exponents of floats. Its functions are those of
+// lattice.FOUR_BITS: the levels are powers of two, so exponents of floats. Its functions are those of
 // Codec. No approximation is in v's.
 class FourBits {
  public:
