@@ -30,6 +30,12 @@ def back(x: Any, home: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Host) if is_far(home) else x
 
 
+def _placed(x: Any, old: Any) -> Any:
+    """The array over the devices where `old` lies, as types of explicit axes have to say it."""
+    place = jax.typeof(old).sharding
+    return jax.sharding.reshard(x, place) if place != jax.typeof(x).sharding else x
+
+
 def _as_it_lies(stack: Any) -> Any:
     """The stack, which is read by slices only.
 
@@ -118,7 +124,7 @@ def over_layers(
         here = slices({name: x for name, x in own.items() if name not in ahead}, i)
         carry, new, y = body(carry, here | fetched, x)
         for name, slice_ in new.items():
-            slice_ = back(slice_, own[name])
+            slice_ = back(_placed(slice_, (here | fetched)[name]), own[name])
             own |= {name: lax.dynamic_update_slice_in_dim(own[name], slice_, i * rows, 0)}
         return (carry, coming, own), y
 

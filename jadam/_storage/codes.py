@@ -289,12 +289,12 @@ class Codes:
             tops = jnp.maximum(tops, least(floor(fine.level(bounds[i], power)) + 1))
             level = jnp.maximum(level, least(fine.level_above(moments[i], power)))
             some, alive = some | (bounds[i] > 0), alive | (moments[i] > 0)
-            fed = jnp.where(moments[i] > 0, 1, fed)
+            fed = jnp.maximum(fed, (moments[i] > 0).astype(jnp.int32))
         # Computed once: the tops that are stored are those that the codes count from.
         tops = lax.optimization_barrier(jnp.where(some, tops, 0))
         top = _spread(tops, v.shape[-1])
         raised = level - top + lattice.top
-        code = jnp.where(raised >= 1, jnp.minimum(raised, lattice.top), fed)
+        code = jnp.maximum(jnp.minimum(raised, lattice.top), fed)
         code = jnp.where(jnp.isfinite(v), jnp.where(alive, code, 0), lattice.nan)
 
         level, curves = code - lattice.top + top, self._curves(relation)
