@@ -1,12 +1,15 @@
 """A loop over the layers of stacks that lie on the device or in the host's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from jadam._kernels.choice import apart
+from jadam._rounding import as_layer
+from jadam._traced import ClosedJaxpr, in_order
 
 Rows = dict[Any, Any]
 """Of each stack some rows of its first axis, by the stacks' names."""
@@ -27,6 +30,12 @@ def back(x: Any, home: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Host) if is_far(home) else x
 
 
+def _placed(x: Any, old: Any) -> Any:
+    """The array over the devices where `old` lies, as types of explicit axes have to say it."""
+    place = jax.typeof(old).sharding
+    return jax.sharding.reshard(x, place) if place != jax.typeof(x).sharding else x
+
+
 def _as_it_lies(stack: Any) -> Any:
     """The stack, which is read by slices only.
 
@@ -35,11 +44,35 @@ def _as_it_lies(stack: Any) -> Any:
     """
     if is_far(stack):
         return stack
-    order = Layout(tuple(range(stack.ndim)))
     stack = lax.optimization_barrier(stack)
-    return lax.platform_dependent(
-        stack, tpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
+    return lax.platform_dependent(stack, tpu=in_order, default=lambda x: x)
+
+
+def on_slices(
+    step: Callable[..., Any], arrays: Sequence[Any], rows: Sequence[int | None]
+) -> tuple[ClosedJaxpr, list[Any]]:
+    """A step of one layer, traced: what no kernel joins over leaves, and dithers by its number.
+
+    Args:
+        step: a function of the arrays.
+        arrays: stacks, and others.
+        rows: of each array how many rows of its first axis are there, or None: all.
+
+    Returns:
+        The equations, whose inputs are the layer's number and the arrays, and the arrays' types.
+    """
+
+    def numbered(layer: Any, *arrays: Any) -> Any:
+        with apart(), as_layer(layer):
+            return step(*arrays)
+
+    slices = jax.eval_shape(
+        lambda *arrays: [
+            near(x if n is None else x[:n]) for x, n in zip(arrays, rows, strict=True)
+        ],
+        *arrays,
     )
+    return jax.make_jaxpr(numbered)(jax.ShapeDtypeStruct((), jnp.uint32), *slices), slices
 
 
 def over_layers(
@@ -91,7 +124,7 @@ def over_layers(
         here = slices({name: x for name, x in own.items() if name not in ahead}, i)
         carry, new, y = body(carry, here | fetched, x)
         for name, slice_ in new.items():
-            slice_ = back(slice_, own[name])
+            slice_ = back(_placed(slice_, (here | fetched)[name]), own[name])
             own |= {name: lax.dynamic_update_slice_in_dim(own[name], slice_, i * rows, 0)}
         return (carry, coming, own), y
 

@@ -4,6 +4,7 @@ JAX does not promise to keep these names. They are looked up where they are used
 is gone breaks what needs it and nothing else. Those of the kernels are in `_kernels.jax_internals`.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -36,6 +37,12 @@ def function_of(jaxpr: Jaxpr, constants: Sequence[Any] = ()) -> Callable[..., li
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, constants))
 
 
+def without_constants(closed: ClosedJaxpr) -> Jaxpr:
+    """The equations with the constants as their first inputs."""
+    jaxpr = closed.jaxpr
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
 def part_of(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     """The equations for some of the results alone, and which inputs they need."""
     return partial_eval.dce_jaxpr(jaxpr, list(wanted))
@@ -44,6 +51,16 @@ def part_of(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
 def inside(equation: Equation) -> list[Jaxpr]:
     """The functions that an equation calls: the body of a loop, a branch."""
     return list(core.jaxprs_in_params(equation.params))
+
+
+def in_order(x: Any) -> Any:
+    """The array with its axes in their order in memory, where JAX can ask XLA for it."""
+    try:
+        layout = importlib.import_module("jax.experimental.layout")
+        constrained, order = layout.with_layout_constraint, layout.Layout
+    except (ImportError, AttributeError):
+        return x
+    return constrained(x, order(tuple(range(x.ndim))))
 
 
 def level() -> Any:

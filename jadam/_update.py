@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jadam import _validate
 from jadam._kernels import choice
@@ -44,7 +45,7 @@ def init(
             `mu_dtype="int8", nu_dtype="uint8"` stores both in 2 bytes a parameter: `mu` then
             holds uint16 codes of both, `nu` one int16 for each 128 of them. `mu_dtype="int4",
             nu_dtype="uint4"` does in 1 byte, `mu` holding uint8: an update is then by chance
-            40% longer or shorter, and not on average.
+            half as long again or half as short, and not on average.
         min_size: leaves with fewer elements are stored in float32 instead of codes, as are those
             with a last axis under 32. Default: 4096.
 
@@ -241,12 +242,13 @@ def advance(
     leaves, structure = jax.tree.flatten(grads)
     needed = decays or to_params or weights is not None
     given: list[Any] = jax.tree.leaves(params) if needed else [None] * len(leaves)
+    stored = list(zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True))
+    leaves, given = ([*map(_beside, trees, stored)] for trees in (leaves, given))
     lying = [x or (None, ()) for x in weights or [None] * len(leaves)]
     kinds, extra = [kind for kind, _ in lying], [belongs for _, belongs in lying]
     seen = (p if k is None else k.load(p, x) for k, p, x in zip(kinds, given, extra, strict=True))
     decaying = decaying_leaves(structure.unflatten(seen), mask) if decays else [False] * len(leaves)
     options = [Options(d, to_params, k) for d, k in zip(decaying, kinds, strict=True)]
-    stored = zip(*map(jax.tree.leaves, rule.member.stored(state)), strict=True)
     rows = list(zip(leaves, given, options, stored, extra, strict=True))
 
     platforms = choice.taken(kernel, rule, rows)
@@ -265,6 +267,20 @@ def advance(
         ),
         [stepped.extra for stepped in results],
     )
+
+
+def _beside(x: Any, stored: Sequence[Any]) -> Any:
+    """A whole gradient or parameter in the parts in which its moments lie, on explicit axes.
+
+    On other axes XLA does so itself. Here JAX would join the two in a sum, but not in a choice.
+    """
+    if x is None:
+        return None
+    place = jax.typeof(next(m for m in stored if m.shape == jnp.shape(x))).sharding
+    if AxisType.Explicit not in place.mesh.axis_types:
+        return x
+    is_whole = all(axis is None for axis in jax.typeof(x).sharding.spec)
+    return jax.sharding.reshard(x, place) if is_whole else x
 
 
 def _through_kernel(*args: Any) -> list[Any]:

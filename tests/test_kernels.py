@@ -21,6 +21,7 @@ needs_kernel = pytest.mark.skipif(
     choice.why_not() is not None, reason=f"no kernel: {choice.why_not()}"
 )
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0}
 
 
 def has_kernel(function, *args):
@@ -54,6 +55,9 @@ PROGRAMS = {
     ),
     "moments 8-bit codes": lambda: (
         *(jadam.adam(1e-2, **EIGHT_BITS, kernel="native"), "float32", "float32", "update"),
+    ),
+    "moments 4-bit codes": lambda: (
+        *(jadam.adam(1e-2, **FOUR_BITS, kernel="native"), "float32", "float32", "update"),
     ),
     "weights compensated int8": lambda: (
         *(jadam.compensated_weights(jadam.adam(1e-2, kernel="native")), "float32", "bfloat16"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jadam import _traced
+
 PACKAGE = Path(__file__).parent.parent / "jadam"
 ORDER = [
     "jadam._types",
@@ -116,6 +118,13 @@ def test_what_jax_does_not_promise_is_used_in_two_rooms():
     inner = ("jax._src", "jax.core", "jax.extend", "jax.interpreters")
     found = {module for module in ORDER if any(x.startswith(inner) for x in imported(module))}
     assert found == {"jadam._traced", "jadam._kernels.jax_internals"}
+
+
+def test_a_jax_without_layouts_is_enough(monkeypatch):
+    """What is asked of XLA for speed alone is left out where JAX has no words for it."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.layout", None)
+    x = object()
+    assert _traced.in_order(x) is x
 
 
 def test_importing_jadam_starts_no_backend_and_needs_no_extra():

@@ -25,12 +25,15 @@ from jadam._kernels import choice, native
 from jadam._storage import codes, lattice
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4"}
 STORAGE = {
     "float32": {},
     "bfloat16": {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"},
     "bfloat16 m": {"mu_dtype": "bfloat16"},
     "8 bits": EIGHT_BITS,
+    "4 bits": FOUR_BITS,
 }
+CODES = {x.dtype: x for x in lattice.LATTICES}
 DTYPES = {
     "float32": (jnp.float32, jnp.float32),
     "bfloat16 gradients": (jnp.bfloat16, jnp.float32),
@@ -106,12 +109,15 @@ STEPS = [
     ("adam", "8 bits", "float32", "update", "two"),
     ("adam", "8 bits", "bfloat16 gradients", "step", "two"),
     ("adam", "8 bits", "bfloat16", "update", "two"),
+    ("adam", "4 bits", "bfloat16 gradients", "update", "two"),
+    ("adam", "4 bits", "bfloat16", "step", "two"),
     ("nadam", "bfloat16", "float32", "step", "two"),
     ("nadam", "8 bits", "float32", "step", "two"),
     ("radam", "float32", "float32", "step", "two"),
     ("radam", "8 bits", "float32", "step", "two"),
     ("radam, nesterov", "bfloat16 m", "float32", "step", "two"),
     ("radam, nesterov", "8 bits", "float32", "step", "two"),
+    ("radam, nesterov", "4 bits", "float32", "step", "two"),
 ]
 
 
@@ -181,12 +187,12 @@ def compare_moved(x, y, start, p, g_dtype, storage, is_fused):
     update = np.abs(y if start is None else y - p) + 1e-2 * 0.1 * np.abs(p)
     # Three units in the last place of what is added, the direction and the decay, which may cancel,
     # as may m and g in a direction under 1: XLA's fused sum with the decay is up to 2.3 off. One
-    # more for 8 bits, where m comes through a reciprocal to one ulp. Half a unit for each product
+    # more for codes, where m comes through a reciprocal to one ulp. Half a unit for each product
     # that is rounded before its sum where none is fused: in m, in Nesterov's sum, of the decay. And
     # one of the update's own dtype, and one of the result.
     update = np.maximum(update, 1e-2)
     unit = float(jnp.finfo(g_dtype).eps)
-    ulps = (4 if storage == "8 bits" else 3) + (0 if is_fused else 1.5)
+    ulps = (4 if storage in ("8 bits", "4 bits") else 3) + (0 if is_fused else 1.5)
     allowed = ulps * 2.0**-23 * update + (unit if unit > 1e-3 else 0) * update
     if start is not None:
         allowed += unit_of_p * np.abs(y)
@@ -195,13 +201,16 @@ def compare_moved(x, y, start, p, g_dtype, storage, is_fused):
 
 def compare_stored(x, y):
     """Two moments in storage: 2 ulps in float32; what is dithered may fall to either neighbour."""
-    if x.dtype == np.uint16:
-        code, level = (
-            np.abs((x & 511).astype(int) - (y & 511)),
-            np.abs((x >> 9).astype(int) - (y >> 9)),
+    if x.dtype in CODES:
+        code, size = (
+            np.abs(np.asarray(of(jnp.asarray(x))) - np.asarray(of(jnp.asarray(y))))
+            for of in (CODES[x.dtype].code_of, CODES[x.dtype].size_of)
         )
-        assert max(code.max(initial=0), level.max(initial=0)) <= 1
-        # The logarithm of the kernel is within 2e-5 levels of that of XLA's form.
+        if CODES[x.dtype].is_coarse:  # beside the next power of two m is twice or half as large
+            size = np.where(code > 0, 0, size)
+        assert max(code.max(initial=0), size.max(initial=0)) <= 1
+        # The logarithm of the kernel is within 2e-5 levels of that of XLA's form; of 4 bits it is
+        # exact.
         assert np.sum(x != y) <= 1e-3 * x.size
     elif x.dtype in (np.int16, np.int32):
         np.testing.assert_array_equal(x, y)
@@ -240,12 +249,14 @@ def weights_of(wrapper, params, state):
         ("int16", "8 bits", "bfloat16", "update"),
         ("stochastic", "float32", "float32", "update"),
         ("stochastic", "8 bits", "bfloat16", "step"),
+        ("int8", "4 bits", "bfloat16", "step"),
+        ("stochastic", "4 bits", "float32", "update"),
     ],
 )
 def test_weights_of_16_bits_take_the_same_step(wrapper, storage, g_dtype, way):
     """Compensated and stochastic weights, in `update` and in `step`: what XLA's form trains."""
     options = {"eps_root": 1e-12, "weight_decay": 0.1, "min_size": 0, **STORAGE[storage]}
-    which = TWO if storage == "8 bits" else slice(None)
+    which = TWO if storage in ("8 bits", "4 bits") else slice(None)
     rate = optax.linear_schedule(1e-2, 1e-3, 10)
     kernel, xla = (
         WRAPPERS[wrapper](jadam.adamw(rate, mask=MASK[which], kernel=kernel, **options))
@@ -407,7 +418,7 @@ def test_ties_go_to_the_even_bfloat16():
 
 @needs_kernel
 def test_by_itself_the_kernel_is_taken_where_it_is_faster():
-    """`step`, and moments of 16 and 8 bits; an update of float32 moments is XLA's, unless asked."""
+    """`step`, and moments of fewer bits; an update of float32 moments is XLA's, unless asked."""
     g = jnp.ones((64, 128))
     for storage, options in STORAGE.items():
         tx = jadam.adam(1e-2, **options)
@@ -471,6 +482,7 @@ def test_a_scan_and_single_calls_give_the_same_bits():
         *((P(None, "x"), storage) for storage in STORAGE),
         (P("x"), "bfloat16"),
         (P("x"), "8 bits"),
+        (P("x"), "4 bits"),
         (P("x", None), "float32"),
         (P(), "bfloat16 m"),
     ],
@@ -765,13 +777,15 @@ def test_the_kernel_has_pythons_constants():
     """What both sides state is stated alike."""
     constants = dict(
         re.findall(r"\b(k\w+) = (0x\w+?|\d+)u?[,;]", SOURCES["step.h"] + SOURCES["work.h"])
-        + re.findall(r"\b(k\w+) = (\d+)[,;]", SOURCES["equations.h"])
+        + re.findall(r"\b(k\w+) = (\d+)[,;]", SOURCES["equations.h"] + SOURCES["codecs.h"])
     )
     expected = {
         "kBlock": codes.BLOCK,
         "kTop": lattice.EIGHT_BITS.top,
         "kNaN": lattice.EIGHT_BITS.nan,
         "kM": lattice.EIGHT_BITS.sizes,
+        "kHighest": lattice.FOUR_BITS.top,
+        "kSizes": lattice.FOUR_BITS.sizes,
         "kStep": _rounding.STEP,
         "kLane": _rounding._LANE,
         "kSalt": _rounding._SALT,
@@ -780,16 +794,15 @@ def test_the_kernel_has_pythons_constants():
     assert _rounding._LANES == codes.BLOCK
     # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
     assert lattice.EIGHT_BITS.per_octave == 32
+    assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["work.h"]
 
 
 def test_comments_in_the_kernel_name_python_that_exists():
     """A reader who follows one finds it."""
     for text in SOURCES.values():
         comments = "\n".join(re.findall(r"//.*", text))
-        for module, name in re.findall(
-            r"\b(codes|native|_math|_rounding)\.(?!py\b)(\w+)", comments
-        ):
-            where = {"codes": codes, "native": native, "_math": jadam._math, "_rounding": _rounding}
+        where = {"lattice": lattice, "native": native, "_math": jadam._math, "_rounding": _rounding}
+        for module, name in re.findall(rf"\b({'|'.join(where)})\.(?!py\b)(\w+)", comments):
             assert hasattr(where[module], name), (module, name)
 
 

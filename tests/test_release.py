@@ -1,6 +1,7 @@
 """Released steps: the plain step's bits, its errors, its memory, and what it may not skip."""
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -469,9 +470,38 @@ def test_the_page_on_scale_has_the_committed_figures():
         assert row[name]["peak"] < row[name]["arguments"] + 0.3, name
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_a_divided_stack_is_stepped_where_it_lies(kind):
-    """FSDP: parameters and state in eighths before and after, the numbers of the plain step."""
+def collectives(program):
+    """What devices send each other: the operation, the shape, and whether it is in a loop."""
+    found, is_entry = [], False
+    for line in program.as_text().splitlines():
+        if not line.startswith(" "):
+            is_entry = line.startswith("ENTRY")
+        for shape, name in re.findall(r"= \w+\[([\d,]*)\]\S* (all-\w+|reduce-scatter)\(", line):
+            found.append((name, tuple(map(int, shape.split(","))), not is_entry))
+    return found
+
+
+LAYOUTS = {"whole": jax.P(), "FSDP": jax.P(None, "data"), "ZeRO-1": jax.P()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (AxisType.Auto, "FSDP"),
+        (AxisType.Explicit, "ZeRO-1"),
+        pytest.param(AxisType.Auto, "ZeRO-1", marks=pytest.mark.soak),
+        pytest.param(AxisType.Auto, "whole", marks=pytest.mark.soak),
+        pytest.param(AxisType.Explicit, "FSDP", marks=pytest.mark.soak),
+        pytest.param(AxisType.Explicit, "whole", marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_a_divided_stack_is_stepped_where_it_lies(kind, layout):
+    """Parameters and state lie as before, with the numbers of the plain step.
+
+    The gradients of a layer are joined in its round of the backward loop, and no stack is sent;
+    where XLA alone decides, it gathers the new parameters of ZeRO-1 at the end.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     tx = jadam.adamw(1e-2, weight_decay=0.1, **EIGHT_BITS, **XLA)
     rng = np.random.default_rng(4)
@@ -488,15 +518,25 @@ def test_a_divided_stack_is_stepped_where_it_lies(kind):
         return mean(params, scanned(params, x, jax.checkpoint(layer)))
 
     with jax.set_mesh(mesh):
-        rows = {"layers": {"w": jax.P(None, "data")}, "head": jax.P()}
+        rows = {"layers": {"w": LAYOUTS[layout]}, "head": jax.P()}
         lies = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), rows)
         params, x = jax.device_put((params, x), (lies, jax.NamedSharding(mesh, jax.P("data"))))
-        home = state_shardings(tx, params)
+        axis = "data" if layout == "ZeRO-1" else None
+        home = state_shardings(tx, params, axis=axis)
         state = jax.jit(tx.init, out_shardings=home)(params)
         expected = jax.jit(plain_step(loss, tx))(params, state, x)
         step = jax.jit(release.train_step(loss, tx), out_shardings=(lies, home, None))
-        got = step(params, state, x)
+        program = step.lower(params, state, x).compile()
+        got = program(params, state, x)
     # Sums over eight devices in two orders; a code may then be its neighbour, half an octave of 32.
     assert_equal(got[0], expected[0], 1e-4)
-    assert got[0]["layers"]["w"].sharding.is_equivalent_to(lies["layers"]["w"], 3)
-    assert got[1][0].mu["layers"]["w"].sharding.shard_shape((3, 64, 64)) == (3, 8, 64)
+    divided = (3, 8, 64)
+    shard = got[0]["layers"]["w"].sharding.shard_shape(w.shape)
+    assert shard == (divided if layout == "FSDP" else w.shape)
+    shard = got[1][0].mu["layers"]["w"].sharding.shard_shape(w.shape)
+    assert shard == (w.shape if layout == "whole" else divided)
+    sent = collectives(program)
+    assert ("all-reduce", (64, 64), True) in sent
+    of_stacks = [x for x in sent if x[1] == w.shape]
+    is_gathered = layout == "ZeRO-1" and kind == AxisType.Auto
+    assert of_stacks == [("all-gather", w.shape, False)] * is_gathered

@@ -222,6 +222,33 @@ def shape_of(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@pytest.mark.usefixtures("standard_promotion")  # optax.MultiSteps needs it
+@pytest.mark.parametrize("name", [*TRANSFORMATIONS, "8-bit radam"])
+def test_whole_gradients_go_with_a_divided_state_on_explicit_axes(name):
+    """ZeRO-1 by the state's shardings alone, as with `optax.adamw`; JAX's types say where it goes.
+
+    XLA's form of "auto" and of codes had choices between whole and divided arrays, which JAX
+    refuses.
+    """
+    radam = jadam.radam(1e-3, **EIGHT_BITS, kernel="xla")
+    tx = (TRANSFORMATIONS | {"8-bit radam": radam})[name]
+    mesh = mesh_of(kind=AxisType.Explicit)
+
+    def typed(tree, places):
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+        )
+
+    with jax.set_mesh(mesh):
+        params, _ = trees(name)
+        params = typed(params, jax.tree.map(lambda _: NamedSharding(mesh, P()), params))
+        state = jax.eval_shape(tx.init, params)
+        state = typed(state, state_shardings(tx, params, axis="data"))
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        assert updates["rows"].sharding.spec == P("data", None)
+
+
 @pytest.mark.parametrize(
     ("shape", "spec", "axis", "expected"),
     [

@@ -114,6 +114,11 @@ def _compensated(shapes: Shapes, kernel: Any = "auto", **options: Any) -> Trial:
     return _step(tx, shapes, dtype=jnp.bfloat16)
 
 
+def _stochastic(shapes: Shapes, **options: Any) -> Trial:
+    tx = jadam.stochastic_rounding(jadam.adamw(**OPTIONS, **options))
+    return _step(tx, shapes, dtype=jnp.bfloat16)
+
+
 def _optax(shapes: Shapes, donate: tuple[int, ...] = (0, 1)) -> Trial:
     return _update(optax.adamw(**OPTIONS), shapes, donate=donate)
 
@@ -225,6 +230,7 @@ class Contender:
 
 CPU_GPU, CPU, GPU = ("cpu", "gpu"), ("cpu",), ("gpu",)
 _8_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
+_4_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4"}
 _16_BITS = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
 _BF16 = "bfloat16"
 
@@ -237,9 +243,13 @@ JADAM = Contender("jadam step", "jax", _jadam, 20)
 JADAM_UPDATE = Contender("jadam update", "jax", _jadam_update, 22)
 JADAM_16 = Contender("jadam bf16 moments", "jax", functools.partial(_jadam, **_16_BITS), 19)
 JADAM_8 = Contender("jadam 8-bit moments", "jax", functools.partial(_jadam, **_8_BITS), 16)
+JADAM_4 = Contender("jadam 4-bit moments", "jax", functools.partial(_jadam, **_4_BITS), 15)
 COMPENSATED = Contender("jadam compensated bf16 weights", "jax", _compensated, 18)
 COMPENSATED_8 = Contender(
     "jadam compensated, 8-bit moments", "jax", functools.partial(_compensated, **_8_BITS), 12
+)
+STOCHASTIC_4 = Contender(
+    "jadam stochastic, 4-bit moments", "jax", functools.partial(_stochastic, **_4_BITS), 10
 )
 XLA = Contender("jadam step, XLA", "jax", functools.partial(_jadam, kernel="xla"), 20, where=CPU)
 XLA_16 = Contender(
@@ -291,8 +301,10 @@ CONTENDERS = (
     Contender("optax, not donated", "jax", functools.partial(_optax, donate=()), 28),
     JADAM_16,
     JADAM_8,
+    JADAM_4,
     COMPENSATED,
     COMPENSATED_8,
+    STOCHASTIC_4,
     *FORCED,
     FLASHOPTIM_JAX,
     Contender(

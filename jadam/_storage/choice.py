@@ -13,12 +13,12 @@ from jadam._math import Equations, Relation
 from jadam._state import Moment
 from jadam._storage.codes import MIN_SIZE, Codes, suits
 from jadam._storage.floats import Floats, float_dtype, like_parameter, why_not
-from jadam._storage.lattice import EIGHT_BITS, FOUR_BITS
+from jadam._storage.lattice import LATTICES
 from jadam._types import Count, Number, Shape
 
 AS_PARAMS = "params"
 """The value of `mu_dtype` with which both moments have the parameter's dtype."""
-CODES = {("int8", "uint8"): EIGHT_BITS, ("int4", "uint4"): FOUR_BITS}
+CODES = {lattice.asked: lattice for lattice in LATTICES}
 """The lattice that `mu_dtype` and `nu_dtype` stand for together."""
 
 

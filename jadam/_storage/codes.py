@@ -36,7 +36,7 @@ from jadam._math import Equations, Relation, largest_gradient, limit_range
 from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
 from jadam._storage.curve import Curve
-from jadam._storage.lattice import EIGHT_BITS, FOUR_BITS, Lattice, floor
+from jadam._storage.lattice import LATTICES, Lattice, floor
 from jadam._types import Count, Real, Shape
 
 BLOCK = 128
@@ -53,7 +53,7 @@ Lanes = Integer[Array, "*rows lanes"]
 def suits(shape: Shape, dtype: jnp.dtype, min_size: int) -> bool:
     """Whether codes pay for a parameter: real, of 32 bits or less, neither small nor narrow.
 
-    A block costs two bytes, so a last axis under 32 would cost more than 2.06 bytes an element.
+    A block's top has two bytes: in a last axis under 32, more than a 16th of a byte an element.
     """
     real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
     return bool(real and shape and shape[-1] >= 32 and math.prod(shape) >= max(min_size, 1))
@@ -289,12 +289,12 @@ class Codes:
             tops = jnp.maximum(tops, least(floor(fine.level(bounds[i], power)) + 1))
             level = jnp.maximum(level, least(fine.level_above(moments[i], power)))
             some, alive = some | (bounds[i] > 0), alive | (moments[i] > 0)
-            fed = jnp.where(moments[i] > 0, 1, fed)
+            fed = jnp.maximum(fed, (moments[i] > 0).astype(jnp.int32))
         # Computed once: the tops that are stored are those that the codes count from.
         tops = lax.optimization_barrier(jnp.where(some, tops, 0))
         top = _spread(tops, v.shape[-1])
         raised = level - top + lattice.top
-        code = jnp.where(raised >= 1, jnp.minimum(raised, lattice.top), fed)
+        code = jnp.maximum(jnp.minimum(raised, lattice.top), fed)
         code = jnp.where(jnp.isfinite(v), jnp.where(alive, code, 0), lattice.nan)
 
         level, curves = code - lattice.top + top, self._curves(relation)
@@ -348,9 +348,6 @@ class Codes:
     def _special(self, code: Lanes, x: Real) -> Real:
         """x, or what the two codes beside numbers mean."""
         return jnp.where(code == 0, 0, jnp.where(code == self.lattice.nan, jnp.nan, x))
-
-
-LATTICES = (EIGHT_BITS, FOUR_BITS)
 
 
 def _finite_size(g: Array) -> Array:

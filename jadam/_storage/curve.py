@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
         No code is beyond the limit. The rounding keeps the mean of x, but the curve is not
         straight. With many levels that leaves a bias of at most 4e-5 where moments are. With few
-        it would add up to 4% of an update: `unbiased` keeps the mean of r. Between the codes k and
+        it would make updates longer: `unbiased` keeps the mean of r. Between the codes k and
         k + 1 the chance of the upper one is then (y - k)·(e - k - 1)/(e - y) with e = levels·s,
         since r(x) - r(y) = a·s·(x - y)/((s - x)·(s - y)).
         """

@@ -23,6 +23,7 @@ class Lattice:
 
     Attributes:
         name: of the storage.
+        asked: the `mu_dtype` and the `nu_dtype` that stand for it.
         dtype: of the integer.
         per_octave: levels of √v in a factor 2: a power of two.
         top: the highest code of v that is a number. 0 is zero, and top + 1 is NaN.
@@ -33,6 +34,7 @@ class Lattice:
     """
 
     name: str
+    asked: tuple[str, str]
     dtype: np.dtype
     per_octave: int
     top: int
@@ -100,7 +102,7 @@ class Lattice:
 
         Of a fine lattice that is the mean of log √v. Where v has come to rest, it is then the mean
         of 1/v that is right, and the mean update, which goes with 1/√v, is short by an eighth of
-        the variance of log v: nothing for 32 levels an octave, 9% for one. To second order a
+        the variance of log v: nothing for 32 levels an octave, much for one. To second order a
         rounding that keeps the mean of v^¼ has the right 1/√v. Its chance of the upper level,
         (2^(x/2) - 1)/(√2 - 1) of the part x of an octave, is x - bend·x·(1 - x) with a bend of
         0.173, to 4e-4.
@@ -163,12 +165,20 @@ class _Mixed(Lattice):
         return mixed.astype(self.dtype)
 
 
-EIGHT_BITS = _Split("8-bit codes", np.dtype(np.uint16), 32, top=510, sizes=63, dense=3.0)
+EIGHT_BITS = _Split(
+    "8-bit codes", ("int8", "uint8"), np.dtype(np.uint16), 32, top=510, sizes=63, dense=3.0
+)
 """16 octaves of √v in 9 bits, m in 7."""
 FOUR_BITS = _Mixed(
-    "4-bit codes", np.dtype(np.uint8), 1, top=12, sizes=10, dense=2.0, bend=0.173, parts=16
+    *("4-bit codes", ("int4", "uint4"), np.dtype(np.uint8), 1),
+    top=12,
+    sizes=10,
+    dense=2.0,
+    bend=0.173,
+    parts=16,
 )
 """12 octaves of √v, the powers of two, and 21 codes of m: 252 of a byte's 256 values."""
+LATTICES = (EIGHT_BITS, FOUR_BITS)
 
 
 def floor(x: Real) -> Int[Array, "..."]:

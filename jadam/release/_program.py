@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jadam._kernels.choice import apart
-from jadam._layers import near
-from jadam._rounding import as_layer
-from jadam._traced import function_of, inside, part_of
+from jadam._layers import on_slices
+from jadam._traced import function_of, inside, part_of, without_constants
 from jadam._transform import FusedTransformation
 from jadam._types import PyTree
 from jadam.sharding._rules import owner_of
@@ -65,28 +63,19 @@ class Program:
         self._inputs = [*grads, *self.param_slots, *self.state_slots]
         self._outputs = [*self.param_slots, *self.state_slots]
 
-        def step(layer: Any, *arrays: Any) -> list[Any]:
+        def step(*arrays: Any) -> list[Any]:
             given = dict(zip(self._inputs, arrays, strict=True))
             grads_in = self._structure.unflatten([given[slot] for slot in grads])
             params_in = self._structure.unflatten([given[slot] for slot in self.param_slots])
             state_in = state_structure.unflatten([given[slot] for slot in self.state_slots])
-            with apart(), as_layer(layer):
-                return jax.tree.leaves(_step(tx, grads_in, state_in, params_in))
+            return jax.tree.leaves(_step(tx, grads_in, state_in, params_in))
 
         leaves, kept = [x for _, x in flat], [x for _, x in kept]
-        whole = [*leaves, *leaves, *kept]
-        slices = jax.eval_shape(
-            lambda *arrays: [
-                near(x if slot.owner is None else x[:1])
-                for slot, x in zip(self._inputs, arrays, strict=True)
-            ],
-            *whole,
-        )
-        closed = jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.uint32), *slices)
+        rows = [None if slot.owner is None else 1 for slot in self._inputs]
+        closed, slices = on_slices(step, [*leaves, *leaves, *kept], rows)
         self._check_types(closed, slices[len(leaves) :], state)
-        jaxpr = closed.jaxpr
         self.consts = [jnp.asarray(x) for x in closed.consts]
-        self._jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        self._jaxpr = without_constants(closed)
         self._check_apart(state)
 
     def _stack_of(self, x: Any, path: Any, numbers: Any, flat: Any) -> int | None:

@@ -11,7 +11,7 @@ from jax import lax
 
 from jadam import _validate
 from jadam._layers import back, near, over_layers
-from jadam._traced import function_of, is_tracer
+from jadam._traced import function_of, is_tracer, without_constants
 from jadam._types import PyTree
 from jadam.release import _scan
 from jadam.release._program import Program, Slot
@@ -164,9 +164,7 @@ def _without_state(tx: Any) -> Callable[[PyTree, PyTree], PyTree]:
 def _without_closure(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
     """`(values, *args) -> result`, and the values: whatever f closes over as an argument."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    jaxpr = closed.jaxpr
-    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    run = function_of(jaxpr)
+    run = function_of(without_constants(closed))
 
     def pure(values: Sequence[Any], *args: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), run(*values, *jax.tree.leaves(args)))

@@ -5,15 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jadam import _validate
-from jadam._kernels.choice import apart
-from jadam._layers import near, over_layers
-from jadam._rounding import as_layer
-from jadam._traced import ClosedJaxpr, Equation, function_of, is_literal, part_of
+from jadam._layers import near, on_slices, over_layers
+from jadam._traced import (
+    ClosedJaxpr,
+    Equation,
+    function_of,
+    is_literal,
+    part_of,
+    without_constants,
+)
 from jadam._transform import FusedTransformation, steps_in_slices
 from jadam._types import PyTree
 from jadam.sharding._rules import Path, owner_of
@@ -152,22 +156,14 @@ class _Sliced:
         self._arrays = [x for _, x in flat]
         self._owners = [owner_of(path, rows) for path, _ in flat]
         self._tree_of = [path[0].idx for path, _ in flat]
-        slices = jax.eval_shape(
-            lambda arrays: [
-                near(x if owner is None else x[: rows[owner]])
-                for x, owner in zip(arrays, self._owners, strict=True)
-            ],
-            self._arrays,
-        )
 
-        def step(i: Any, *arrays: Any) -> Any:
-            with apart(), as_layer(i):
-                grads, state, params = structure.unflatten(arrays)
-                return make(grads, state, params, **extra)
+        def step(*arrays: Any) -> Any:
+            grads, state, params = structure.unflatten(arrays)
+            return make(grads, state, params, **extra)
 
-        closed = jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.uint32), *slices)
-        self._consts, jaxpr = closed.consts, closed.jaxpr
-        self._jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        parts = [None if owner is None else rows[owner] for owner in self._owners]
+        closed, _ = on_slices(step, self._arrays, parts)
+        self._consts, self._jaxpr = closed.consts, without_constants(closed)
 
     def run(self, path: Path | None, group: list[int]) -> list[Any]:
         """The outputs at these places, which belong to the parameter at this path."""

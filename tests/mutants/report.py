@@ -12,11 +12,10 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from experiments.common.report import processor, write_file
+from experiments.common.report import processor, update_readme, write_json
 
 HERE = Path(__file__).parent
 PATH = HERE / "results.json"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def equivalent() -> dict[tuple[str, str, str], str]:
@@ -39,7 +38,7 @@ class Results:
 
     def write(self) -> None:
         """All, whole or not at all."""
-        write_file(PATH, (json.dumps(self.data, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(PATH, self.data)
 
     def module(self, name: str, digest: str, mutants: int) -> None:
         """Makes room for a module; records of another text of it go."""
@@ -118,13 +117,5 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    page = HERE / "README.md"
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    text = f"{before}{BEGIN}\n\n{table(Results.read().data)}\n\n{END}{after}"
-    write_file(page, text.encode())
-
-
 if __name__ == "__main__":
-    main()
+    update_readme("results", table(Results.read().data), HERE / "README.md")

@@ -28,11 +28,13 @@
 
 namespace {
 
+using jadam::Codes;
 using jadam::Float;
 using jadam::Leaf;
 using jadam::Numbers;
 using jadam::Tables;
 using jadam::Weights;
+using jadam::size_of;
 
 const Tables kTables = {
 #include "tables.inc"
@@ -61,6 +63,8 @@ constexpr double kLevelError = 2e-5;
 // m's code: that of the power, a reciprocal to one unit, three roundings; and the sum with the
 // dither, up to 65.
 constexpr double kShareError = 1e-6, kCodeError = 1e-5;
+// Of 4 bits: the chance of v's upper level, eight roundings, and the dither as above.
+constexpr double kChanceError = 1e-6;
 
 struct Interval {
   double lo, hi;
@@ -96,8 +100,6 @@ Interval at_least(Interval x, double low) { return {std::max(x.lo, low), std::ma
 Interval root_of(Interval x) { return rounded(std::sqrt(x.lo), std::sqrt(x.hi)); }
 
 // ---- _rounding.py
-
-constexpr int kM = 63, kTop = 510, kNaN = 511;
 
 uint32_t weyl(uint32_t lane, uint32_t count, uint32_t salt) {
   return lane * 0xC13FA9A9u + count * 0x9E3779B9u + salt * 0x85EBCA6Bu;
@@ -139,19 +141,20 @@ struct Curve {
   double a, s;
 };
 
-Curve curve_of(const Hyper& h, double t) {
+Curve curve_of(const Hyper& h, double t, double dense) {
   t = std::max(t, 1.0);
   const double rho = h.b1 * h.b1 / h.b2;
   const double noise =
       std::sqrt((1 - h.b1) / (1 + h.b1) * (1 - std::pow(h.b1, 2 * t)) / (1 - std::pow(h.b2, t)));
   const double bound =
       (1 - h.b1) / std::sqrt(1 - h.b2) * std::sqrt((1 - std::pow(rho, t)) / (1 - rho));
-  const double a = 3 * noise;
+  const double a = dense * noise;
   return {a, 1 + a / std::min(bound, 200 * noise)};
 }
 
 Numbers step_of(const Hyper& h, bool nesterov) {
-  const Curve before = curve_of(h, h.t - 1), now = curve_of(h, h.t);
+  const Curve before = curve_of(h, h.t - 1, 3), now = curve_of(h, h.t, 3);
+  const Curve coarse_before = curve_of(h, h.t - 1, 2), coarse_now = curve_of(h, h.t, 2);
   const double dither = unit(0, uint32_t(h.t), 0) - (0.5 - 0x1p-25);
   const auto correction = [&](double b, double t) { return -std::expm1(t * std::log(b)); };
   Numbers s{};
@@ -171,6 +174,10 @@ Numbers step_of(const Hyper& h, bool nesterov) {
   s.before_s = float(before.s);
   s.now_a = float(now.a);
   s.now_s = float(now.s);
+  s.coarse_before_a = float(coarse_before.a);
+  s.coarse_before_s = float(coarse_before.s);
+  s.coarse_now_a = float(coarse_now.a);
+  s.coarse_now_s = float(coarse_now.s);
   s.bound = 0x1p100f;  // the reference does not cut m
   return s;
 }
@@ -192,32 +199,75 @@ Interval direction(double g, Interval m, Interval v, bool nesterov, const Number
 
 // ---- codes.py
 
-Interval power_of_two(int level) { return widened(std::exp2(level / 32.0), kPowerError); }
+// lattice.EIGHT_BITS or FOUR_BITS.
+struct Lattice {
+  int per_octave, top, sizes, bytes;
 
-Interval decoded_root(int code, int top) {
-  return code == 0 ? Interval(0) : power_of_two(code - kTop + top);
+  bool is_coarse() const { return per_octave == 1; }
+  int nan() const { return top + 1; }
+  int code_of(int both) const { return is_coarse() ? (both + 20) / 21 : both & nan(); }
+  int size_of(int both) const {
+    return is_coarse() ? both - 21 * code_of(both) + sizes : (both >> 9) - (sizes + 1);
+  }
+  // 4 bits of zero and of NaN have no size.
+  int both_of(int code, int size) const {
+    if (!is_coarse()) return (size + sizes + 1) << 9 | code;
+    return code == nan() ? 255 : std::max(21 * code + size - sizes, 0);
+  }
+  Curve before(const Numbers& s) const {
+    if (is_coarse()) return {s.coarse_before_a, s.coarse_before_s};
+    return {s.before_a, s.before_s};
+  }
+  Curve now(const Numbers& s) const {
+    return is_coarse() ? Curve{s.coarse_now_a, s.coarse_now_s} : Curve{s.now_a, s.now_s};
+  }
+  double root_of(int code, int top_of_block) const {
+    return std::exp2(double(code - top + top_of_block) / per_octave);
+  }
+  double level_of(double v) const { return 0.5 * per_octave * std::log2(v); }
+  double level_error() const { return is_coarse() ? 0 : kLevelError; }
+  double dither_error() const { return is_coarse() ? kChanceError : kLevelError; }
+};
+constexpr Lattice kEightBits{32, 510, 63, 2}, kFourBits{1, 12, 10, 1};
+
+const Lattice& lattice_of(const Leaf& leaf) {
+  return leaf.codes == Codes::kFourBits ? kFourBits : kEightBits;
 }
 
-Interval decoded_m(int x, Interval root, const Numbers& s) {
-  const Interval rest = Interval(s.before_s) * kM - std::abs(x);
-  return root * (Interval(s.before_a) * x * widened(Interval(1) / rest, 0x1p-23));
+Interval decoded_root(const Lattice& lattice, int code, int top) {
+  if (code == 0) return 0;
+  return widened(lattice.root_of(code, top), lattice.is_coarse() ? 0 : kPowerError);
 }
 
-double level_of(double v) { return 16 * std::log2(v); }
+Interval decoded_m(const Lattice& lattice, int x, Interval root, const Numbers& s) {
+  const Curve curve = lattice.before(s);
+  const Interval rest = Interval(curve.s) * lattice.sizes - std::abs(x);
+  return root * (Interval(curve.a) * x * widened(Interval(1) / rest, 0x1p-23));
+}
 
-int code_of_v(double v, bool is_fed, double u, int top) {
-  if (!std::isfinite(v)) return kNaN;
+int code_of_v(const Lattice& lattice, double v, bool is_fed, double u, int top) {
+  if (!std::isfinite(v)) return lattice.nan();
   if (v < kSmallest) return 0;
-  const int raised = int(std::floor(level_of(v) + u)) - top + kTop;
-  return raised >= 1 ? std::min(raised, kTop) : is_fed;
+  const double level = lattice.level_of(v), lower = std::floor(level), part = level - lower;
+  // As often on the upper level as keeps the mean of the fourth root of v.
+  const double chance = lattice.is_coarse() ? part - 0.173 * part * (1 - part) : part;
+  const int raised = int(lower) + int(std::floor(chance + u)) - top + lattice.top;
+  return raised >= 1 ? std::min(raised, lattice.top) : is_fed;
 }
 
 // m's code, as far up (1) or down (-1) as it may come out.
-int code_of_m(double m, double root, double u, const Numbers& s, int way) {
+int code_of_m(const Lattice& lattice, double m, double root, double u, const Numbers& s, int way) {
   const double size = std::abs(m), outward = m < 0 ? -way : way;
-  const double x = kM * s.now_s * size / (s.now_a * root + size);
-  const double code = std::floor(x * (1 + outward * kShareError) + u + outward * kCodeError);
-  const int kept = int(std::max(0.0, std::min(code, double(kM))));
+  const auto [a, s_] = lattice.now(s);
+  const double end = to_float32(lattice.sizes * s_);
+  double x = end * size / (a * root + size) * (1 + outward * kShareError);
+  if (lattice.is_coarse()) {
+    // The chance of the upper code keeps the mean of m itself; beyond the last one there is none.
+    const double lower = std::min(std::floor(x), double(lattice.sizes));
+    x = lower + std::min(std::max((x - lower) * (end - lower - 1) / (end - x), 0.0), 1.0);
+  }
+  const double code = std::floor(x + u + outward * kCodeError);
+  const int kept = int(std::max(0.0, std::min(code, double(lattice.sizes))));
   return m < 0 ? -kept : kept;
 }
 
@@ -297,8 +347,6 @@ Lying round_randomly(double master, double x, uint32_t random) {
 
 // ---- memory
 
-int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }
-
 // bfloat16 is the upper half of a float32, which lies behind the lower one.
 void write(std::vector<char>& to, Float dtype, int64_t i, float x) {
   const int64_t size = size_of(dtype);
@@ -315,6 +363,10 @@ T read(const std::vector<char>& from, int64_t i) {
   T x;
   std::memcpy(&x, &from[i * sizeof x], sizeof x);
   return x;
+}
+
+int read_both(const Lattice& lattice, const std::vector<char>& from, int64_t i) {
+  return lattice.bytes == 1 ? read<uint8_t>(from, i) : read<uint16_t>(from, i);
 }
 
 // Exactly as many bytes as are needed, at `offset` from what an allocator aligns to.
@@ -335,8 +387,8 @@ class Buffer {
 
 // ---- cases
 
-enum class Kind { kF32, kBF16, kBF16M, kCodes };
-const char* const kKinds[] = {"float32", "bfloat16", "bfloat16 m", "codes"};
+enum class Kind { kF32, kBF16, kBF16M, kEightBits, kFourBits };
+const char* const kKinds[] = {"float32", "bfloat16", "bfloat16 m", "8-bit codes", "4-bit codes"};
 const char* const kWeights[] = {"", ", compensated in 8 bits", ", compensated in 16 bits",
                                 ", rounded randomly"};
 
@@ -378,7 +430,9 @@ Case make_case(Float g, Float p, Kind kind, Weights weights, bool writes_params,
   leaf.p_dtype = p;
   leaf.m_dtype = kind == Kind::kF32 ? Float::kF32 : Float::kBF16;
   leaf.v_dtype = kind == Kind::kBF16 ? Float::kBF16 : Float::kF32;
-  leaf.is_coded = kind == Kind::kCodes;
+  leaf.codes = kind == Kind::kEightBits  ? Codes::kEightBits
+               : kind == Kind::kFourBits ? Codes::kFourBits
+                                         : Codes::kNone;
   leaf.decays = decays;
   leaf.writes_params = writes_params;
   leaf.weights = weights;
@@ -461,17 +515,18 @@ Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
   Inputs in;
   in.g.resize(size * size_of(c.leaf.g_dtype));
   in.p.resize(size * size_of(c.leaf.p_dtype));
-  in.m.resize(size * size_of(c.leaf.m_dtype));
-  in.v.resize(c.leaf.is_coded ? 2 * c.leaf.blocks() : size * size_of(c.leaf.v_dtype));
+  in.m.resize(size * c.leaf.m_size());
+  in.v.resize((c.leaf.is_coded() ? c.leaf.blocks() : size) * c.leaf.v_size());
+  const Lattice& lattice = lattice_of(c.leaf);
   for (int64_t i = 0; i < size; ++i) {
     write(in.g, c.leaf.g_dtype, i, number());
     write(in.p, c.leaf.p_dtype, i, number());
-    if (c.leaf.is_coded) {
+    if (c.leaf.is_coded()) {
       const bool is_nan = is_special && random.below(64) == 0, is_zero = random.below(16) == 0;
-      const int x = is_nan ? 0 : random.between(-kM, kM);
-      const int code = is_nan ? kNaN : is_zero ? 0 : random.between(1, kTop);
-      const uint16_t both = uint16_t((x + 64) << 9 | code);
-      std::memcpy(&in.m[2 * i], &both, 2);
+      const int x = is_nan ? 0 : random.between(-lattice.sizes, lattice.sizes);
+      const int code = is_nan ? lattice.nan() : is_zero ? 0 : random.between(1, lattice.top);
+      const uint16_t both = uint16_t(lattice.both_of(code, x));  // its lower bytes come first
+      std::memcpy(&in.m[lattice.bytes * i], &both, lattice.bytes);
     } else {
       // Some are under 2^-119, where bfloat16 is rounded in another way.
       const float root = random.number(), scale = random.below(16) == 0 ? 0x1p-110f : 1;
@@ -484,10 +539,10 @@ Inputs make_inputs(const Case& c, bool is_special, uint64_t seed) {
     const char edges[] = {0, 127, -128};
     x = random.below(8) == 0 ? edges[random.below(3)] : char(random.between(-128, 127));
   }
-  for (int64_t i = 0; c.leaf.is_coded && i < c.leaf.blocks(); ++i) {
-    const int edges[] = {-1900, 1700, 0};
-    const int16_t top =
-        int16_t(random.below(8) == 0 ? edges[random.below(3)] : random.between(-600, 100));
+  for (int64_t i = 0; c.leaf.is_coded() && i < c.leaf.blocks(); ++i) {
+    const int edges[] = {-1900, 1700, 0}, fine = 32 / lattice.per_octave;
+    const int16_t top = int16_t(
+        (random.below(8) == 0 ? edges[random.below(3)] : random.between(-600, 100)) / fine);
     std::memcpy(&in.v[2 * i], &top, 2);
   }
   return in;
@@ -500,20 +555,19 @@ const char* const kPlaceNames[] = {"apart", "at unaligned addresses", "in place"
 Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
   const bool unaligned = place == Place::kUnaligned || place == Place::kInPlaceUnaligned;
   const bool in_place = place == Place::kInPlace || place == Place::kInPlaceUnaligned;
-  const auto buffer = [&](const std::vector<char>& x, Float dtype) {
-    return Buffer(x, unaligned ? size_of(dtype) : 0);
+  const auto buffer = [&](const std::vector<char>& x, int64_t size) {
+    return Buffer(x, unaligned ? size : 0);
   };
-  const Float v_dtype = c.leaf.is_coded ? Float::kBF16 : c.leaf.v_dtype;
-  Buffer g = buffer(in.g, c.leaf.g_dtype), p = buffer(in.p, c.leaf.p_dtype);
-  Buffer m = buffer(in.m, c.leaf.m_dtype), v = buffer(in.v, v_dtype);
+  Buffer g = buffer(in.g, size_of(c.leaf.g_dtype)), p = buffer(in.p, size_of(c.leaf.p_dtype));
+  Buffer m = buffer(in.m, c.leaf.m_size()), v = buffer(in.v, c.leaf.v_size());
   const std::vector<char> empty(c.size() * size_of(c.written()), char(0xAA));
-  Buffer out = buffer(empty, c.written());
+  Buffer out = buffer(empty, size_of(c.written()));
   // On a GPU moments and residuals are replaced where they are: XLA copies them there before.
   const auto before = [&](const std::vector<char>& x) {
     return is_gpu(isa) ? x : std::vector<char>(x.size(), char(0xAA));
   };
-  Buffer m_out = buffer(before(in.m), c.leaf.m_dtype);
-  Buffer v_out = buffer(before(in.v), v_dtype);
+  Buffer m_out = buffer(before(in.m), c.leaf.m_size());
+  Buffer v_out = buffer(before(in.v), c.leaf.v_size());
   Buffer residual(in.residual, unaligned ? c.residual_size() : 0);
   Buffer residual_out(before(in.residual), unaligned ? c.residual_size() : 0);
   Buffer& replaced = c.leaf.writes_params ? p : g;
@@ -536,7 +590,7 @@ Outputs run(const Case& c, const Inputs& in, const Isa& isa, Place place) {
     leaf.residual_out = new_residual.data();
   }
   const int64_t blocks = leaf.blocks(), half = place == Place::kInTwoParts ? (blocks + 1) / 2 : 0;
-  const jadam::Dithers dithers = jadam::dithers_of(c.count(), leaf.first_lane);
+  const jadam::Dithers dithers = jadam::dithers_of(c.count(), leaf.first_lane, true);
   const jadam::FlushSubnormals flush;
   for (const jadam::Range range : {jadam::Range{0, half}, jadam::Range{half, blocks}}) {
 #if defined(JADAM_HAS_gpu)
@@ -583,21 +637,22 @@ Interval written(const Case& c, Interval direction, double p) {
 
 Expected expect(const Case& c, const Inputs& in) {
   const Numbers& s = c.step;
+  const Lattice& lattice = lattice_of(c.leaf);
   Expected expected;
   for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
-    const int top = c.leaf.is_coded ? read<int16_t>(in.v, block) : 0;
+    const int top = c.leaf.is_coded() ? read<int16_t>(in.v, block) : 0;
     const Span span = elements(c.leaf, block);
     int largest_code = 0;
     double largest_g = 0;
     for (int64_t i = span.begin; i < span.end; ++i) {
       const double g = limit_range(flush(read(in.g, c.leaf.g_dtype, i)));
       Interval m = 0, v = 0;
-      if (c.leaf.is_coded) {
-        const int both = read<uint16_t>(in.m, i), code = both & kNaN;
-        const Interval root = decoded_root(code, top);
-        m = decoded_m((both >> 9) - 64, root, s);
-        v = code == kNaN ? NAN : root * root;
-        if (code != kNaN) largest_code = std::max(largest_code, code);
+      if (c.leaf.is_coded()) {
+        const int both = read_both(lattice, in.m, i), code = lattice.code_of(both);
+        const Interval root = decoded_root(lattice, code, top);
+        m = decoded_m(lattice, lattice.size_of(both), root, s);
+        v = code == lattice.nan() ? NAN : root * root;
+        if (code != lattice.nan()) largest_code = std::max(largest_code, code);
         if (std::isfinite(g)) largest_g = std::max(largest_g, std::abs(g));
       } else {
         m = flush(read(in.m, c.leaf.m_dtype, i));
@@ -612,7 +667,7 @@ Expected expect(const Case& c, const Inputs& in) {
       expected.v.push_back(v);
       expected.g.push_back(g);
     }
-    const Interval root = decoded_root(largest_code, top);
+    const Interval root = decoded_root(lattice, largest_code, top);
     expected.bounds.push_back(second_moment(root * root, largest_g, s));
   }
   return expected;
@@ -642,7 +697,7 @@ class Comparison {
   void of_all(Tally& codes) const {
     for (int64_t block = 0; block < c_.leaf.blocks(); ++block) {
       const Span span = elements(c_.leaf, block);
-      if (c_.leaf.is_coded) of_top(block);
+      if (c_.leaf.is_coded()) of_top(block);
       for (int64_t i = span.begin; i < span.end; ++i) {
         const uint32_t lane = (uint32_t(i - span.begin) + c_.leaf.first_lane) % jadam::kBlock;
         if (c_.is_plain()) {
@@ -650,7 +705,7 @@ class Comparison {
         } else {
           of_weight(i, lane);
         }
-        if (c_.leaf.is_coded) {
+        if (c_.leaf.is_coded()) {
           of_codes(i, lane, read<int16_t>(got_.v, block), codes);
         } else {
           of_moment("m", i, got_.m, c_.leaf.m_dtype, expected_.m[i], lane, 0);
@@ -712,31 +767,39 @@ class Comparison {
     if (top == 0 && bound.lo < kSmallest) return;
     const auto above = [](double level) { return std::floor(level) + 1; };
     of_number("top", block, top,
-              {above(level_of(std::max(bound.lo, kSmallest)) - kLevelError),
-               bound.hi < kSmallest ? 0 : above(level_of(bound.hi) + kLevelError)});
+              {above(lattice_.level_of(std::max(bound.lo, kSmallest)) - lattice_.level_error()),
+               bound.hi < kSmallest ? 0
+                                    : above(lattice_.level_of(bound.hi) + lattice_.level_error())});
   }
 
   void of_codes(int64_t i, uint32_t lane, int top, Tally& codes) const {
     const Interval m = expected_.m[i], v = expected_.v[i];
-    const int both = read<uint16_t>(got_.m, i), of_v = both & kNaN, of_m = (both >> 9) - 64;
+    const int both = read_both(lattice_, got_.m, i);
+    const int of_v = lattice_.code_of(both), of_m = lattice_.size_of(both);
     if (!std::isfinite(v.hi)) {
-      of_number("v's code", i, of_v, kNaN);
-      of_number("m's code", i, of_m, 0);
+      of_number("both codes", i, both, lattice_.both_of(lattice_.nan(), 0));
       return;
     }
     const bool is_fed = expected_.g[i] != 0;
     const double u_v = unit(lane, c_.count(), 0), u_m = unit(lane, c_.count(), 1);
-    const auto v_code = [&](double x, double u) { return code_of_v(x, is_fed, u, top); };
+    const auto v_code = [&](double x, double u) {
+      return code_of_v(lattice_, x, is_fed, u, top);
+    };
+    const double error = lattice_.dither_error();
     of_number("v's code", i, of_v,
-              {double(v_code(v.lo, u_v - kLevelError)), double(v_code(v.hi, u_v + kLevelError))});
-    const double root = std::exp2((of_v - kTop + top) / 32.0);
-    const auto m_code = [&](double x, int way) { return code_of_m(x, root, u_m, c_.step, way); };
+              {double(v_code(v.lo, u_v - error)), double(v_code(v.hi, u_v + error))});
+    if (of_v == 0 && lattice_.is_coarse()) return of_number("both codes", i, both, 0);
+    const double root = lattice_.root_of(of_v, top);
+    const auto m_code = [&](double x, int way) {
+      return code_of_m(lattice_, x, root, u_m, c_.step, way);
+    };
     of_number("m's code", i, of_m, {double(m_code(m.lo, -1)), double(m_code(m.hi, 1))});
     codes.count(of_v != v_code((v.lo + v.hi) / 2, u_v) || of_m != m_code((m.lo + m.hi) / 2, 0));
   }
 
   const Isa& isa_;
   const Case& c_;
+  const Lattice& lattice_ = lattice_of(c_.leaf);
   const Inputs& in_;
   const Expected& expected_;
   const Outputs& got_;
@@ -744,13 +807,16 @@ class Comparison {
 
 // Between instruction sets: v's level and m's code.
 void count_codes(const Case& c, const Outputs& x, const Outputs& y, Tally& codes) {
+  const Lattice& lattice = lattice_of(c.leaf);
   for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
     const Span span = elements(c.leaf, block);
     const int raised = read<int16_t>(x.v, block) - read<int16_t>(y.v, block);
     for (int64_t i = span.begin; i < span.end; ++i) {
-      const int in_x = read<uint16_t>(x.m, i), in_y = read<uint16_t>(y.m, i);
-      const bool is_number = (in_x & kNaN) % kNaN != 0;
-      codes.count(in_x + (is_number ? raised : 0) != in_y);
+      const int in_x = read_both(lattice, x.m, i), in_y = read_both(lattice, y.m, i);
+      const int code = lattice.code_of(in_x);
+      const bool is_number = code % lattice.nan() != 0;
+      codes.count(code + (is_number ? raised : 0) != lattice.code_of(in_y) ||
+                  lattice.size_of(in_x) != lattice.size_of(in_y));
     }
   }
 }
@@ -760,11 +826,11 @@ struct Totals {
   Tally from_equations, between_sets;
 };
 
-// A thread block is 256 fibers, which take their time: a GPU has each seventh leaf.
+// A thread block is 256 fibers, which take their time: a GPU has each seventh leaf, and no 4 bits.
 constexpr int kTurnOfGpu = 7;
 
 void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& totals) {
-  if (totals.cases % kTurnOfGpu != 0) {
+  if (totals.cases % kTurnOfGpu != 0 || c.kind == Kind::kFourBits) {
     isas.erase(std::remove_if(isas.begin(), isas.end(), is_gpu), isas.end());
   }
   const Inputs in = make_inputs(c, is_special, uint64_t(++totals.cases));
@@ -783,7 +849,7 @@ void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& t
     of_sets.push_back(got);
   }
   for (size_t i = 1; i < isas.size(); ++i) {
-    if (c.leaf.is_coded) {
+    if (c.leaf.is_coded()) {
       count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
     } else if (!is_gpu(isas[i]) && isas[i].kernel != jadam::baseline::run &&
                !(of_sets[i] == of_sets[0])) {
@@ -818,7 +884,8 @@ void check_templates(const std::vector<Isa>& isas, bool is_short) {
     check_case(c, totals.cases % 3 == 0, isas, totals);
   };
   size_t first = 0;
-  for (const Kind kind : {Kind::kF32, Kind::kBF16, Kind::kBF16M, Kind::kCodes}) {
+  for (const Kind kind :
+       {Kind::kF32, Kind::kBF16, Kind::kBF16M, Kind::kEightBits, Kind::kFourBits}) {
     for (int flags = 0; flags < 8; ++flags) {
       for (const auto& [g, p] : kDtypes) {
         for (size_t shape = 0; shape < shapes.size(); ++shape) {
@@ -839,7 +906,7 @@ void check_templates(const std::vector<Isa>& isas, bool is_short) {
   }
   std::string names;
   for (const Isa& isa : isas) names += std::string(names.empty() ? "" : ", ") + isa.name;
-  std::printf("%s: %lld leaves of 288 templates, %lld numbers\n", names.c_str(),
+  std::printf("%s: %lld leaves of 360 templates, %lld numbers\n", names.c_str(),
               static_cast<long long>(totals.cases), static_cast<long long>(totals.elements));
   std::printf("codes: %.4f%% are not those of exact arithmetic, %.4f%% differ between sets\n",
               100 * totals.from_equations.share(), 100 * totals.between_sets.share());
@@ -863,7 +930,7 @@ class Group {
       const bool is_large = i == small_leaves / 2 && large_rows > 0;
       const int64_t rows = is_large ? large_rows : random.between(1, 4);
       const int64_t n = is_large ? 50021 : random.between(1, 40);
-      const Case c = make_case(g, p, Kind(random.below(4)), Weights::kPlain, random.below(2),
+      const Case c = make_case(g, p, Kind(random.below(5)), Weights::kPlain, random.below(2),
                                random.below(2), nesterov, rows, n, kHypers[1]);
       cases_.push_back(c);
       inputs_.push_back(make_inputs(c, true, seed + uint64_t(i)));

@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 
 import jadam
-from experiments.common.report import processor, write_file
+from experiments.common.report import processor, write_json
 from tests.programs import running
 from tests.programs.drawing import draw
 
@@ -70,7 +70,7 @@ def main() -> None:
         }
         report["programs"] = sum(x["sequences"] for x in done.values())
         report["counts"] = counts(done.values())
-        write_file(options.out, (json.dumps(report, indent=1) + "\n").encode())
+        write_json(options.out, report)
         print(seed, len(found.failures), program, *(x["what"] for x in found.failures), flush=True)
     print(report["programs"], "programs,", len(report["failures"]), "failures")
 

@@ -1,7 +1,7 @@
 """Programs that use jadam, drawn by a seed: what is trained, by which optimizer, and how."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -195,12 +195,6 @@ def hostile(
             sequence.imag, -largest, largest
         )
     return np.clip(sequence, -largest, largest)
-
-
-def programs(seeds: Iterator[int] | range) -> Iterator[Program]:
-    """A program for each seed."""
-    for seed in seeds:
-        yield draw(seed)
 
 
 def draw(seed: int) -> Program:

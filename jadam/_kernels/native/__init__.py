@@ -26,7 +26,7 @@ from jadam._kernels.coefficients import Coefficients
 from jadam._leaf import increment
 from jadam._masters import Compensated, Weights
 from jadam._members import Rule
-from jadam._storage import EIGHT_BITS, lattice
+from jadam._storage import lattice
 from jadam._storage.curve import Curve
 from jadam._types import Count, Scalar
 
@@ -121,7 +121,8 @@ def _ffi_api_version() -> int:
 class Numbers(NamedTuple):
     """`Numbers` of step.h, field by field: the numbers of one step, for all its leaves.
 
-    Before the last are four of the curve of m's code (`Curve`) in the step before and in this one.
+    Around the bound are those of the curve of m's code (`Curve`) in the step before and in this
+    one: of 8 bits, and at the end of 4.
     """
 
     coefficients: Coefficients
@@ -132,6 +133,10 @@ class Numbers(NamedTuple):
     now_a: Scalar
     now_s: Scalar
     bound: Scalar
+    coarse_before_a: Scalar
+    coarse_before_s: Scalar
+    coarse_now_a: Scalar
+    coarse_now_s: Scalar
 
     def packed(self) -> Float[Array, "numbers"]:
         """As one array, in which the library finds its struct."""
@@ -147,8 +152,11 @@ def numbers_of(
 ) -> Float[Array, "numbers"]:
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
-    (ratio,) = rule.relation_at(now).ratios
-    before, after = (Curve.of(rule.relation_at(t).ratios[0], EIGHT_BITS.dense) for t in (then, now))
+    (ratio_then,), (ratio,) = (rule.relation_at(t).ratios for t in (then, now))
+    (before, after), (coarse_before, coarse_after) = (
+        [Curve.of(x, bits.dense) for x in (ratio_then, ratio)]
+        for bits in (lattice.EIGHT_BITS, lattice.FOUR_BITS)
+    )
     return Numbers(
         rule.coefficients_at(now),
         learning_rate=learning_rate,
@@ -158,6 +166,10 @@ def numbers_of(
         now_a=after.a,
         now_s=after.s,
         bound=ratio.bound,
+        coarse_before_a=coarse_before.a,
+        coarse_before_s=coarse_before.s,
+        coarse_now_a=coarse_after.a,
+        coarse_now_s=coarse_after.s,
     ).packed()
 
 

@@ -70,17 +70,19 @@ inline ffi::Error read_call(ffi::RemainingArgs args, ffi::RemainingRets rets,
       }
     }
     const auto [g, m, v, p] = buffers;
-    leaf.is_coded = m.element_type() == ffi::DataType::U16;
+    leaf.codes = m.element_type() == ffi::DataType::U16  ? Codes::kEightBits
+                 : m.element_type() == ffi::DataType::U8 ? Codes::kFourBits
+                                                         : Codes::kNone;
     const bool known =
         float_of(g.element_type(), leaf.g_dtype) && float_of(p.element_type(), leaf.p_dtype) &&
-        (leaf.is_coded ||
+        (leaf.is_coded() ||
          (float_of(m.element_type(), leaf.m_dtype) && float_of(v.element_type(), leaf.v_dtype)));
     if (!known) return wrong("a leaf has a dtype that the kernel does not know");
     const auto dims = g.dimensions();
     const int64_t size = int64_t(g.element_count());
     if (size == 0) continue;
     // Lanes and blocks count along the last axis; where nothing is dithered by them there are none.
-    const bool is_flat = !leaf.is_coded && leaf.m_dtype == Float::kF32 &&
+    const bool is_flat = !leaf.is_coded() && leaf.m_dtype == Float::kF32 &&
                          leaf.v_dtype == Float::kF32 && leaf.weights != Weights::kCompensated8;
     leaf.n = is_flat || dims.size() == 0 ? size : dims.back();
     leaf.rows = size / leaf.n;

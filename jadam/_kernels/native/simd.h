@@ -294,6 +294,39 @@ JADAM_INLINE void store_u16(uint16_t* p, I32 x) {
 #endif
 }
 
+// Numbers of 8 bits, in the same way.
+JADAM_INLINE I32 load_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return I32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return I32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__x86_64__)
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const __m128i zero = _mm_setzero_si128();
+  return I32(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
+#else
+  I32 x;
+  for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+JADAM_INLINE void store_u8(uint8_t* p, I32 x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x)));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128(__m256i(x));
+  const __m128i words = _mm_packs_epi32(low, _mm256_extracti128_si256(__m256i(x), 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#elif defined(__x86_64__)
+  const __m128i words = _mm_packs_epi32(__m128i(x), __m128i(x));
+  const int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+  std::memcpy(p, &four, sizeof four);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(x[i]);
+#endif
+}
+
 // Signed numbers of 8 and 16 bits; what is stored is in their range.
 JADAM_INLINE I32 load_integers(const int8_t* p) {
 #if defined(__AVX512F__)

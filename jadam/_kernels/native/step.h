@@ -29,6 +29,10 @@ struct Numbers {
   float now_a;  // and in this one
   float now_s;
   float bound;  // of |m| beside the root of v, after this step
+  float coarse_before_a;  // the curve of 4 bits
+  float coarse_before_s;
+  float coarse_now_a;
+  float coarse_now_s;
 };
 
 // Powers of two and 16 times logarithms on [1, 2), made by native.tables. AVX-512 has them at the
@@ -52,13 +56,23 @@ struct Tables {
 };
 
 // The dithers of a block's lanes, of both salts: the upper 16 bits, and 23 bits as numbers in
-// [0, 1).
+// [0, 1). For codes of 4 bits that of v as what makes of a number's bits, from the 24th on, the level
+// of its root as Lattice.rounded has it, and 64.
 struct Dithers {
   alignas(64) uint32_t upper[2][kBlock];
   alignas(64) float unit[2][kBlock];
+  alignas(64) uint32_t to_level[kBlock];
 };
 
+// Added to the bits of v: an odd power of 2 has the level of the even one below it.
+constexpr uint32_t kHalfExponent = 0x800000;
+
 enum class Float { kF32, kBF16 };
+inline int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }
+
+// How the moments lie as codes, if they do: v's array then has the tops of blocks. Kernels for GPUs
+// have no 4-bit ones.
+enum class Codes { kNone, kEightBits, kFourBits };
 
 // How a parameter lies between two steps: as it is, or in bfloat16 with a residual of 8 or 16 bits,
 // or in bfloat16 rounded randomly. The numbers of native.weights_attributes.
@@ -69,7 +83,7 @@ enum class Weights : int32_t { kPlain, kCompensated8, kCompensated16, kStochasti
 struct Leaf {
   int64_t rows, n;
   Float g_dtype, p_dtype, m_dtype, v_dtype;
-  bool is_coded;
+  Codes codes;
   bool decays;
   bool writes_params;  // p + update, else the update alone
   const void *g, *p, *m, *v;
@@ -82,6 +96,13 @@ struct Leaf {
   uint32_t phase;       // of that dither
   uint32_t first_lane;  // at which each row begins, where a leaf is divided along its rows
   uint32_t words[2];    // the random ones
+
+  bool is_coded() const { return codes != Codes::kNone; }
+  // Bytes of a number, of both codes, of a top.
+  int64_t m_size() const {
+    return codes == Codes::kFourBits ? 1 : codes == Codes::kEightBits ? 2 : size_of(m_dtype);
+  }
+  int64_t v_size() const { return is_coded() ? 2 : size_of(v_dtype); }
 
   int64_t blocks_in_row() const { return (n + kBlock - 1) / kBlock; }
   int64_t blocks() const { return rows * blocks_in_row(); }

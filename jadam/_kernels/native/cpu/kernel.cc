@@ -1,13 +1,105 @@
 // One step over a range of a leaf's blocks, in one pass over memory. Compiled once for each
 // instruction set.
 
-#include "memory.h"
+#include "codecs.h"
 
 namespace jadam {
 namespace JADAM_ISA {
 namespace {
 
 // ---- blocks of codes
+
+// A block of numbers between its codes and its codes.
+struct Block {
+  alignas(64) float m[kBlock], v[kBlock];
+  alignas(64) int32_t codes[kBlock];  // before v's codes are made, 1 where the gradient is not 0
+};
+
+// A block through one step is four short loops, in three functions: each loop is a long chain of
+// operations that wait for one another, and the shorter a loop is, the more vectors of it a
+// processor has under way. One loop of all takes a quarter more time. What stays the same in a loop
+// is copied first: the compiler sees then that no store changes it.
+
+template <bool kIsSpecial, class Codec>
+__attribute__((noinline)) void decode_block(const Codec& known_codec,
+                                            const typename Codec::Both* both, int64_t n,
+                                            int32_t top, Block& block) {
+  const Codec codec = known_codec;
+  const I32 offset = I32{} + Codec::offset_of(top);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const I32 old = codec.load_both(both + i);
+    F32 m, v;
+    codec.decode(old, offset, m, v);
+    if constexpr (kIsSpecial) v = select(codec.is_nan(old), all(__builtin_nanf("")), v);
+    store_vector(block.m + i, m);
+    store_vector(block.v + i, v);
+  }
+}
+
+template <bool kIsSpecial, class G, class Member, class Out>
+__attribute__((noinline)) void move_vectors(const G* g, int64_t n, const Member& known_member,
+                                            const Out& known_move, Block& block) {
+  const Member member = known_member;
+  const Out move = known_move;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32 g_ = kIsSpecial ? limit_range(load(g + i)) : load(g + i);
+    F32 m = load_vector<F32>(block.m + i), v = load_vector<F32>(block.v + i);
+    move(member(g_, m, v), i);
+    store_vector(block.m + i, m);
+    store_vector(block.v + i, v);
+    store_vector(block.codes + i, (g_ != 0.0f) & 1);  // an update may lie where the gradient lay
+  }
+}
+
+template <bool kIsSpecial, class Codec>
+__attribute__((noinline)) void encode_block(const Codec& known_codec, Block& block, int64_t n,
+                                            int32_t top, const Dithers& dithers,
+                                            typename Codec::Both* both) {
+  const Codec codec = known_codec;
+  const I32 offset = I32{} + Codec::offset_of(top), base = I32{} + Codec::base_of(top);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const I32 code =
+        codec.encode_v(load_vector<F32>(block.v + i), load_vector<I32>(block.codes + i), base,
+                       dithers, i);
+    store_vector(block.codes + i, code);
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    I32 new_ = codec.encode_m(load_vector<F32>(block.m + i), load_vector<I32>(block.codes + i),
+                              offset, load_vector<F32>(dithers.unit[1] + i));
+    if constexpr (kIsSpecial) {
+      const Mask is_finite = abs(load_vector<F32>(block.v + i)) < __builtin_inff();
+      new_ = select(is_finite, new_, I32{} + Codec::kOfNaN);
+    }
+    codec.store_both(both + i, new_);
+  }
+}
+
+// The step of the decoded moments of a block whose numbers begin at `first`.
+template <class Member, class G, class P, bool kWritesParams>
+void move_block(const Leaf& leaf, const Numbers& s, int64_t first, int64_t n, bool is_special,
+                Block& block) {
+  using Written = std::conditional_t<kWritesParams, P, G>;
+  const auto* g = static_cast<const G*>(leaf.g) + first;
+  const auto* p = shifted(static_cast<const P*>(leaf.p), first);
+  auto* out = static_cast<Written*>(leaf.out) + first;
+  const auto step = [&](const G* gradient, const Move<G, P, kWritesParams>& move) {
+    (is_special ? move_vectors<true, G, Member, Move<G, P, kWritesParams>>
+                : move_vectors<false, G, Member, Move<G, P, kWritesParams>>)(gradient, n, Member{s},
+                                                                             move, block);
+  };
+  if (n % kLanes == 0) {
+    step(g, {s, leaf.decays, p, out});
+  } else {
+    Padded<G> gradient;
+    Padded<P> param;
+    Padded<Written> written;
+    step(gradient.copy(g, n),
+         {s, leaf.decays, p == nullptr ? nullptr : param.copy(p, n), written.values});
+    copy_back(out, written, n);
+  }
+}
+
+using MoveBlock = void (*)(const Leaf&, const Numbers&, int64_t, int64_t, bool, Block&);
 
 // The largest code of a number and the largest finite |g| of a block; whether it holds anything
 // but numbers in the range of limit_range.
@@ -17,74 +109,31 @@ struct Largest {
   bool is_special = false;
 };
 
-template <class G>
-JADAM_INLINE Largest largest_of(const uint16_t* both, const G* g, int64_t n) {
-  I32 code{}, g_bits{};
+template <bool kFiniteAlone, class G>
+JADAM_INLINE int32_t largest_bits(const G* g, int64_t n) {
+  I32 found{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    code = max(code, load_u16(both + i) & kNaN);
-    g_bits = max(g_bits, bits<I32>(abs(load(g + i))));
-  }
-  Largest found{largest(code), largest(g_bits)};
-  found.is_special = found.code == kNaN || found.g_bits > bits<int32_t>(0x1p63f);
-  if (!found.is_special) return found;
-  code = g_bits = I32{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    I32 c = load_u16(both + i) & kNaN;
     I32 b = bits<I32>(abs(load(g + i)));
-    code = max(code, c & (c != kNaN));
-    g_bits = max(g_bits, b & (b < 0x7F800000));
+    if constexpr (kFiniteAlone) b = b & (b < 0x7F800000);
+    found = max(found, b);
   }
-  return {largest(code), largest(g_bits), true};
+  return largest(found);
 }
 
-// A block through one step. In four short loops: each is a long chain of operations that wait for
-// one another, and the shorter a loop is, the more vectors of it a processor has under way. One
-// loop of all takes a quarter more time.
-template <bool kIsSpecial, class G, class Member, class Out>
-__attribute__((noinline)) void step_block(const uint16_t* both, uint16_t* both_out, const G* g,
-                                          int64_t n, int32_t top, int32_t new_top,
-                                          const Dithers& dithers, const Codec& codec,
-                                          const Member& known_member, const Out& known_move) {
-  // Copies: the compiler sees that no store changes them.
-  const Member member = known_member;
-  const Out move = known_move;
-  const I32 offset = I32{} + (top - kTop), new_offset = I32{} + (new_top - kTop);
-  const I32 new_base = I32{} + (new_top - kTop + kBias);
-  const auto gradient = [&](int64_t i) {
-    return kIsSpecial ? limit_range(load(g + i)) : load(g + i);
-  };
-  alignas(64) float m[kBlock], v[kBlock];
-  alignas(64) int32_t codes[kBlock];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    I32 old = load_u16(both + i);
-    F32 m_, v_;
-    codec.decode(old, offset, m_, v_);
-    if constexpr (kIsSpecial) v_ = select((old & kNaN) == kNaN, all(__builtin_nanf("")), v_);
-    store_vector(m + i, m_);
-    store_vector(v + i, v_);
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F32 g_ = gradient(i);
-    F32 m_ = load_vector<F32>(m + i), v_ = load_vector<F32>(v + i);
-    move(member(g_, m_, v_), i);
-    store_vector(m + i, m_);
-    store_vector(v + i, v_);
-    store_vector(codes + i, (g_ != 0.0f) & 1);  // an update may lie where the gradient lay
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    I32 code = codec.encode_v(load_vector<F32>(v + i), load_vector<I32>(codes + i), new_base,
-                              load_vector<F32>(dithers.unit[0] + i));
-    store_vector(codes + i, code);
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    I32 new_ = codec.encode_m(load_vector<F32>(m + i), load_vector<I32>(codes + i), new_offset,
-                              load_vector<F32>(dithers.unit[1] + i));
-    if constexpr (kIsSpecial) {
-      new_ =
-          select(abs(load_vector<F32>(v + i)) < __builtin_inff(), new_, I32{} + ((64 << 9) | kNaN));
-    }
-    store_u16(both_out + i, new_);
-  }
+template <class Codec, class G>
+JADAM_INLINE Largest largest_of_vectors(const typename Codec::Both* both, const G* g, int64_t n) {
+  Largest found{Codec::template largest_code<false>(both, n), largest_bits<false>(g, n)};
+  found.is_special = found.code > Codec::kHighest || found.g_bits > bits<int32_t>(0x1p63f);
+  if (!found.is_special) return found;
+  return {Codec::template largest_code<true>(both, n), largest_bits<true>(g, n), true};
+}
+
+template <class Codec, class G>
+Largest largest_of(const typename Codec::Both* both, const G* g, int64_t n) {
+  if (n % kLanes == 0) return largest_of_vectors<Codec>(both, g, n);
+  Padded<typename Codec::Both> codes;
+  Padded<G> gradient;
+  return largest_of_vectors<Codec>(codes.copy(both, n), gradient.copy(g, n), n);
 }
 
 // So many blocks' tops are computed together.
@@ -92,89 +141,76 @@ constexpr int kGroup = 16;
 static_assert(kGroup % kLanes == 0);
 
 // The tops of blocks after a step: the equations of the largest v and |g| bound v.
+template <class Codec>
 JADAM_INLINE void tops_after(const Largest* largest, const int32_t* tops, int32_t* new_tops,
                              const Codec& codec, const Numbers& s) {
   for (int first = 0; first < kGroup; first += kLanes) {
-    I32 code, top;
+    I32 code, offset;
     F32 g;
     for (int i = 0; i < kLanes; ++i) {
       code[i] = largest[first + i].code;
       g[i] = bits<float>(largest[first + i].g_bits);
-      top[i] = tops[first + i];
+      offset[i] = Codec::offset_of(tops[first + i]);
     }
-    F32 root = bits<F32>(bits<I32>(codec.power_of_two(code - kTop + top)) & (code > 0));
+    F32 root = bits<F32>(bits<I32>(codec.power_of_two(code + offset)) & (code > 0));
     F32 bound = second_moment(root * root, at_most(g, all(0x1p63f)), s);
-    I32 above = (codec.biased_level(bound, F32{}) - (kBias - 1)) & (bound > 0.0f);
-    store_vector(new_tops + first, above);
+    store_vector(new_tops + first, codec.top_above(bound) & (bound > 0.0f));
   }
 }
 
 // ---- a leaf
 
-template <class Member, class G, class P, bool kWritesParams>
+inline const char* at(const void* x, int64_t bytes) { return static_cast<const char*>(x) + bytes; }
+inline char* at(void* x, int64_t bytes) { return static_cast<char*>(x) + bytes; }
+
+template <class Codec>
 void run_codes(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
-               const Dithers& dithers) {
-  using Written = std::conditional_t<kWritesParams, P, G>;
-  const Member member{s};
+               const Dithers& dithers, MoveBlock move) {
+  using Both = typename Codec::Both;
   const Codec codec(s, tables);
   const int64_t in_row = leaf.blocks_in_row();
-  const auto* g = static_cast<const G*>(leaf.g);
-  const auto* p = static_cast<const P*>(leaf.p);
-  const auto* both = static_cast<const uint16_t*>(leaf.m);
+  const auto* both = static_cast<const Both*>(leaf.m);
   const auto* tops = static_cast<const int16_t*>(leaf.v);
-  auto* both_out = static_cast<uint16_t*>(leaf.m_out);
+  auto* both_out = static_cast<Both*>(leaf.m_out);
   auto* tops_out = static_cast<int16_t*>(leaf.v_out);
-  auto* out = static_cast<Written*>(leaf.out);
 
   for (int64_t first = range.begin; first < range.end; first += kGroup) {
     const int blocks = int(range.end - first < kGroup ? range.end - first : kGroup);
     Largest largest[kGroup];
     int32_t old_tops[kGroup] = {}, new_tops[kGroup];
-    int64_t at[kGroup], length[kGroup];
+    int64_t begin[kGroup], length[kGroup];
     for (int b = 0; b < blocks; ++b) {
       const int64_t row = (first + b) / in_row, in = ((first + b) % in_row) * kBlock;
-      at[b] = row * leaf.n + in;
-      length[b] = leaf.n - in < kBlock ? leaf.n - in : kBlock;
+      const int64_t i = begin[b] = row * leaf.n + in;
+      const int64_t n = length[b] = leaf.n - in < kBlock ? leaf.n - in : kBlock;
       old_tops[b] = tops[first + b];
-      if (length[b] % kLanes == 0) {
-        largest[b] = largest_of(both + at[b], g + at[b], length[b]);
-      } else {
-        Padded<uint16_t> codes;
-        Padded<G> gradient;
-        largest[b] = largest_of(codes.copy(both + at[b], length[b]),
-                                gradient.copy(g + at[b], length[b]), length[b]);
-      }
+      largest[b] = leaf.g_dtype == Float::kF32
+                       ? largest_of<Codec>(both + i, static_cast<const float*>(leaf.g) + i, n)
+                       : largest_of<Codec>(both + i, static_cast<const BF16*>(leaf.g) + i, n);
     }
     tops_after(largest, old_tops, new_tops, codec, s);
     for (int b = 0; b < blocks; ++b) {
-      const int64_t i = at[b], n = length[b];
+      const int64_t i = begin[b], n = length[b];
+      const bool is_special = largest[b].is_special;
       // The next blocks come from memory while these are computed.
       constexpr int64_t kAhead = kGroup * kBlock;
-      prefetch(g + i + kAhead, kBlock);
+      const int64_t g_size = size_of(leaf.g_dtype), p_size = size_of(leaf.p_dtype);
+      prefetch(at(leaf.g, (i + kAhead) * g_size), kBlock * g_size);
       prefetch(both + i + kAhead, kBlock);
-      if (p != nullptr) prefetch(p + i + kAhead, kBlock);
-      const auto step = [&](const uint16_t* codes, uint16_t* codes_out, const G* gradient,
-                            const Move<G, P, kWritesParams>& move) {
-        if (largest[b].is_special) {
-          step_block<true>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dithers, codec,
-                           member, move);
-        } else {
-          step_block<false>(codes, codes_out, gradient, n, old_tops[b], new_tops[b], dithers, codec,
-                            member, move);
-        }
-      };
+      if (leaf.p != nullptr) prefetch(at(leaf.p, (i + kAhead) * p_size), kBlock * p_size);
+      const auto decode = is_special ? decode_block<true, Codec> : decode_block<false, Codec>;
+      const auto encode = is_special ? encode_block<true, Codec> : encode_block<false, Codec>;
+      Block block;
       if (n % kLanes == 0) {
-        step(both + i, both_out + i, g + i, {s, leaf.decays, shifted(p, i), out + i});
+        decode(codec, both + i, n, old_tops[b], block);
+        move(leaf, s, i, n, is_special, block);
+        encode(codec, block, n, new_tops[b], dithers, both_out + i);
       } else {
-        Padded<uint16_t> codes;
-        Padded<G> gradient;
-        Padded<P> param;
-        Padded<Written> written;
-        codes.copy(both + i, n);
-        step(codes.values, codes.values, gradient.copy(g + i, n),
-             {s, leaf.decays, p == nullptr ? nullptr : param.copy(p + i, n), written.values});
+        Padded<Both> codes;
+        decode(codec, codes.copy(both + i, n), n, old_tops[b], block);
+        move(leaf, s, i, n, is_special, block);
+        encode(codec, block, n, new_tops[b], dithers, codes.values);
         copy_back(both_out + i, codes, n);
-        copy_back(out + i, written, n);
       }
       tops_out[first + b] = int16_t(new_tops[b]);
     }
@@ -250,8 +286,9 @@ void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& 
 template <class Member, class G, class P, bool kWritesParams>
 void run_moments(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
                  const Dithers& dithers) {
-  if (leaf.is_coded) {
-    run_codes<Member, G, P, kWritesParams>(leaf, range, s, tables, dithers);
+  if (leaf.is_coded()) {
+    (leaf.codes == Codes::kEightBits ? run_codes<EightBits> : run_codes<FourBits>)(
+        leaf, range, s, tables, dithers, move_block<Member, G, P, kWritesParams>);
   } else if (leaf.v_dtype == Float::kBF16) {
     run_floats<Member, G, P, kWritesParams, BF16, BF16>(leaf, range, s, dithers);
   } else if (leaf.m_dtype == Float::kBF16) {
@@ -368,14 +405,6 @@ inline void widen(const BF16* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = bits<float>(uint32_t(from[i].bits) << 16);
 }
 
-// n numbers of a dtype from place i on.
-inline const void* at(const void* x, Float dtype, int64_t i) {
-  return static_cast<const char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
-}
-inline void* at(void* x, Float dtype, int64_t i) {
-  return static_cast<char*>(x) + i * (dtype == Float::kF32 ? 4 : 2);
-}
-
 // A leaf of weights that stand for more than their 16 bits: some blocks at a time, the weights go
 // through memory that stays in the cache, and are stepped there in float32.
 void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& tables,
@@ -399,19 +428,17 @@ void run_weights(const Leaf& leaf, Range range, const Numbers& s, const Tables& 
     Leaf part = leaf;
     part.rows = 1;
     part.n = n;
-    part.g = at(leaf.g, leaf.g_dtype, i);
+    part.g = at(leaf.g, i * size_of(leaf.g_dtype));
     if (leaf.g_dtype == Float::kBF16) {
       widen(static_cast<const BF16*>(part.g), n, gradient);
       part.g = gradient;
       part.g_dtype = Float::kF32;
     }
-    const Float m_dtype = leaf.is_coded ? Float::kBF16 : leaf.m_dtype;  // codes have 16 bits too
-    const Float v_dtype = leaf.is_coded ? Float::kBF16 : leaf.v_dtype;
-    const int64_t of_v = leaf.is_coded ? block : i;
-    part.m = at(leaf.m, m_dtype, i);
-    part.m_out = at(leaf.m_out, m_dtype, i);
-    part.v = at(leaf.v, v_dtype, of_v);
-    part.v_out = at(leaf.v_out, v_dtype, of_v);
+    const int64_t of_v = leaf.is_coded() ? block : i;
+    part.m = at(leaf.m, i * leaf.m_size());
+    part.m_out = at(leaf.m_out, i * leaf.m_size());
+    part.v = at(leaf.v, of_v * leaf.v_size());
+    part.v_out = at(leaf.v_out, of_v * leaf.v_size());
     part.p = part.out = master;
     part.p_dtype = Float::kF32;
     part.writes_params = true;

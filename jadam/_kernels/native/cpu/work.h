@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -43,8 +45,21 @@ inline std::vector<InstructionSet> instruction_sets() {
   return found;
 }
 
+// What carries a level of powers of two to the next one, where a dither in [0, 1) does: numbers from
+// that part of an octave of the root on whose chance is 1 - dither.
+inline uint32_t to_level(float dither) {
+  constexpr float kBend = 0.173f;  // lattice.FOUR_BITS.bend
+  const float chance = 1 - dither, linear = 1 - kBend;
+  const float part = 2 * chance / (linear + std::sqrt(linear * linear + 4 * kBend * chance));
+  const float one = 1, from = std::exp2(2 * part);
+  uint32_t bits_of_one, bits_of_from;
+  std::memcpy(&bits_of_one, &one, sizeof one);
+  std::memcpy(&bits_of_from, &from, sizeof from);
+  return kHalfExponent + (1u << 24) - (bits_of_from - bits_of_one);
+}
+
 // _rounding.weyl of a block's lanes at step `count`.
-inline Dithers dithers_of(uint32_t count, uint32_t first_lane) {
+inline Dithers dithers_of(uint32_t count, uint32_t first_lane, bool has_four_bits) {
   Dithers dithers;
   for (uint32_t salt = 0; salt < 2; ++salt) {
     for (uint32_t i = 0; i < kBlock; ++i) {
@@ -53,6 +68,9 @@ inline Dithers dithers_of(uint32_t count, uint32_t first_lane) {
       dithers.upper[salt][i] = weyl >> 16;
       dithers.unit[salt][i] = float(weyl >> 9) * 0x1p-23f;
     }
+  }
+  if (has_four_bits) {
+    for (int64_t i = 0; i < kBlock; ++i) dithers.to_level[i] = to_level(dithers.unit[0][i]);
   }
   return dithers;
 }
@@ -132,7 +150,10 @@ class Work : public Jobs {
         leaves_(std::move(leaves)),
         step_(step),
         tables_(tables),
-        dithers_(dithers_of(count, first_lane)) {
+        dithers_(dithers_of(count, first_lane,
+                            std::any_of(leaves_.begin(), leaves_.end(), [](const Leaf& leaf) {
+                              return leaf.codes == Codes::kFourBits;
+                            }))) {
     int64_t in_job = kBlocksInJob;
     for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
       const int64_t blocks = leaves_[i].blocks();

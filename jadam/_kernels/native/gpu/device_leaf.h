@@ -20,8 +20,8 @@ constexpr Entry kEntries[] = {{"jadam_float32", kFloat32},
 
 // Which of them has a leaf.
 inline int entry_of(const Leaf& leaf) {
-  if (leaf.weights != Weights::kPlain) return leaf.is_coded ? 4 : 3;
-  if (leaf.is_coded) return 2;
+  if (leaf.weights != Weights::kPlain) return leaf.is_coded() ? 4 : 3;
+  if (leaf.is_coded()) return 2;
   for (Float x : {leaf.g_dtype, leaf.p_dtype, leaf.m_dtype, leaf.v_dtype}) {
     if (x == Float::kBF16) return 1;
   }
@@ -29,7 +29,7 @@ inline int entry_of(const Leaf& leaf) {
 }
 
 inline bool is_aligned(const Leaf& leaf, const Division& division) {
-  const void* const v = leaf.is_coded ? nullptr : leaf.v;  // tops are read one by one
+  const void* const v = leaf.is_coded() ? nullptr : leaf.v;  // tops are read one by one
   for (const void* x : {leaf.g, leaf.p, leaf.m, v, leaf.residual, (const void*)leaf.out}) {
     if (reinterpret_cast<uintptr_t>(x) % 16 != 0) return false;
   }
