@@ -12,10 +12,9 @@ from jaxtyping import PyTree
 import jadam
 from experiments.common.gpt import is_matrix
 
-Build: TypeAlias = Callable[
-    [optax.ScalarOrSchedule, float, optax.GradientTransformation], optax.GradientTransformation
-]
-"""AdamW from its learning rate, its weight decay and what comes before it: clipping or identity."""
+Before: TypeAlias = optax.GradientTransformation | None
+Build: TypeAlias = Callable[[optax.ScalarOrSchedule, float, Before], optax.GradientTransformation]
+"""AdamW from its learning rate, its weight decay and what comes before it: clipping or nothing."""
 
 
 class Setting(NamedTuple):
@@ -31,14 +30,19 @@ class Setting(NamedTuple):
         return find_spec(self.package) is not None
 
 
+def after(before: Before, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A chain of both, or Adam itself, with its `step` if it has one."""
+    return adam if before is None else optax.chain(before, adam)
+
+
 def adamw(**moments: str) -> Build:
     """jadam.adamw with its moments in the given dtypes."""
 
     def build(
-        learning_rate: optax.ScalarOrSchedule, decay: float, before: optax.GradientTransformation
+        learning_rate: optax.ScalarOrSchedule, decay: float, before: Before
     ) -> optax.GradientTransformation:
         adam = jadam.adamw(learning_rate, weight_decay=decay, mask=is_matrix, **moments)
-        return optax.chain(before, adam)
+        return after(before, adam)
 
     return build
 
@@ -54,14 +58,14 @@ def stochastic(build: Build) -> Build:
 
 
 def optax_adamw(
-    learning_rate: optax.ScalarOrSchedule, decay: float, before: optax.GradientTransformation
+    learning_rate: optax.ScalarOrSchedule, decay: float, before: Before
 ) -> optax.GradientTransformation:
     """The float32 peer."""
-    return optax.chain(before, optax.adamw(learning_rate, weight_decay=decay, mask=is_matrix))
+    return after(before, optax.adamw(learning_rate, weight_decay=decay, mask=is_matrix))
 
 
 def flash_adamw(
-    learning_rate: optax.ScalarOrSchedule, decay: float, before: optax.GradientTransformation
+    learning_rate: optax.ScalarOrSchedule, decay: float, before: Before
 ) -> optax.GradientTransformation:
     """The 7-byte peer, as a transformation; not fused, since its kernels are for GPUs."""
     from flashoptim_jax import flash_adamw
@@ -80,7 +84,7 @@ def flash_adamw(
         new, old = in_dtype(new, "float32"), in_dtype(params, "float32")
         return jax.tree.map(jnp.subtract, new, old), state
 
-    return optax.chain(before, optax.GradientTransformation(flash.init, update))
+    return after(before, optax.GradientTransformation(flash.init, update))
 
 
 def in_dtype(params: PyTree, dtype: str) -> PyTree:
