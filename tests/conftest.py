@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 # Before jax starts its backend.
+# What is compiled in one piece has the same code as in several and takes less of all CPUs together.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_cpu_parallel_codegen_split_count=1"
+).strip()
 # Most of the time goes into compilations. The workers and the processes that tests start share
 # what they compile, and the next run finds it: the same machine code for the same program, flags,
 # and versions.
@@ -20,11 +22,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import contextlib
 from collections.abc import Iterator
 
 import hypothesis
 import jax
 import pytest
+from compilation import quickly
 
 # Where a plugin of pytest has imported jax before.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -38,15 +42,27 @@ hypothesis.settings.load_profile("jadam")
 
 
 @pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Without the costly passes of XLA and LLVM, which are a third to a half of a compilation.
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without the costly passes of XLA and LLVM: a compilation takes a quarter of the time.
 
     For a test in which nothing hangs on them: neither bits nor ulps nor the form of the program.
     """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    is_full = "full_compilation" in request.fixturenames
+    with contextlib.nullcontext() if is_full else quickly():
+        yield
+
+
+@pytest.fixture
+def full_compilation() -> None:
+    """What users have, for a test on bits or ulps among others that are compiled quickly."""
+
+
+@pytest.fixture(
+    params=["quick_compilation", pytest.param("full_compilation", marks=pytest.mark.soak)]
+)
+def either_compilation(request: pytest.FixtureRequest) -> None:
+    """Compiled quickly in `make test`, and as users have it in `make soak`."""
+    request.getfixturevalue(request.param)
 
 
 @pytest.fixture

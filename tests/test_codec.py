@@ -100,6 +100,7 @@ def test_no_update_is_beyond_the_bound_where_flashoptims_is_96129():
     assert updates[:, 2:].max() <= 1.3
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_shrunken_gradients_leave_nothing_stale(codes):
     """One element of a block keeps its gradient, the others shrink 100x for 3,000 steps."""
@@ -122,6 +123,7 @@ def test_shrunken_gradients_leave_nothing_stale(codes):
         assert np.all(np.abs(np.log2(np.quantile(stored, [0.01, 0.99]))) <= 2.1)  # two levels
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 @pytest.mark.parametrize("neighbour", [0.0, 1.0])
 def test_a_dead_gradients_moments_go_to_zero(codes, neighbour):
@@ -145,6 +147,7 @@ def test_a_dead_gradients_moments_go_to_zero(codes, neighbour):
         assert np.all(np.abs(np.log(np.asarray(v)[~dead])) <= np.log(of_v))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_gradient_poisons_its_own_element_only(codes, bad):
@@ -158,6 +161,7 @@ def test_a_non_finite_gradient_poisons_its_own_element_only(codes, bad):
     np.testing.assert_array_equal(poisoned, expected)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("codes", "most"), [("8 bits", 2.1), ("4 bits", 1.1)])
 @pytest.mark.parametrize(
     "shape", [(64, 128), (3, 300), (5000,), (5, 5, 32, 64), (2, 1000), (100, 33)]
@@ -172,6 +176,7 @@ def test_both_moments_take_few_bytes(shape, codes, most):
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_small_narrow_and_wide_leaves_keep_floats():
     """Under min_size, under 32 along the last axis, float64 and complex: no codes."""
     with jax.enable_x64(True):
@@ -193,6 +198,7 @@ def test_small_narrow_and_wide_leaves_keep_floats():
     }
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 @pytest.mark.parametrize("case", **each_member)
 def test_the_family_follows_float64(case, codes):
@@ -220,6 +226,7 @@ def test_the_family_follows_float64(case, codes):
     assert error <= {"8 bits": 6e-3, "4 bits": 0.3}[codes]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_the_mean_update_is_adams(codes):
     """Codes are wrong by chance, not on average: stationary gradients, 3,000 steps."""
@@ -233,6 +240,7 @@ def test_the_mean_update_is_adams(codes):
     assert abs(gain - 1) <= {"8 bits": 0.01, "4 bits": 0.025}[codes]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.95, 0.99999), (0.99, 0.9), (0.0, 0.999)])
 def test_other_decay_rates_follow_float64(b1, b2):
     """The curve of m's code follows b1, b2 and t: early at b2 = .99999 m/√v is 100 times larger."""
@@ -246,6 +254,7 @@ def test_other_decay_rates_follow_float64(b1, b2):
     assert error <= (2e-2 if b1 == 0.99 else 6e-3)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_first_moment_past_the_limit_has_the_last_code():
     """With few codes the one below stands for a third of it: a cut m is cut to the limit."""
     curve, dither = Curve(0.458, 1 + 0.458 / 7.27), jnp.linspace(0, 1 - 2.0**-24, 1001)
@@ -254,6 +263,7 @@ def test_a_first_moment_past_the_limit_has_the_last_code():
         np.testing.assert_array_equal(codes, 10)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_amsgrads_maximum_never_falls():
     """Also in codes: while gradients shrink, v_max stays to a code, 2.2% of √v."""
     gradients = np.ones((600, 2, 64), np.float32)
@@ -320,6 +330,7 @@ def test_the_compiled_step_holds_no_float32_copy_of_the_state(codes):
     assert memory.temp_size_in_bytes < {"8 bits": 2.2, "4 bits": 1.2}[codes] * params["w"].size
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_a_checkpoint_keeps_every_bit(tmp_path, codes):
     """Orbax, with codes, tops and AMSGrad's maximum."""
@@ -383,6 +394,7 @@ def test_every_composition_of_the_drop_in_list_works_in_8_bits(program, monkeypa
         assert difference <= 0.3 * moved + 1e-6
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_injected_hyperparameters_in_8_bits():
     """Traced b1 and b2: the codes' curve follows them."""
     make = optax.inject_hyperparams(jadam.adam, static_args=("mu_dtype", "nu_dtype", "min_size"))
@@ -397,6 +409,7 @@ def test_injected_hyperparameters_in_8_bits():
     assert optax.tree.get(state, "mu")["w"].dtype == jnp.uint16
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_codes_for_one_moment_alone_are_refused():
     """m is stored relative to v, so there is one code for both."""
     for options in (
@@ -413,6 +426,7 @@ def test_codes_for_one_moment_alone_are_refused():
             jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=value)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_codes_of_another_shape_are_refused():
     """A state whose tops do not belong to its codes is named."""
     g = {"w": jnp.ones((4, 256))}

@@ -1,13 +1,13 @@
 """Runs of experiments.mnist that are ended or damaged go on to the bits of one that was not."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import compilation
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -19,6 +19,13 @@ from tests.mnist_run import CONFIG, Tiny, digits
 
 ROOT = Path(__file__).parent.parent
 STEPS = 27
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Here and in the processes that are started: bits are compared with bits made alike."""
+    with compilation.quickly():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +79,15 @@ def metrics(out):
 
 def ended_by(number, out, resume, *event):
     """What tests/mnist_run.py says until a signal ends it."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     arguments = map(str, (out, resume, number.name, *event))
     command = [sys.executable, "-m", "tests.mnist_run", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == -number, done.stderr
     return done.stderr
@@ -172,7 +183,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 def damage():
     """What tests/mnist_damage.py finds, in a process in which Orbax leaves its threads behind."""
     command = [sys.executable, "-m", "tests.mnist_damage"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

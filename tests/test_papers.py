@@ -92,6 +92,7 @@ def test_reddi_adam_goes_to_the_worst_point_and_amsgrad_to_the_best(reddi):
     np.testing.assert_allclose(ends["AMSGrad"], [[0.072, 0.034], [-0.393, -0.997]], atol=1e-3)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_reddis_walk_is_adam_with_projection():
     """Against float64: α/√t counts from 1, x is put back into [-1, 1] after each step."""
     slopes = reddi_2018.periodic(1010.0, -10.0, 101, 2000)
@@ -162,6 +163,7 @@ def test_jadam_has_none_of_the_defects(panels):
     json.dumps(defects.numbers(panels), allow_nan=False)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_defect_that_is_mended_says_so(monkeypatch):
     """With jadam in optax's place the row is no claim any more."""
     monkeypatch.setattr(defects, "LIBRARIES", {"optax": jadam, "jadam": jadam})
@@ -179,6 +181,7 @@ def test_a_peer_that_is_missing_is_named(monkeypatch):
     assert not defects.judge({"x": panel})[0].holds
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_grid_trains_each_setting_as_if_alone():
     """One vmap over seeds and settings: losses, order of the settings, batches of the seed."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
@@ -237,6 +240,7 @@ def test_adamws_decay_sets_the_speed_of_turning_and_l2s_does_not():
     assert speeds["Adam with L2"][-1] > 2 * speeds["Adam with L2"][0]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_papers_lambda_is_not_multiplied_by_the_learning_rate():
     """Algorithm 2: a step of zero gradients shrinks by η_t·λ, whatever α is."""
     tx = loshchilov_hutter_2019.adamw(jnp.float32(1e-3), jnp.float32(0.25), lambda count: 0.5)

@@ -18,7 +18,8 @@ from experiments.playground.__main__ import Playground, main
 from experiments.playground.compute import MAX_STEPS, OPTIMIZERS, Setting, descend, inner
 from experiments.playground.page import Page, new_page
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # for optax's
+# optax needs the promotion.
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 
 # Few, since each is compiled once.
 SOME = ["Adam", "Momentum", "RMSProp"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compilation
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def assert_identical(got, right):
 # Gradients that are not finite
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("name", ["adam_8_bits", "amsgrad", "adam_bfloat16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_never_happened(name, bad):
@@ -85,14 +87,23 @@ def test_a_skip_copies_no_state():
 
 def run(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("uninterrupted"), 9)
+    with compilation.quickly():
+        return train(tmp_path_factory.mktemp("uninterrupted"), 9)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("at", [5, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 9))])
 def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
     """kill -9 between steps or while a checkpoint is being written, then the same command again."""
@@ -101,6 +112,7 @@ def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
     assert_identical(train(tmp_path, 9), uninterrupted)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, uninterrupted):
     """The training ends with the file and the reason, and goes on when there is room again."""
     done = run("tests.checkpoints.training", tmp_path, 9, "full", 6)
@@ -194,6 +206,7 @@ def test_damaged_mnist_is_named(file, damaged, tmp_path):
 # Trees
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_of_another_tree_is_refused(name):
     """Every layout, under jit: an error that names a leaf, before anything is computed."""
@@ -220,6 +233,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @settings(max_examples=12)
 @given(params=trees)

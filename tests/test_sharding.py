@@ -109,6 +109,7 @@ def assert_an_eighth_of_all_but(whole: str, state: Any) -> None:
             assert here * 8 == everywhere, path
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # optax.apply_updates of bfloat16 parameters
 @pytest.mark.parametrize(
     ("name", "kind"),
@@ -159,6 +160,7 @@ def loss_of(params, x):
     )
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -306,6 +308,7 @@ def annotated(init: Any, names: tuple[str | None, ...]) -> dict[str, Any]:
     return {"kernel_init": init(nnx.initializers.lecun_normal(), names)}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_nnx_annotations(kind):
     """From the partition specs, and from the parameters that Flax put in their places by them."""
@@ -326,6 +329,7 @@ def test_nnx_annotations(kind):
     assert plain.mu["kernel"].get_value().spec == P(None, "model")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_linen_annotations():
     """Boxes among the parameters stay boxes in the state."""
     mesh = mesh_of((2, 4), ("data", "model"))
@@ -346,6 +350,7 @@ def test_linen_annotations():
 # Each device's own part
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("zero_1", [False, True], ids=["FSDP", "ZeRO-1"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "8 bits", "residuals"])
 def test_a_step_in_parts_is_the_step(name, zero_1):
@@ -398,6 +403,7 @@ def test_a_step_in_parts_refuses_what_a_part_does_not_know():
 # Host memory
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", ["float32", "residuals", "partitioned"])
 def test_a_state_in_host_memory(name):
@@ -420,6 +426,7 @@ def test_a_state_in_host_memory(name):
         assert leaf.sharding.memory_kind == ("pinned_host" if follows else "device"), path
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_streamed_state_comes_leaf_by_leaf():
     """A leaf is fetched when the one before the last was given back, also after a global norm."""
     params = {name: jnp.ones((8, 8)) for name in "abcdef"}
@@ -452,6 +459,7 @@ SLICED = {
 }
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", SLICED)
 @pytest.mark.parametrize("form", ["update", "step"])
@@ -493,6 +501,7 @@ def test_a_large_leaf_comes_in_slices(name, form):
     assert kinds == {"pinned_host"}
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_streaming_changes_no_bit_of_what_mixes_leaves():
     """Norms of all gradients, of a leaf's own, a condition on all: each needs what it needs."""
     tx = optax.apply_if_finite(
@@ -549,6 +558,7 @@ def test_what_is_refused():
         streamed(tx, host).update({"w": jnp.ones(8)}, jadam.init({"w": jnp.ones(8)}))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_one_device_needs_no_mesh():
     """A sharding that is no NamedSharding is used as it is."""
     params = {"w": jnp.ones((64, 64))}
@@ -573,6 +583,7 @@ def test_the_page_on_scale_has_the_committed_figures():
     assert readme_block("tpu", scale.README)[1] == tpu.markdown(compiled) + "\n"
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_committed_figures_on_scale_are_what_the_code_computes():
     """From shapes, in seconds: two models of the five, and the known numbers of parameters."""
     committed = json.loads(scale.RESULTS.read_text())["rows"]

@@ -191,6 +191,7 @@ def test_from_anywhere_to_anywhere(dtype):
     assert np.all(np.abs(back - masters)[subtractable] <= bound[subtractable])
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_the_edges_of_float32(dtype):
     """Overflow to infinity stays one, a finite master stays finite, NaN stays NaN, -0 stays -0."""
@@ -269,6 +270,7 @@ def test_with_an_int16_residual_training_is_float32_training(inner, jit):
     assert jax.tree.map(jax.typeof, params) == jax.tree.map(jax.typeof, narrow)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("dtype", "lr", "tolerance"),
     [
@@ -291,6 +293,7 @@ def test_compensated_weights_move_as_float32_does(dtype, lr, tolerance):
     assert abs(masters.mean() - expected.mean()) <= tolerance / 20
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_adam_moves_a_bfloat16_parameter_as_a_float32_one(dtype):
     """The run of the README with Adam: 1.0, learning rate 1e-3, 1,000 steps."""
@@ -304,6 +307,7 @@ def test_adam_moves_a_bfloat16_parameter_as_a_float32_one(dtype):
 # Stochastic rounding
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("x", [1.003, -0.7391, 3.14159e-3, 1.9999, 1e-6])
 def test_stochastic_rounding_is_unbiased(dtype, x):
@@ -322,6 +326,7 @@ def test_stochastic_rounding_is_unbiased(dtype, x):
     assert abs(rounded.mean() - x) < 5 * s * np.sqrt(f * (1 - f) / n)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("lr", [1e-7, 1e-5, 1e-3])
 def test_stochastically_rounded_weights_move_as_float32_does(dtype, lr):
@@ -335,6 +340,7 @@ def test_stochastically_rounded_weights_move_as_float32_does(dtype, lr):
     assert abs(params.mean() - (1 - 1000 * lr)) < 5 * params.std() / np.sqrt(n) + own
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_random_bits_are_independent_in_every_direction():
     """Each of 32 bits, along both axes, between steps and between leaves: within 5 sigma of 0."""
     n = 256
@@ -358,6 +364,7 @@ def test_random_bits_are_independent_in_every_direction():
     assert abs(chi2 - 255) < 5 * 22.6
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_the_key_decides():
     """A seed gives the same bits again; seeds, steps and leaves differ."""
     p = {"a": jnp.ones(4096, BF16), "b": jnp.ones(4096, BF16)}
@@ -384,6 +391,7 @@ def test_the_key_decides():
     same_bits(draw(7)["a"], draw(np.int64(7))["a"])
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_edges_with_stochastic_rounding(dtype):
     """NaN and infinities stay, representable numbers stay, the largest does not overflow."""
@@ -485,6 +493,7 @@ def test_it_composes_and_its_state_keeps_its_types(composition, wrap):
     assert all(jax.tree.leaves(changed)) or composition == "inner_masked"
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_wide_and_complex_leaves_are_let_through(wrap, x64):
     """float32, float64 and complex parameters get the inner update and no residual."""
@@ -509,6 +518,7 @@ def test_wide_and_complex_leaves_are_let_through(wrap, x64):
     assert optax.tree.get(state, "count") == 1
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_extra_arguments_reach_the_inner_transformation(wrap):
     seen = {}
@@ -528,6 +538,7 @@ def test_extra_arguments_reach_the_inner_transformation(wrap):
     plain.update(p, plain.init(p), p, value=3.0)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_under_strict_promotion(wrap):
     """The update works; optax.apply_updates does not, so the sum is written out."""
@@ -564,6 +575,7 @@ def test_sharding_is_kept_and_changes_no_bit(wrap):
         assert y.shape != p.shape or y.sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_vmap_and_donation(wrap):
     """Members of an ensemble do what they do alone; donated buffers are taken."""
@@ -585,6 +597,7 @@ def test_vmap_and_donation(wrap):
     assert all(x.is_deleted() for x in jax.tree.leaves(donated))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_state_takes_one_or_two_bytes_a_parameter():
     p = jnp.ones((64, 64), BF16)
     for dtype, size in (("int8", 1), ("int16", 2)):
@@ -594,6 +607,7 @@ def test_the_state_takes_one_or_two_bytes_a_parameter():
     assert sum(x.nbytes for x in jax.tree.leaves(state)) == 8
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 @pytest.mark.parametrize("moments", [{}, {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}])
 def test_a_state_is_made_without_a_copy_of_the_parameters(wrap, moments):
@@ -613,6 +627,7 @@ def test_a_state_is_made_without_a_copy_of_the_parameters(wrap, moments):
     assert all(x.sharding.is_equivalent_to(lies, 2) for x in moments)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_state_with_parameter_shaped_leaves_is_found_by_optax():
     """optax.tree_map_params sees the residuals, so that a sharding can be given to each."""
     p = tree(BF16)
@@ -622,6 +637,7 @@ def test_a_state_with_parameter_shaped_leaves_is_found_by_optax():
     assert not isinstance(names.dither, str)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_what_is_refused(wrap):
     p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
@@ -641,6 +657,7 @@ def test_what_is_refused(wrap):
         wrap(optax.sgd)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_parameters_other_than_at_init_are_refused(dtype):
     p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
