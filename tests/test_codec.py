@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 import test_drop_in
-from helpers import each_member, gradients_like
+from helpers import FAMILY, gradients_like
 from hypothesis import given, settings
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -198,9 +198,20 @@ def test_small_narrow_and_wide_leaves_keep_floats():
     }
 
 
+PLAIN = ("adam", "nadam", "nadam_dozat", "amsgrad", "amsgrad_corrected", "adamax", "radam")
+PLAIN += ("ademamix", "ademamix_warmup")
+
+
 @pytest.mark.usefixtures("either_compilation")
 @each_code
-@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize(
+    "case",
+    [  # parameters are 0 here, and so is their decay
+        case if case.name in PLAIN else pytest.param(case, marks=pytest.mark.soak)
+        for case in FAMILY
+    ],
+    ids=str,
+)
 def test_the_family_follows_float64(case, codes):
     """150 steps of every member: the normalized mean squared error of its updates."""
     rng = np.random.default_rng(1)
@@ -368,11 +379,20 @@ def wide_problem():
     )
 
 
+# One for each thing that a wrapper does with a state; the others are in `make soak`.
+SHORT = {"schedule", "lamb", "masked_adamw", "partition", "MultiSteps", "apply_if_finite"}
+SHORT |= {"conditionally_mask", "flatten", "lookahead", "schedule_free", "sam_opaque", "extra_args"}
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "program",
     # inject_hyperparams takes the factory itself, see the next test; one passes mu_dtype by place.
-    [p for p in test_drop_in.PROGRAMS if "inject" not in p.name and p.name != "positional"],
+    [
+        p if p.name in SHORT else pytest.param(p, marks=pytest.mark.soak)
+        for p in test_drop_in.PROGRAMS
+        if "inject" not in p.name and p.name != "positional"
+    ],
     ids=str,
 )
 def test_every_composition_of_the_drop_in_list_works_in_8_bits(program, monkeypatch, request):

@@ -127,6 +127,7 @@ def test_each_setting_learns(setting, prose):
     assert result["final"]["validation loss"] < 4.5
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 def test_memory_is_that_of_the_buffers():
     """float32 Adam: 4 bytes each of weights, gradient and two moments, all but one in place."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compilation import quickly
 from scipy import stats
 
 import jadam
@@ -124,7 +125,8 @@ def test_reddis_claims_can_fail(reddi):
 
 @pytest.fixture(scope="module")
 def steps():
-    return step_bound.run(step_bound.Config(steps=1000, points=4, rows=1))
+    with quickly():
+        return step_bound.run(step_bound.Config(steps=1000, points=4, rows=1))
 
 
 def test_the_step_bound_holds_and_is_attained(steps):
@@ -263,6 +265,7 @@ def test_the_variance_of_the_adaptive_rate_is_that_of_a_scaled_inverse_chi():
     assert r[99] == pytest.approx(reference.rectification(100, 0.999), rel=1e-4)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("quick_compilation")
 def test_liu_radam_needs_no_warm_up(mnist):
     """The short form: one learning rate, one seed, 100 steps; Adam without warm-up is caught."""
@@ -272,6 +275,19 @@ def test_liu_radam_needs_no_warm_up(mnist):
     _, claims = liu_2020.run(config, mnist)
     # With one learning rate there is no sensitivity to it.
     assert not failed(claims[:-1])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_liu_the_variance_falls_and_its_rectification_makes_it_constant(mnist):
+    """And each optimizer of the training learns, in forty steps of one layer."""
+    config = liu_2020.Config(
+        steps=40, warmup=10, batch_size=16, seeds=1, rates=(4e-3,), layers=1, samples=4000, last=300
+    )
+    numbers, claims = liu_2020.run(config, mnist)
+    assert not failed(claims[:2])
+    for name in liu_2020.COLOURS:
+        curve = np.array(numbers["training"][name]["curve"])[:, 0, 0]
+        assert curve[-4:].mean() < curve[:4].mean(), name
 
 
 @pytest.mark.usefixtures("quick_compilation")

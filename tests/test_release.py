@@ -57,7 +57,7 @@ TRANSFORMATIONS = {
 }
 
 
-SHORT = ("adamw", "compensated", "stochastic", "optax", "hyperparameters")
+SHORT = ("adamw", "compensated", "stochastic", "optax")
 
 
 def parameters(dtype=jnp.float32, seed=0):

@@ -1,5 +1,6 @@
 """What goes wrong around a training ends in a clear error or the right answer, never in between."""
 
+import itertools
 import json
 import resource
 import signal
@@ -178,6 +179,19 @@ def test_a_checkpoint_of_another_tree_is_refused(outcomes):
     assert "(8,)" in outcomes["another shape"]
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS folder as that of all images, with a hundred of each file; it can be read."""
+    whole, folder = dataset.MNIST._generate_examples, tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        few = lambda self, *files: itertools.islice(whole(self, *files), 100)  # noqa: E731
+        patch.setattr(dataset.MNIST, "_generate_examples", few)
+        dataset.prepare(data_dir=folder)
+    with pytest.raises(ValueError, match=r"with \[100, 100\] images instead of"):
+        dataset.load(folder)
+    return folder / "mnist" / "3.0.1"
+
+
 @pytest.mark.parametrize(
     ("file", "damaged"),
     [
@@ -188,11 +202,11 @@ def test_a_checkpoint_of_another_tree_is_refused(outcomes):
     ],
     ids=["truncated", "empty", "missing", "truncated information"],
 )
-def test_damaged_mnist_is_named(file, damaged, tmp_path):
+def test_damaged_mnist_is_named(file, damaged, tmp_path, prepared):
     """A prepared folder in which a file was cut or lost: the folder, and what the reader says."""
     folder = tmp_path / "mnist" / "3.0.1"
     folder.mkdir(parents=True)
-    for path in (dataset.prepare() / "mnist" / "3.0.1").iterdir():
+    for path in prepared.iterdir():
         if path.name != file:
             (folder / path.name).symlink_to(path)
         elif damaged is not None:

@@ -106,12 +106,12 @@ def exact_table(case, table, gradients, scheduled):
 HISTORIES = hypothesis.settings(max_examples=5)
 SUMMED = [
     ("adam_eps_root", False, "xla"),
-    ("adamw", False, "auto"),
+    pytest.param("adamw", False, "auto", marks=pytest.mark.soak),
     ("adamw", True, "auto"),
     ("adamw", True, "xla"),
-    ("nadam", False, "auto"),
+    pytest.param("nadam", False, "auto", marks=pytest.mark.soak),
     ("nadam_dozat", False, "xla"),
-    ("amsgrad", False, "xla"),
+    pytest.param("amsgrad", False, "xla", marks=pytest.mark.soak),
     ("amsgrad_corrected", False, "xla"),
     ("radam", False, "auto"),
 ]
@@ -151,7 +151,7 @@ def test_summed_steps_are_those_of_float64(name, scheduled, kernel, standard_pro
 
 
 STEPPED = [
-    ("adam", False, None),
+    pytest.param("adam", False, None, marks=pytest.mark.soak),
     ("adamw", True, None),
     ("amsgrad_corrected", False, None),
     ("adamaxw", True, None),
@@ -312,11 +312,11 @@ def test_an_absence_divides_by_no_root_of_zero(kernel):
     rows = jadam.rows.lazy(jadam.adam(1e-2, eps=0.0, kernel=kernel), catch_up="sum")
     table = jnp.ones((3, 4))
     state = rows.init(table)
-    g = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]])
-    table, state = jax.jit(rows.scatter)(g, jnp.asarray([0]), table, state)
+    g, scatter = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]]), jax.jit(rows.scatter)
+    table, state = scatter(g, jnp.asarray([0]), table, state)
     start = np.asarray(table)
     for _ in range(40):
-        table, state = jax.jit(rows.scatter)(g, jnp.asarray([1]), table, state)
+        table, state = scatter(g, jnp.asarray([1]), table, state)
     found, _ = jax.jit(rows.flush)(table, state)
     assert np.all(np.isfinite(found))
     np.testing.assert_array_equal(found[0, 1:3], start[0, 1:3])
@@ -623,7 +623,7 @@ CODED = jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=0)
         (SCHEDULED, True),
         (SPARSE, False),
         (jadam.adam(1e-3, kernel="xla"), True),
-        (IN_XLA, True),
+        pytest.param(IN_XLA, True, marks=pytest.mark.soak),
         (CODED, True),
     ],
     ids=["kernel", "kernel, SparseAdam", "sum", "scheduled", "codes"],
@@ -664,6 +664,7 @@ def test_a_step_costs_the_same_for_any_table(tx, catch_up):
     assert moved <= handed | {"gather", "scatter"} | ({"custom-call"} if calls[0] else set())
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("kind", "of_table", "of_batch"),
     [
