@@ -93,7 +93,9 @@ def test_the_bound_is_attained():
 
 
 @pytest.mark.usefixtures("either_compilation")
-@pytest.mark.parametrize("options", [{}, {"warmup": 2000}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"warmup": 2000}, marks=pytest.mark.soak)], ids=str
+)
 def test_eight_bits_take_three_bytes_and_a_constant_gradient_keeps_its_size(options):
     """2.02 bytes for m and v, one for the slow average, which its limit does not cut."""
     g = jnp.ones((16, 128))

@@ -74,8 +74,23 @@ def test_no_update_is_beyond_adams_bound(codes, gradients):
     assert np.all(np.abs(updates) <= bounds(48)[:, None] * SLACK)
 
 
-@each_code
-@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999), (0.5, 0.9)])
+RATES = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999), (0.5, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "b1", "b2"),
+    [  # each pair of rates and each code; in `make soak` all together
+        ("8 bits", *RATES[0]),
+        ("4 bits", *RATES[1]),
+        ("8 bits", *RATES[2]),
+        ("4 bits", *RATES[3]),
+        *(
+            pytest.param(codes, *rates, marks=pytest.mark.soak)
+            for codes, own in (("8 bits", RATES[1::2]), ("4 bits", RATES[::2]))
+            for rates in own
+        ),
+    ],
+)
 def test_no_update_is_beyond_the_bound_with_hostile_gradients(codes, b1, b2):
     """Jumps over 40 decades, zeros and heavy tails, 300 steps of 4,096 elements."""
     rng = np.random.default_rng(0)
@@ -293,7 +308,7 @@ def test_amsgrads_maximum_never_falls():
     assert np.mean(np.asarray(updates)[200:] / exact[200:]) == pytest.approx(1, abs=0.03)
 
 
-@each_code
+@pytest.mark.parametrize("codes", ["8 bits", pytest.param("4 bits", marks=pytest.mark.soak)])
 def test_the_same_bits_on_every_run_and_under_any_sharding(codes):
     """Deterministic: rows or whole blocks on eight devices give the codes of one, no collective."""
     rng = np.random.default_rng(0)

@@ -124,11 +124,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(small, whole, tmp_path):
 
 
 def test_a_run_that_is_asked_to_end_loses_nothing(small, whole, tmp_path):
-    """SIGINT and SIGTERM in mid-epoch: saved at that step, said how to go on, the signal's code."""
+    """SIGINT in mid-epoch: saved at that step, said how to go on, the signal's code."""
     said = ended_by(signal.SIGINT, tmp_path, False, "open", "metrics.jsonl", 8)
     assert "SIGINT: the run is saved at step 8; this goes on from there:\npython -m" in said
     assert said.strip().endswith("--resume")
     assert "Traceback" not in said
+    assert steps_in(tmp_path)[-1] == 8
+    assert_goes_on_to_the_same_bits(small, whole, tmp_path)
+
+
+@pytest.mark.soak
+def test_a_run_can_be_asked_to_end_twice(small, whole, tmp_path):
+    """SIGINT and SIGTERM, the second in what the first left."""
+    ended_by(signal.SIGINT, tmp_path, False, "open", "metrics.jsonl", 8)
     # It is opened to be read, for the lines of steps 9 to 14, the validation, and that of step 15.
     said = ended_by(signal.SIGTERM, tmp_path, True, "open", "metrics.jsonl", 9)
     assert "SIGTERM: the run is saved at step 15" in said
@@ -155,6 +163,9 @@ def test_a_second_signal_acts_at_once():
         assert interruption() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    with interruptions() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption() == signal.SIGTERM
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

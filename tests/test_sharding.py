@@ -351,8 +351,19 @@ def test_linen_annotations():
 
 
 @pytest.mark.usefixtures("either_compilation")
-@pytest.mark.parametrize("zero_1", [False, True], ids=["FSDP", "ZeRO-1"])
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "8 bits", "residuals"])
+@pytest.mark.parametrize(
+    ("name", "zero_1"),
+    [
+        pytest.param(
+            name,
+            zero_1,
+            marks=[pytest.mark.soak] * (zero_1 != (name in ("float32", "residuals"))),
+            id=f"{name}-{'ZeRO-1' if zero_1 else 'FSDP'}",
+        )
+        for name in ("float32", "bfloat16", "8 bits", "residuals")
+        for zero_1 in (False, True)
+    ],
+)
 def test_a_step_in_parts_is_the_step(name, zero_1):
     """One device's bits from eight, nothing sent: how a kernel that XLA cannot divide is used."""
     tx = TRANSFORMATIONS[name]
@@ -461,8 +472,18 @@ SLICED = {
 
 @pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", SLICED)
-@pytest.mark.parametrize("form", ["update", "step"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(
+            name,
+            form,
+            marks=[pytest.mark.soak] * ((form == "step") != (name in ("8 bits", "stochastic"))),
+        )
+        for name in SLICED
+        for form in ("update", "step")
+    ],
+)
 def test_a_large_leaf_comes_in_slices(name, form):
     """No bit changes: slices are dithered, rounded and decayed as the whole leaf."""
     tx, rng = SLICED[name], np.random.default_rng(0)
@@ -485,10 +506,10 @@ def test_a_large_leaf_comes_in_slices(name, form):
         # Two programs: XLA is to round in the order that is written.
         plain = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "algsimp"}
         exact = {**plain, "xla_allow_excess_precision": False}
-        jitted = jax.jit(step, compiler_options=exact, **options)
-        program = str(jax.make_jaxpr(step)(params, state))
-        after = jitted(params, state)
-        return jitted(*after), program.count("scan[")
+        traced = jax.jit(step, compiler_options=exact, **options).trace(params, state)
+        compiled = traced.lower().compile()
+        after = compiled(params, state)
+        return compiled(*after), str(traced.jaxpr).count("scan[")
 
     expected, loops = trained(tx, jax.jit(tx.init)(params))
     state = jax.jit(tx.init, out_shardings=host)(params)

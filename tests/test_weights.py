@@ -290,7 +290,6 @@ def test_with_an_int16_residual_a_compiled_training_is_float32_training(inner):
         jax.tree.map(same_bits, *found)
 
 
-@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("dtype", "lr", "tolerance"),
     [
@@ -346,7 +345,6 @@ def test_stochastic_rounding_is_unbiased(dtype, x):
     assert abs(rounded.mean() - x) < 5 * s * np.sqrt(f * (1 - f) / n)
 
 
-@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("lr", [1e-7, 1e-5, 1e-3])
 def test_stochastically_rounded_weights_move_as_float32_does(dtype, lr):
@@ -572,6 +570,7 @@ def test_under_strict_promotion(wrap):
     np.testing.assert_array_equal(summed["w"], optax.apply_updates(p, updates)["w"])
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_sharding_is_kept_and_changes_no_bit(wrap):
     """Eight devices, both axes: the residual lies where its parameter lies."""
