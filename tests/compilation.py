@@ -1,6 +1,6 @@
 """How tests compile: quickly where nothing hangs on it.
 
-Most of the time of all tests goes into XLA and LLVM, and half of that into their optimizations.
+Most of the time of all tests goes into XLA and LLVM.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _is_quick = jax.make_user_context(False)
 
 @functools.cache
 def _options() -> dict[str, bool]:
-    """The kernels of a program go to LLVM without MLIR before it, where this XLA can do that."""
+    """Kernels go to LLVM without MLIR before it, where XLA still can do that: in jaxlib 0.10."""
     options = {"xla_cpu_use_fusion_emitters": False}
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.jit(jnp.negative).lower(np.float32(1)).compile(compiler_options=options)
@@ -31,7 +31,7 @@ def _options() -> dict[str, bool]:
 
 @contextlib.contextmanager
 def quickly() -> Iterator[None]:
-    """Without the costly passes of XLA and LLVM: a compilation takes a quarter of the time."""
+    """Without the costly passes of XLA and LLVM, which are most of the time."""
     ordinary, options = compiler.get_compile_options, _options()
 
     def with_options(*args: Any, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ hypothesis.settings.load_profile("jadam")
 
 @pytest.fixture
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Without the costly passes of XLA and LLVM: a compilation takes a quarter of the time.
+    """Without the costly passes of XLA and LLVM, which are most of the time of a compilation.
 
     For a test in which nothing hangs on them: neither bits nor ulps nor the form of the program.
     """
