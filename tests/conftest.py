@@ -22,7 +22,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import contextlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -42,19 +41,18 @@ hypothesis.settings.load_profile("jadam")
 
 
 @pytest.fixture
-def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+def quick_compilation() -> Iterator[None]:
     """Without the costly passes of XLA and LLVM, which are most of the time of a compilation.
 
     For a test in which nothing hangs on them: neither bits nor ulps nor the form of the program.
     """
-    is_full = "full_compilation" in request.fixturenames
-    with contextlib.nullcontext() if is_full else quickly():
+    with quickly():
         yield
 
 
 @pytest.fixture
 def full_compilation() -> None:
-    """What users have, for a test on bits or ulps among others that are compiled quickly."""
+    """As users have it."""
 
 
 @pytest.fixture(
