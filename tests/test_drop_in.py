@@ -270,6 +270,21 @@ def test_a_program_does_with_jadam_what_it_did_with_optax(program):
     assert_same(as_optax(ours.states[-1]), theirs.states[-1])
 
 
+@pytest.mark.soak
+@beside_optax
+@each_program
+def test_a_program_with_a_vector_among_its_parameters_does_too(program, monkeypatch):
+    """The long form: a leaf of rank 1 as well."""
+    few = problem
+
+    def more():
+        params, bias = few(), np.random.default_rng(1).standard_normal(2)
+        return {**params, "dense": {**params["dense"], "bias": jnp.asarray(bias, float)}}
+
+    monkeypatch.setitem(globals(), "problem", more)
+    test_a_program_does_with_jadam_what_it_did_with_optax(program)
+
+
 @each_program
 def test_a_program_compiles_once_and_its_state_keeps_its_types(program, request):
     """No aval of the state changes, weak types included; under strict promotion if optax can."""

@@ -365,10 +365,13 @@ def test_the_compiled_step_needs_no_temporaries(way, case):
     assert memory.temp_size_in_bytes <= 0.01 * params["w"].nbytes
 
 
+@pytest.mark.parametrize(
+    "names", [("dense",), pytest.param(("dense", "scale"), marks=pytest.mark.soak)], ids=str
+)
 @pytest.mark.parametrize("case", **each_structure)
-def test_step_is_update_and_apply_updates(case):
+def test_step_is_update_and_apply_updates(case, names):
     """`tx.step` and the two calls give the same bits on the XLA path; each is compiled once."""
-    tx, params = case(kernel="xla"), SMALL["dense"]
+    tx, params = case(kernel="xla"), {name: SMALL[name] for name in names}
     in_two, in_one = jax.jit(update_and_apply(tx)), jax.jit(fused(tx))
     two_calls = one_call = (params, tx.init(params))
     for seed in range(3):

@@ -570,7 +570,6 @@ def test_under_strict_promotion(wrap):
     np.testing.assert_array_equal(summed["w"], optax.apply_updates(p, updates)["w"])
 
 
-@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_sharding_is_kept_and_changes_no_bit(wrap):
     """Eight devices, both axes: the residual lies where its parameter lies."""
