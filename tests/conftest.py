@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 # Before jax starts its backend.
+# What is compiled in one piece has the same code as in several and takes less of all CPUs together.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_cpu_parallel_codegen_split_count=1"
+).strip()
 # Most of the time goes into compilations. The workers and the processes that tests start share
 # what they compile, and the next run finds it: the same machine code for the same program, flags,
 # and versions.
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 import hypothesis
 import jax
 import pytest
+from compilation import quickly
 
 # Where a plugin of pytest has imported jax before.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -39,14 +42,25 @@ hypothesis.settings.load_profile("jadam")
 
 @pytest.fixture
 def quick_compilation() -> Iterator[None]:
-    """Without the costly passes of XLA and LLVM, which are a third to a half of a compilation.
+    """Without the costly passes of XLA and LLVM, which are most of the time of a compilation.
 
     For a test in which nothing hangs on them: neither bits nor ulps nor the form of the program.
     """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quickly():
+        yield
+
+
+@pytest.fixture
+def full_compilation() -> None:
+    """As users have it."""
+
+
+@pytest.fixture(
+    params=["quick_compilation", pytest.param("full_compilation", marks=pytest.mark.soak)]
+)
+def either_compilation(request: pytest.FixtureRequest) -> None:
+    """Compiled quickly in `make test`, and as users have it in `make soak`."""
+    request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ def test_the_schedules_are_the_papers(options):
     np.testing.assert_allclose(found, expected, rtol=5e-6, atol=5e-6)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_schedules_of_ones_own_are_functions_of_the_updates_made():
     """As optax.contrib.ademamix (0.2.8) takes them, for alpha and for b3."""
     alpha = optax.linear_schedule(0.0, 5.0, 30)
@@ -56,6 +57,7 @@ def test_schedules_of_ones_own_are_functions_of_the_updates_made():
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
 @pytest.mark.parametrize(
     "options",
@@ -90,7 +92,10 @@ def test_the_bound_is_attained():
     assert 0.8 * bound <= best <= bound * SLACK
 
 
-@pytest.mark.parametrize("options", [{}, {"warmup": 2000}], ids=str)
+@pytest.mark.usefixtures("either_compilation")
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"warmup": 2000}, marks=pytest.mark.soak)], ids=str
+)
 def test_eight_bits_take_three_bytes_and_a_constant_gradient_keeps_its_size(options):
     """2.02 bytes for m and v, one for the slow average, which its limit does not cut."""
     g = jnp.ones((16, 128))
@@ -105,6 +110,7 @@ def test_eight_bits_take_three_bytes_and_a_constant_gradient_keeps_its_size(opti
     assert np.abs(found.mean(axis=(1, 2)) / expected - 1).max() <= 0.12
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_codes_go_to_floats_and_back():
     """`cast_like` with b3: the numbers that codes stand for have codes, their own."""
     rng = np.random.default_rng(0)
@@ -121,6 +127,7 @@ def test_codes_go_to_floats_and_back():
         jadam.migrate.cast_like(state, like)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_diagnostics_know_its_codes():
     """The report of a state in 8 bits is that of the moments that it stands for."""
     rng = np.random.default_rng(0)

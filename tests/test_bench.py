@@ -86,6 +86,7 @@ IN_JAX = [
 ]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("contender", IN_JAX, ids=lambda contender: contender.name)
 def test_contenders_make_the_same_step(contender, standard_promotion):
     """Nobody is faster for computing something else."""
@@ -145,12 +146,12 @@ def test_what_the_compiled_step_moves(name, standard_promotion):
     A hundredth of a byte a parameter is left for scalars and the kernel's tables.
     """
     temporary, aliased, accessed, fusions = PROGRAMS[name]
-    one, three = (MAKERS[name](((512, 1024),) * leaves).program for leaves in (1, 3))
+    one, two = (MAKERS[name](((512, 1024),) * leaves).program for leaves in (1, 2))
     parameters = 512 * 1024
     assert one["temporary_bytes"] <= (temporary + 0.01) * parameters
     assert one["aliased_bytes"] >= aliased * parameters
     assert one["accessed_bytes"] <= (accessed + 0.01) * parameters
-    assert three["fusion"] - one["fusion"] <= 2 * fusions
+    assert two["fusion"] - one["fusion"] <= fusions
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 import test_drop_in
-from helpers import each_member, gradients_like
+from helpers import FAMILY, gradients_like
 from hypothesis import given, settings
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,8 +74,23 @@ def test_no_update_is_beyond_adams_bound(codes, gradients):
     assert np.all(np.abs(updates) <= bounds(48)[:, None] * SLACK)
 
 
-@each_code
-@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999), (0.5, 0.9)])
+RATES = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.99999), (0.5, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "b1", "b2"),
+    [  # each pair of rates and each code; in `make soak` all together
+        ("8 bits", *RATES[0]),
+        ("4 bits", *RATES[1]),
+        ("8 bits", *RATES[2]),
+        ("4 bits", *RATES[3]),
+        *(
+            pytest.param(codes, *rates, marks=pytest.mark.soak)
+            for codes, own in (("8 bits", RATES[1::2]), ("4 bits", RATES[::2]))
+            for rates in own
+        ),
+    ],
+)
 def test_no_update_is_beyond_the_bound_with_hostile_gradients(codes, b1, b2):
     """Jumps over 40 decades, zeros and heavy tails, 300 steps of 4,096 elements."""
     rng = np.random.default_rng(0)
@@ -100,6 +115,7 @@ def test_no_update_is_beyond_the_bound_where_flashoptims_is_96129():
     assert updates[:, 2:].max() <= 1.3
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_shrunken_gradients_leave_nothing_stale(codes):
     """One element of a block keeps its gradient, the others shrink 100x for 3,000 steps."""
@@ -122,6 +138,7 @@ def test_shrunken_gradients_leave_nothing_stale(codes):
         assert np.all(np.abs(np.log2(np.quantile(stored, [0.01, 0.99]))) <= 2.1)  # two levels
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 @pytest.mark.parametrize("neighbour", [0.0, 1.0])
 def test_a_dead_gradients_moments_go_to_zero(codes, neighbour):
@@ -145,6 +162,7 @@ def test_a_dead_gradients_moments_go_to_zero(codes, neighbour):
         assert np.all(np.abs(np.log(np.asarray(v)[~dead])) <= np.log(of_v))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_gradient_poisons_its_own_element_only(codes, bad):
@@ -158,6 +176,7 @@ def test_a_non_finite_gradient_poisons_its_own_element_only(codes, bad):
     np.testing.assert_array_equal(poisoned, expected)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("codes", "most"), [("8 bits", 2.1), ("4 bits", 1.1)])
 @pytest.mark.parametrize(
     "shape", [(64, 128), (3, 300), (5000,), (5, 5, 32, 64), (2, 1000), (100, 33)]
@@ -172,6 +191,7 @@ def test_both_moments_take_few_bytes(shape, codes, most):
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_small_narrow_and_wide_leaves_keep_floats():
     """Under min_size, under 32 along the last axis, float64 and complex: no codes."""
     with jax.enable_x64(True):
@@ -193,8 +213,20 @@ def test_small_narrow_and_wide_leaves_keep_floats():
     }
 
 
+PLAIN = ("adam", "nadam", "nadam_dozat", "amsgrad", "amsgrad_corrected", "adamax", "radam")
+PLAIN += ("ademamix", "ademamix_warmup")
+
+
+@pytest.mark.usefixtures("either_compilation")
 @each_code
-@pytest.mark.parametrize("case", **each_member)
+@pytest.mark.parametrize(
+    "case",
+    [  # parameters are 0 here, and so is their decay
+        case if case.name in PLAIN else pytest.param(case, marks=pytest.mark.soak)
+        for case in FAMILY
+    ],
+    ids=str,
+)
 def test_the_family_follows_float64(case, codes):
     """150 steps of every member: the normalized mean squared error of its updates."""
     rng = np.random.default_rng(1)
@@ -220,6 +252,7 @@ def test_the_family_follows_float64(case, codes):
     assert error <= {"8 bits": 6e-3, "4 bits": 0.3}[codes]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_the_mean_update_is_adams(codes):
     """Codes are wrong by chance, not on average: stationary gradients, 3,000 steps."""
@@ -233,6 +266,7 @@ def test_the_mean_update_is_adams(codes):
     assert abs(gain - 1) <= {"8 bits": 0.01, "4 bits": 0.025}[codes]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.95, 0.99999), (0.99, 0.9), (0.0, 0.999)])
 def test_other_decay_rates_follow_float64(b1, b2):
     """The curve of m's code follows b1, b2 and t: early at b2 = .99999 m/√v is 100 times larger."""
@@ -246,6 +280,7 @@ def test_other_decay_rates_follow_float64(b1, b2):
     assert error <= (2e-2 if b1 == 0.99 else 6e-3)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_first_moment_past_the_limit_has_the_last_code():
     """With few codes the one below stands for a third of it: a cut m is cut to the limit."""
     curve, dither = Curve(0.458, 1 + 0.458 / 7.27), jnp.linspace(0, 1 - 2.0**-24, 1001)
@@ -254,6 +289,7 @@ def test_a_first_moment_past_the_limit_has_the_last_code():
         np.testing.assert_array_equal(codes, 10)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_amsgrads_maximum_never_falls():
     """Also in codes: while gradients shrink, v_max stays to a code, 2.2% of √v."""
     gradients = np.ones((600, 2, 64), np.float32)
@@ -272,7 +308,7 @@ def test_amsgrads_maximum_never_falls():
     assert np.mean(np.asarray(updates)[200:] / exact[200:]) == pytest.approx(1, abs=0.03)
 
 
-@each_code
+@pytest.mark.parametrize("codes", ["8 bits", pytest.param("4 bits", marks=pytest.mark.soak)])
 def test_the_same_bits_on_every_run_and_under_any_sharding(codes):
     """Deterministic: rows or whole blocks on eight devices give the codes of one, no collective."""
     rng = np.random.default_rng(0)
@@ -320,6 +356,7 @@ def test_the_compiled_step_holds_no_float32_copy_of_the_state(codes):
     assert memory.temp_size_in_bytes < {"8 bits": 2.2, "4 bits": 1.2}[codes] * params["w"].size
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_code
 def test_a_checkpoint_keeps_every_bit(tmp_path, codes):
     """Orbax, with codes, tops and AMSGrad's maximum."""
@@ -357,11 +394,20 @@ def wide_problem():
     )
 
 
+# One for each thing that a wrapper does with a state; the others are in `make soak`.
+SHORT = {"schedule", "lamb", "masked_adamw", "partition", "MultiSteps", "apply_if_finite"}
+SHORT |= {"conditionally_mask", "flatten", "lookahead", "schedule_free", "sam_opaque", "extra_args"}
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "program",
     # inject_hyperparams takes the factory itself, see the next test; one passes mu_dtype by place.
-    [p for p in test_drop_in.PROGRAMS if "inject" not in p.name and p.name != "positional"],
+    [
+        p if p.name in SHORT else pytest.param(p, marks=pytest.mark.soak)
+        for p in test_drop_in.PROGRAMS
+        if "inject" not in p.name and p.name != "positional"
+    ],
     ids=str,
 )
 def test_every_composition_of_the_drop_in_list_works_in_8_bits(program, monkeypatch, request):
@@ -383,6 +429,7 @@ def test_every_composition_of_the_drop_in_list_works_in_8_bits(program, monkeypa
         assert difference <= 0.3 * moved + 1e-6
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_injected_hyperparameters_in_8_bits():
     """Traced b1 and b2: the codes' curve follows them."""
     make = optax.inject_hyperparams(jadam.adam, static_args=("mu_dtype", "nu_dtype", "min_size"))
@@ -397,6 +444,7 @@ def test_injected_hyperparameters_in_8_bits():
     assert optax.tree.get(state, "mu")["w"].dtype == jnp.uint16
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_codes_for_one_moment_alone_are_refused():
     """m is stored relative to v, so there is one code for both."""
     for options in (
@@ -413,6 +461,7 @@ def test_codes_for_one_moment_alone_are_refused():
             jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=value)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_codes_of_another_shape_are_refused():
     """A state whose tops do not belong to its codes is named."""
     g = {"w": jnp.ones((4, 256))}

@@ -91,6 +91,7 @@ def assert_report(report, expected, rtol=1e-5):
 KINDS = ("adam", "adam_eps_root", "amsgrad_corrected", "adamax")
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("case", [case for case in FAMILY if case.name in KINDS], ids=str)
 def test_the_numbers_are_those_of_the_definitions(case):
     """Each number of each leaf equals its definition, evaluated in float64 from the state."""
@@ -109,6 +110,7 @@ def test_the_numbers_are_those_of_the_definitions(case):
     assert (reports["whole"]["eps_share"] > 0) == (case.name != "adam_eps_root")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_is_made_of_its_leaves():
     """Mean squares and shares are weighted by the leaves' sizes, an empty leaf by none."""
     params = tree_of_parameters()
@@ -131,6 +133,7 @@ def test_the_whole_is_made_of_its_leaves():
     assert not any(np.any(x) for x in leaves["['empty']"].values())
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("make", [jadam.amsgrad, jadam.adamax])
 def test_codes_are_read_with_the_equations_of_their_step(make):
     """A state in 8 bits is reported as the float32 state of the moments that it stands for."""
@@ -165,6 +168,7 @@ def test_codes_are_read_with_the_equations_of_their_step(make):
     assert_report(coded["whole"], right["whole"] | ends)  # the shares are of the coded elements
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_first_codes_are_at_their_ends():
     """In the first step |m|/√v is what it can be at most, for every gradient."""
     params = jnp.ones((16, 256))
@@ -190,6 +194,7 @@ def report_of(place):
     return diagnose(state, grads, params)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("place", list(PLACES)[1:])
 def test_the_state_is_found_wherever_it_is(place, standard_promotion):
     """In every wrapper, the report on the same updates is that of a plain jadam.adam.
@@ -200,6 +205,7 @@ def test_the_state_is_found_wherever_it_is(place, standard_promotion):
     jax.tree.map(close, report_of(place), report_of("bare"))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_state_of_flax_nnx():
     """What nnx.Optimizer keeps in Variables, with the model's state as parameters."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -211,6 +217,7 @@ def test_the_state_of_flax_nnx():
     np.testing.assert_allclose(report["whole"]["v_rms"], 1, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_leaves_that_no_state_covers_are_left_out():
     """Masked leaves count nowhere, of whatever dtype; None and empty nodes are no leaves."""
     params = {"a": jnp.ones(3), "table": jnp.arange(4), "b": None, "c": ()}
@@ -224,6 +231,7 @@ def test_leaves_that_no_state_covers_are_left_out():
     assert nothing == {"whole": {}, "leaves": {}}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_before_the_first_step():
     """All is 0, nothing is NaN: eps rules everywhere, for want of a gradient."""
     params = tree_of_parameters()
@@ -233,6 +241,7 @@ def test_before_the_first_step():
     assert whole["update_to_param"] == whole["v_rms"] == 0
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_nan_shows_in_its_leaf():
     """It is in no bin and makes means NaN, there and in the whole; other leaves are as before."""
     params = {"a": jnp.ones(4), "b": jnp.ones(4)}
@@ -245,6 +254,7 @@ def test_a_nan_shows_in_its_leaf():
     assert leaves["['b']"]["ratio_histogram"].sum() == 1
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_complex_and_float64(x64):
     """|g|² of both parts; a float64 state is read in float64 and reported in float32."""
     params = {"z": jnp.ones(6, complex), "x": jnp.ones(6, np.float64)}
@@ -262,6 +272,7 @@ def at(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_scan_and_vmap():
     """The same report inside lax.scan, and for each member of an ensemble under vmap."""
     params = {"w": jnp.ones((2, 16, 256), jnp.bfloat16), "b": jnp.ones((2, 3))}
@@ -330,6 +341,7 @@ def test_a_large_leaf_is_counted_to_its_end():
 STATE = jadam.init({"w": jnp.ones((2, 3))})
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -364,6 +376,7 @@ class Linear(nnx.Module):
         return self.dense(images.reshape(-1, 784))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_mnist_with_diagnostics(tmp_path, monkeypatch):
     """The flag changes no bit of the training; it adds 20 lines of JSON an epoch and a picture."""
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ def test_the_groups_are_apart():
     assert (sum(Gradients(10).group(label).astype(int) for label in GROUPS) == 1).all()
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # the bench's candidates are written for it
 def test_drift_is_found_where_it_is():
     """Codes to nearest lag behind; jadam's do not, and float32 has its roundings alone."""
@@ -46,6 +47,7 @@ def test_drift_is_found_where_it_is():
     assert late[NEAREST.name]["root bias"] < -0.1
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_task_shows_a_loss_where_there_is_one():
     """Gradients over 24 octaves in a block are 8 more than the codes have; over 8 they fit."""
     wide, fits = (

@@ -184,13 +184,10 @@ PROGRAMS = [
 
 
 def problem() -> dict[str, Any]:
-    """Parameters of rank 2, 1 and 0, in the default float dtype."""
+    """Parameters of rank 2 and 0, few to compile, in the default float dtype."""
     rng = np.random.default_rng(0)
     return {
-        "dense": {
-            "kernel": jnp.asarray(rng.standard_normal((3, 2)), float),
-            "bias": jnp.asarray(rng.standard_normal(2), float),
-        },
+        "dense": {"kernel": jnp.asarray(rng.standard_normal((3, 2)), float)},
         "scale": jnp.asarray(rng.standard_normal(), float),
     }
 
@@ -271,6 +268,21 @@ def test_a_program_does_with_jadam_what_it_did_with_optax(program):
     )
     assert_same(ours.params, theirs.params)
     assert_same(as_optax(ours.states[-1]), theirs.states[-1])
+
+
+@pytest.mark.soak
+@beside_optax
+@each_program
+def test_a_program_with_a_vector_among_its_parameters_does_too(program, monkeypatch):
+    """The long form: a leaf of rank 1 as well."""
+    few = problem
+
+    def more():
+        params, bias = few(), np.random.default_rng(1).standard_normal(2)
+        return {**params, "dense": {**params["dense"], "bias": jnp.asarray(bias, float)}}
+
+    monkeypatch.setitem(globals(), "problem", more)
+    test_a_program_does_with_jadam_what_it_did_with_optax(program)
 
 
 @each_program

@@ -76,6 +76,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @needs_kernel
 @pytest.mark.parametrize("feature", sorted(choice.CPU.features))
 def test_a_kernel_without_a_feature_steps_aside(feature, monkeypatch):
@@ -90,6 +91,7 @@ def test_a_kernel_without_a_feature_steps_aside(feature, monkeypatch):
     assert not has_kernel(function, grads, state, params)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @needs_kernel
 def test_an_option_that_the_kernel_does_not_know_keeps_it_away(monkeypatch):
     """Who adds an option to a leaf's step, such as a mask, need not think of the kernels."""
@@ -161,6 +163,7 @@ def eight(axis_type=AxisType.Auto):
     return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 @pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
 def test_under_shard_map_a_result_varies_where_any_operand_does(storage):
@@ -189,6 +192,7 @@ def test_under_shard_map_a_result_varies_where_any_operand_does(storage):
             both(kernel, False)(params, x)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 @pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
 def test_under_shard_map_a_leaf_that_is_the_same_everywhere_stays_so(storage):
@@ -205,6 +209,7 @@ def test_under_shard_map_a_leaf_that_is_the_same_everywhere_stays_so(storage):
     jax.tree.map(np.testing.assert_array_equal, divided(params, state), expected)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 def test_leaves_on_several_meshes_take_a_step():
     """As with optax: their steps are XLA's, since JAX knows one mesh for such a primitive."""
@@ -234,6 +239,7 @@ def test_without_jit_the_kernel_still_makes_the_step():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_program_is_planned_on_devices_that_do_not_exist(platform):
     """Lowering for an `AbstractMesh`: a TPU program on a host without one."""
@@ -250,6 +256,7 @@ def test_a_program_is_planned_on_devices_that_do_not_exist(platform):
     assert "sdy.mesh" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @needs_kernel
 def test_gradients_that_are_not_summed_yet_are_refused_as_by_xla():
     """On explicit axes a gradient may still be one term a device: never taken as whole."""
@@ -268,6 +275,7 @@ def test_gradients_that_are_not_summed_yet_are_refused_as_by_xla():
                 jax.jit(functools.partial(step, tx))(a, p, tx.init(p))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 def test_the_step_composes_with_scan_and_schedules_under_shard_map():
     """What varies is carried through a scan with the types that it had."""

@@ -38,6 +38,7 @@ def digits():
     return Mnist(images, labels, images, labels)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_pass_sees_every_example_once():
     """The mean over a pass's batches is the mean of all; each pass has another order."""
     task = Task(
@@ -53,6 +54,7 @@ def test_a_pass_sees_every_example_once():
     np.testing.assert_array_equal(losses, 3.5)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_settings_at_once_are_settings_one_by_one():
     """x' = x - alpha·(x - 1): 1 - x shrinks by 1 - alpha, and the noise is everybody's."""
     noisy = lambda params, batch, key: (  # noqa: E731
@@ -77,6 +79,7 @@ def test_a_finished_training_is_not_run_again(tmp_path):
     assert kept(tmp_path / "part.json", {"rates": (1, 3)}, lambda: 2 * losses)[0, 0] == 2
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 @pytest.mark.parametrize("b2", [0.99, 0.9999])
 def test_adam_without_corrections_is_algorithm_1_without_hats(b1, b2):
@@ -115,6 +118,7 @@ def test_the_divergence_is_the_integral():
     np.testing.assert_allclose(vae.divergence(mean, log_variance), expected, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.usefixtures("x64")
 def test_the_bound_and_its_gradient():
     """Known where all parameters are 0; its slope in a direction is the difference quotient."""
@@ -134,6 +138,7 @@ def test_the_bound_and_its_gradient():
     np.testing.assert_allclose((ahead - behind) / (2 * h), slope, rtol=1e-7)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_uninformed_loss_is_that_of_the_best_constant():
     """The entropy of the pixels' means; another constant is worse."""
     images = np.random.default_rng(4).random((50, 6)).astype(np.float32)
@@ -176,6 +181,7 @@ def test_figure_2_in_short(digits, tmp_path):
     assert found.curve[-1] == found.costs.min() < 1.9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("module", [logistic, mlp])
 def test_every_contender_descends(module):
     """On x²/2 from 1, two steps: downwards at all settings of the grid that are small."""
@@ -214,6 +220,7 @@ def test_a_claim_of_figure_2_can_fail():
         assert [claim.holds for claim in claims] == [holds] * 4
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_dropout_leaves_out_its_share_and_keeps_the_mean():
     """A layer of ones: the units that are kept count double at a rate of a half."""
     ones = {"kernel": jnp.ones((1, 1000)), "bias": jnp.zeros(1000)}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import quickly
 
 import jadam
 from experiments.common.text import Text
@@ -43,6 +44,7 @@ def v_after(tx, gradients):
     return [np.asarray(jadam.moments(adam_of(x)).nu) for x in run(tx.init(params))]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_control_gets_stuck_where_jadam_does_not():
     """v shrinks by 0.999 in a step without a gradient, and so to a half in 693.
 
@@ -82,10 +84,9 @@ def test_the_rates_are_those_of_the_schedule():
 
 @pytest.fixture(scope="module")
 def task():
-    """Tiny; with half the time for compilation, since little is run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield Task(replace(long.TINY, steps=50, chunk=50), TEXT)
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Tiny; with a quarter of the time for compilation, since little is run."""
+    with quickly():
+        yield Task(replace(long.TINY, steps=50, chunk=50), TEXT)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def test_the_text_is_split_once_and_its_origin_told(tmp_path, monkeypatch):
     assert first.origin["sha256"].startswith("9c56cc51b374c3ba")  # of b"abcdefgh"
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_language_model_is_causal():
     """A byte changes the logits of its own place and later ones, never of earlier ones."""
     model = GPT(TINY, rngs=nnx.Rngs(0))
@@ -73,12 +74,14 @@ def test_the_language_model_is_causal():
     assert jnp.all(jnp.any(logits[:, 9:] != changed[:, 9:], axis=-1))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_language_model_starts_at_a_uniform_guess():
     """log 256 = 5.545 nats; weights of sd 0.02 move it by some hundredths."""
     batch = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 17)))
     assert abs(jax.jit(loss_fn)(GPT(TINY, rngs=nnx.Rngs(0)), batch) - np.log(256)) < 0.05
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_language_model_has_the_size_of_its_description():
     """Bytes, positions, 4 blocks of 12 matrices' worth and 2 norms, a norm, the head."""
     params = nnx.eval_shape(lambda: nnx.state(GPT(Shape(), rngs=nnx.Rngs(0)), nnx.Param))
@@ -86,6 +89,7 @@ def test_the_language_model_has_the_size_of_its_description():
     assert count == 256 * 256 + 128 * 256 + 4 * (12 * 256**2 + 2 * 256) + 256 + 256 * 256
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_setting_makes_a_step(setting):
@@ -123,6 +127,7 @@ def test_each_setting_learns(setting, prose):
     assert result["final"]["validation loss"] < 4.5
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 def test_memory_is_that_of_the_buffers():
     """float32 Adam: 4 bytes each of weights, gradient and two moments, all but one in place."""

@@ -137,6 +137,7 @@ def test_a_pool_of_equal_values_has_one_gradient():
     np.testing.assert_array_equal(grads.kernel[...], 0.0)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_training_lowers_the_loss(small, tmp_path):
     """The default model and optimizer learn."""
     config = Config(epochs=3, validation=100, out=tmp_path)

@@ -1,13 +1,13 @@
 """Runs of experiments.mnist that are ended or damaged go on to the bits of one that was not."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import compilation
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -19,6 +19,13 @@ from tests.mnist_run import CONFIG, Tiny, digits
 
 ROOT = Path(__file__).parent.parent
 STEPS = 27
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Here and in the processes that are started: bits are compared with bits made alike."""
+    with compilation.quickly():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +79,15 @@ def metrics(out):
 
 def ended_by(number, out, resume, *event):
     """What tests/mnist_run.py says until a signal ends it."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     arguments = map(str, (out, resume, number.name, *event))
     command = [sys.executable, "-m", "tests.mnist_run", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == -number, done.stderr
     return done.stderr
@@ -113,11 +124,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(small, whole, tmp_path):
 
 
 def test_a_run_that_is_asked_to_end_loses_nothing(small, whole, tmp_path):
-    """SIGINT and SIGTERM in mid-epoch: saved at that step, said how to go on, the signal's code."""
+    """SIGINT in mid-epoch: saved at that step, said how to go on, the signal's code."""
     said = ended_by(signal.SIGINT, tmp_path, False, "open", "metrics.jsonl", 8)
     assert "SIGINT: the run is saved at step 8; this goes on from there:\npython -m" in said
     assert said.strip().endswith("--resume")
     assert "Traceback" not in said
+    assert steps_in(tmp_path)[-1] == 8
+    assert_goes_on_to_the_same_bits(small, whole, tmp_path)
+
+
+@pytest.mark.soak
+def test_a_run_can_be_asked_to_end_twice(small, whole, tmp_path):
+    """SIGINT and SIGTERM, the second in what the first left."""
+    ended_by(signal.SIGINT, tmp_path, False, "open", "metrics.jsonl", 8)
     # It is opened to be read, for the lines of steps 9 to 14, the validation, and that of step 15.
     said = ended_by(signal.SIGTERM, tmp_path, True, "open", "metrics.jsonl", 9)
     assert "SIGTERM: the run is saved at step 15" in said
@@ -144,6 +163,9 @@ def test_a_second_signal_acts_at_once():
         assert interruption() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    with interruptions() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption() == signal.SIGTERM
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -172,7 +194,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 def damage():
     """What tests/mnist_damage.py finds, in a process in which Orbax leaves its threads behind."""
     command = [sys.executable, "-m", "tests.mnist_damage"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

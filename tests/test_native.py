@@ -95,27 +95,28 @@ MEMBERS = {
     "radam, nesterov": functools.partial(jadam.radam, b1=0.8, b2=0.8, threshold=4.0, nesterov=True),
 }
 # All shapes in each storage; then two of them in each pair of a storage, dtypes and a way, and for
-# the other members, whose difference from Adam is a few numbers of a step. `make check-native` has
-# every combination, without XLA's form beside it.
+# the other members, whose difference from Adam is a few numbers of a step: each storage, dtypes,
+# way and member here, the other pairs in `make soak`. `make check-native` has every combination,
+# without XLA's form beside it.
 STEPS = [
     *(("adam", storage, "float32", "step", "all") for storage in STORAGE),
     ("adam", "float32", "bfloat16 gradients", "step", "two"),
-    ("adam", "float32", "bfloat16", "update", "two"),
-    ("adam", "bfloat16", "float32", "update", "two"),
-    ("adam", "bfloat16", "bfloat16 gradients", "step", "two"),
+    pytest.param("adam", "float32", "bfloat16", "update", "two", marks=pytest.mark.soak),
+    pytest.param("adam", "bfloat16", "float32", "update", "two", marks=pytest.mark.soak),
+    pytest.param("adam", "bfloat16", "bfloat16 gradients", "step", "two", marks=pytest.mark.soak),
     ("adam", "bfloat16", "bfloat16", "step", "two"),
     ("adam", "bfloat16 m", "bfloat16 gradients", "update", "two"),
-    ("adam", "bfloat16 m", "bfloat16", "step", "two"),
-    ("adam", "8 bits", "float32", "update", "two"),
-    ("adam", "8 bits", "bfloat16 gradients", "step", "two"),
+    pytest.param("adam", "bfloat16 m", "bfloat16", "step", "two", marks=pytest.mark.soak),
+    pytest.param("adam", "8 bits", "float32", "update", "two", marks=pytest.mark.soak),
+    pytest.param("adam", "8 bits", "bfloat16 gradients", "step", "two", marks=pytest.mark.soak),
     ("adam", "8 bits", "bfloat16", "update", "two"),
     ("adam", "4 bits", "bfloat16 gradients", "update", "two"),
-    ("adam", "4 bits", "bfloat16", "step", "two"),
-    ("nadam", "bfloat16", "float32", "step", "two"),
+    pytest.param("adam", "4 bits", "bfloat16", "step", "two", marks=pytest.mark.soak),
+    pytest.param("nadam", "bfloat16", "float32", "step", "two", marks=pytest.mark.soak),
     ("nadam", "8 bits", "float32", "step", "two"),
     ("radam", "float32", "float32", "step", "two"),
-    ("radam", "8 bits", "float32", "step", "two"),
-    ("radam, nesterov", "bfloat16 m", "float32", "step", "two"),
+    pytest.param("radam", "8 bits", "float32", "step", "two", marks=pytest.mark.soak),
+    pytest.param("radam, nesterov", "bfloat16 m", "float32", "step", "two", marks=pytest.mark.soak),
     ("radam, nesterov", "8 bits", "float32", "step", "two"),
     ("radam, nesterov", "4 bits", "float32", "step", "two"),
 ]
@@ -243,14 +244,14 @@ def weights_of(wrapper, params, state):
 @pytest.mark.parametrize(
     ("wrapper", "storage", "g_dtype", "way"),
     [  # each pair of two factors' values
-        ("int8", "float32", "bfloat16", "update"),
+        pytest.param("int8", "float32", "bfloat16", "update", marks=pytest.mark.soak),
         ("int8", "8 bits", "float32", "step"),
-        ("int16", "float32", "float32", "step"),
+        pytest.param("int16", "float32", "float32", "step", marks=pytest.mark.soak),
         ("int16", "8 bits", "bfloat16", "update"),
         ("stochastic", "float32", "float32", "update"),
-        ("stochastic", "8 bits", "bfloat16", "step"),
+        pytest.param("stochastic", "8 bits", "bfloat16", "step", marks=pytest.mark.soak),
         ("int8", "4 bits", "bfloat16", "step"),
-        ("stochastic", "4 bits", "float32", "update"),
+        pytest.param("stochastic", "4 bits", "float32", "update", marks=pytest.mark.soak),
     ],
 )
 def test_weights_of_16_bits_take_the_same_step(wrapper, storage, g_dtype, way):
@@ -416,6 +417,7 @@ def test_ties_go_to_the_even_bfloat16():
         np.testing.assert_array_equal(moved.astype(jnp.float32), expected)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @needs_kernel
 def test_by_itself_the_kernel_is_taken_where_it_is_faster():
     """`step`, and moments of fewer bits; an update of float32 moments is XLA's, unless asked."""
@@ -475,6 +477,7 @@ def test_a_scan_and_single_calls_give_the_same_bits():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6), eager, scanned)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 @pytest.mark.parametrize(
     ("spec", "storage"),
@@ -504,6 +507,7 @@ def test_each_device_steps_its_own_shard(spec, storage):
     jax.tree.map(np.testing.assert_array_equal, many, one)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()], ids=str)
 def test_a_row_of_one_block_is_divided_as_any_other(spec):
@@ -517,6 +521,7 @@ def test_a_row_of_one_block_is_divided_as_any_other(spec):
     jax.tree.map(np.testing.assert_array_equal, found, jax.jit(tx.step)(g, state, g))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 def test_blocks_that_a_sharding_divides_are_put_together():
     """A last axis in shards of 125: right, if not without communication."""
@@ -531,6 +536,7 @@ def test_blocks_that_a_sharding_divides_are_put_together():
     )
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 def test_inside_shard_map_each_device_calls_the_kernel():
     """Under manual sharding the arrays are whole."""
@@ -617,6 +623,7 @@ def test_several_threads_at_once():
             jax.tree.map(np.testing.assert_array_equal, x, expected[i])
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @needs_kernel
 def test_other_members_and_dtypes_fall_back():
     """ "native" asks for the kernel where it has the equations and the dtypes, and for no more."""
@@ -712,6 +719,7 @@ def test_kernels_says_what_is_in_use_and_why():
         assert reason
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_without_the_library_jadam_runs_in_xla(monkeypatch):
     """No compiler at installation: the same results, and an error for who insists on the kernel."""
     g = jnp.ones((4, 64))
@@ -814,6 +822,7 @@ def test_a_wrong_kernel_is_refused():
         jadam.adam(1e-3, kernel="c")
 
 
+@pytest.mark.usefixtures("either_compilation")
 @needs_kernel
 @pytest.mark.parametrize(
     ("shape", "wrapper"), [((64, 768), None), ((16,), None), ((8, 200), "int8")], ids=str

@@ -43,6 +43,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("x64", "standard_promotion")
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_an_option_is_optaxs(name, options):
@@ -60,6 +61,7 @@ def test_an_option_is_optaxs(name, options):
     assert np.max(np.abs(ours - default)) > 1e-3
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mu", [True, False])
 @pytest.mark.parametrize("nu", [True, False])
@@ -77,6 +79,7 @@ def test_the_corrections_of_amsgrads_raw_maximum(mu, nu):
     np.testing.assert_allclose(updates(jadam.amsgrad(1.0, **options)), expected, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("b2", [0.0, 0.25, 0.49, 0.51])
 def test_a_fast_second_moment_is_not_dithered_below_zero(b2):
     """Under b2 = ½ the dither of a unit in v's last place could take more than v has.
@@ -96,6 +99,7 @@ def test_a_fast_second_moment_is_not_dithered_below_zero(b2):
         np.testing.assert_allclose(state.nu, v, rtol=1e-6, atol=1e-36)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("shape", "coded"),
     [
@@ -118,6 +122,7 @@ def test_which_leaves_have_codes(shape, coded):
     assert (exact.mu.dtype, fewer.mu.dtype) == (jnp.uint16, jnp.float32)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_adamax_without_eps_where_no_gradient_has_come():
     """u = m = 0 gives an update of 0 in every storage, and the first gradient one of 1."""
     for options in ({}, {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}):
@@ -168,6 +173,7 @@ def test_a_step_rounds_once_where_the_update_is_wider(kernel):
     np.testing.assert_array_equal(params.astype(jnp.float32), 1 + 2.0**-7)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_leaves_of_one_shape_are_dithered_apart_in_compensated_weights():
     """The salt is a leaf's place: equal leaves, equal gradients, residuals that differ."""
     leaf = jnp.ones(512, jnp.bfloat16)

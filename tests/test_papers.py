@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compilation import quickly
 from scipy import stats
 
 import jadam
@@ -92,6 +93,7 @@ def test_reddi_adam_goes_to_the_worst_point_and_amsgrad_to_the_best(reddi):
     np.testing.assert_allclose(ends["AMSGrad"], [[0.072, 0.034], [-0.393, -0.997]], atol=1e-3)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_reddis_walk_is_adam_with_projection():
     """Against float64: α/√t counts from 1, x is put back into [-1, 1] after each step."""
     slopes = reddi_2018.periodic(1010.0, -10.0, 101, 2000)
@@ -123,7 +125,8 @@ def test_reddis_claims_can_fail(reddi):
 
 @pytest.fixture(scope="module")
 def steps():
-    return step_bound.run(step_bound.Config(steps=1000, points=4, rows=1))
+    with quickly():
+        return step_bound.run(step_bound.Config(steps=1000, points=4, rows=1))
 
 
 def test_the_step_bound_holds_and_is_attained(steps):
@@ -162,6 +165,7 @@ def test_jadam_has_none_of_the_defects(panels):
     json.dumps(defects.numbers(panels), allow_nan=False)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_defect_that_is_mended_says_so(monkeypatch):
     """With jadam in optax's place the row is no claim any more."""
     monkeypatch.setattr(defects, "LIBRARIES", {"optax": jadam, "jadam": jadam})
@@ -179,6 +183,7 @@ def test_a_peer_that_is_missing_is_named(monkeypatch):
     assert not defects.judge({"x": panel})[0].holds
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_grid_trains_each_setting_as_if_alone():
     """One vmap over seeds and settings: losses, order of the settings, batches of the seed."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
@@ -237,6 +242,7 @@ def test_adamws_decay_sets_the_speed_of_turning_and_l2s_does_not():
     assert speeds["Adam with L2"][-1] > 2 * speeds["Adam with L2"][0]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_papers_lambda_is_not_multiplied_by_the_learning_rate():
     """Algorithm 2: a step of zero gradients shrinks by η_t·λ, whatever α is."""
     tx = loshchilov_hutter_2019.adamw(jnp.float32(1e-3), jnp.float32(0.25), lambda count: 0.5)
@@ -259,6 +265,7 @@ def test_the_variance_of_the_adaptive_rate_is_that_of_a_scaled_inverse_chi():
     assert r[99] == pytest.approx(reference.rectification(100, 0.999), rel=1e-4)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("quick_compilation")
 def test_liu_radam_needs_no_warm_up(mnist):
     """The short form: one learning rate, one seed, 100 steps; Adam without warm-up is caught."""
@@ -268,6 +275,19 @@ def test_liu_radam_needs_no_warm_up(mnist):
     _, claims = liu_2020.run(config, mnist)
     # With one learning rate there is no sensitivity to it.
     assert not failed(claims[:-1])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_liu_the_variance_falls_and_its_rectification_makes_it_constant(mnist):
+    """And each optimizer of the training learns, in forty steps of one layer."""
+    config = liu_2020.Config(
+        steps=40, warmup=10, batch_size=16, seeds=1, rates=(4e-3,), layers=1, samples=4000, last=300
+    )
+    numbers, claims = liu_2020.run(config, mnist)
+    assert not failed(claims[:2])
+    for name in liu_2020.COLOURS:
+        curve = np.array(numbers["training"][name]["curve"])[:, 0, 0]
+        assert curve[-4:].mean() < curve[:4].mean(), name
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -4,6 +4,7 @@ import gc
 import re
 import socket
 
+import compilation
 import numpy as np
 import pytest
 import reference
@@ -18,7 +19,8 @@ from experiments.playground.__main__ import Playground, main
 from experiments.playground.compute import MAX_STEPS, OPTIMIZERS, Setting, descend, inner
 from experiments.playground.page import Page, new_page
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # for optax's
+# optax needs the promotion.
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 
 # Few, since each is compiled once.
 SOME = ["Adam", "Momentum", "RMSProp"]
@@ -238,8 +240,11 @@ def in_browser():
 
     if browser.executable() is None:
         pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed")
-    with browser.serving() as url, browser.chromium() as chromium:
-        yield browser.opened(chromium, url, 1280, 900)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in compilation.environment().items():
+            patch.setenv(name, value)
+        with browser.serving() as url, browser.chromium() as chromium:
+            yield browser.opened(chromium, url, 1280, 900)
 
 
 def column(name, source="path of Adam"):

@@ -92,7 +92,8 @@ def assert_equal_to_one_process(checkpoints: Path, counts: list[int], optimizer:
 @pytest.mark.parametrize(
     ("optimizer", "processes", "dies", "steps"),
     [
-        ("float32", (4, 2), 3, (5, 6)),
+        ("float32", (2, 1), 1, (5, 6)),
+        pytest.param("float32", (4, 2), 3, (5, 6), marks=pytest.mark.soak),
         pytest.param("8-bit", (4, 2), 1, (5, 8), marks=pytest.mark.soak),
         pytest.param("8-bit", (2, 4), 1, (5, 8), marks=pytest.mark.soak),
         pytest.param("float32", (4, 1), 0, (7, 10), marks=pytest.mark.soak),  # the coordinator

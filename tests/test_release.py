@@ -58,7 +58,7 @@ TRANSFORMATIONS = {
 }
 
 
-SHORT = ("adamw", "compensated", "stochastic", "optax", "hyperparameters")
+SHORT = ("adamw", "compensated", "stochastic", "optax")
 
 
 def parameters(dtype=jnp.float32, seed=0):
@@ -131,6 +131,7 @@ def assert_equal(got, expected, atol=1e-12):
         np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=message)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # optax.apply_updates of bfloat16 parameters
 @pytest.mark.parametrize(
     "name",
@@ -221,6 +222,7 @@ def both(loss, tx=DECAYING, params=SMALL, **options):
     return [trained(step, tx, params, [X, -X]) for step in steps]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("name", [*NO_GRADIENT, *OTHER_FORMS])
 def test_no_step_is_skipped(name):
     """A parameter without a gradient is stepped with zeros: its moments and its decay go on."""
@@ -230,6 +232,7 @@ def test_no_step_is_skipped(name):
         assert (got[0]["layers"]["w"] != SMALL["layers"]["w"]).any()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("message", "loss"),
     [
@@ -259,6 +262,7 @@ def test_a_loss_that_cannot_be_released_is_refused(message, loss):
         jax.eval_shape(release.train_step(loss, DECAYING), SMALL, DECAYING.init(SMALL), X)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # optax's noise needs it
 @pytest.mark.parametrize(
     "tx",
@@ -277,6 +281,7 @@ def test_a_transformation_that_mixes_is_refused(tx):
         jax.eval_shape(step, SMALL, tx.init(SMALL), X)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # optax.MultiSteps needs it
 def test_accumulation_in_the_state_is_right():
     """optax.MultiSteps keeps the gradients' sum in its state: no memory saved, no step lost."""
@@ -285,6 +290,7 @@ def test_accumulation_in_the_state_is_right():
     assert_equal(got, expected, LAST_BITS)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_step_is_skipped_where_the_loss_says_so():
     """Nothing moves, no count either; the next step is made."""
     step = jax.jit(
@@ -297,6 +303,7 @@ def test_a_step_is_skipped_where_the_loss_says_so():
     assert int(step(*skipped, X)[1][0].count) == 1
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_the_step_can_be_differentiated_and_vectorized():
     """Hypergradients and ensembles: what a plain step gives, not zeros."""
     loss = OTHER_FORMS["two stacks"]
@@ -317,6 +324,7 @@ def test_the_step_can_be_differentiated_and_vectorized():
     np.testing.assert_allclose(several, each, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_each_layer_is_clipped_by_its_own_norm():
     """The gradients in float64 of a plain backward pass, each layer's clipped, then Adam's step."""
     largest = 0.01
@@ -346,6 +354,7 @@ def test_each_layer_is_clipped_by_its_own_norm():
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_layer_is_all_that_a_scan_releases():
     """Two leaves of one scan are one layer, with one norm."""
 
@@ -366,6 +375,7 @@ def test_a_layer_is_all_that_a_scan_releases():
         np.testing.assert_allclose(state[0].mu[name]["w"], expected, rtol=1e-5, atol=1e-10)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("where", ["state", "state and parameters"])
 def test_stacks_on_the_host_come_and_go(where):
     """They stay there, and the bits are those of stacks on the device."""
@@ -392,10 +402,12 @@ def test_stacks_on_the_host_come_and_go(where):
     assert got[0]["layers"]["w"].sharding.memory_kind == lies["layers"]["w"].memory_kind
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_released_names_the_leaves():
     assert release.released(OTHER_FORMS["one in a jit"], SMALL, X) == ["params['layers']['w']"]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_arguments_are_checked():
     with pytest.raises(TypeError, match=r"^loss: "):
         release.train_step(3, DECAYING)

@@ -1,5 +1,6 @@
 """What goes wrong around a training ends in a clear error or the right answer, never in between."""
 
+import itertools
 import json
 import resource
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compilation
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ def assert_identical(got, right):
 # Gradients that are not finite
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("name", ["adam_8_bits", "amsgrad", "adam_bfloat16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_never_happened(name, bad):
@@ -85,14 +88,23 @@ def test_a_skip_copies_no_state():
 
 def run(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=compilation.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("uninterrupted"), 9)
+    with compilation.quickly():
+        return train(tmp_path_factory.mktemp("uninterrupted"), 9)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("at", [5, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 9))])
 def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
     """kill -9 between steps or while a checkpoint is being written, then the same command again."""
@@ -101,6 +113,7 @@ def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
     assert_identical(train(tmp_path, 9), uninterrupted)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, uninterrupted):
     """The training ends with the file and the reason, and goes on when there is room again."""
     done = run("tests.checkpoints.training", tmp_path, 9, "full", 6)
@@ -166,6 +179,19 @@ def test_a_checkpoint_of_another_tree_is_refused(outcomes):
     assert "(8,)" in outcomes["another shape"]
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS folder as that of all images, with a hundred of each file; it can be read."""
+    whole, folder = dataset.MNIST._generate_examples, tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        few = lambda self, *files: itertools.islice(whole(self, *files), 100)  # noqa: E731
+        patch.setattr(dataset.MNIST, "_generate_examples", few)
+        dataset.prepare(data_dir=folder)
+    with pytest.raises(ValueError, match=r"with \[100, 100\] images instead of"):
+        dataset.load(folder)
+    return folder / "mnist" / "3.0.1"
+
+
 @pytest.mark.parametrize(
     ("file", "damaged"),
     [
@@ -176,11 +202,11 @@ def test_a_checkpoint_of_another_tree_is_refused(outcomes):
     ],
     ids=["truncated", "empty", "missing", "truncated information"],
 )
-def test_damaged_mnist_is_named(file, damaged, tmp_path):
+def test_damaged_mnist_is_named(file, damaged, tmp_path, prepared):
     """A prepared folder in which a file was cut or lost: the folder, and what the reader says."""
     folder = tmp_path / "mnist" / "3.0.1"
     folder.mkdir(parents=True)
-    for path in (dataset.prepare() / "mnist" / "3.0.1").iterdir():
+    for path in prepared.iterdir():
         if path.name != file:
             (folder / path.name).symlink_to(path)
         elif damaged is not None:
@@ -194,6 +220,7 @@ def test_damaged_mnist_is_named(file, damaged, tmp_path):
 # Trees
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_of_another_tree_is_refused(name):
     """Every layout, under jit: an error that names a leaf, before anything is computed."""
@@ -220,6 +247,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @settings(max_examples=12)
 @given(params=trees)

@@ -106,17 +106,18 @@ def exact_table(case, table, gradients, scheduled):
 HISTORIES = hypothesis.settings(max_examples=5)
 SUMMED = [
     ("adam_eps_root", False, "xla"),
-    ("adamw", False, "auto"),
+    pytest.param("adamw", False, "auto", marks=pytest.mark.soak),
     ("adamw", True, "auto"),
     ("adamw", True, "xla"),
-    ("nadam", False, "auto"),
+    pytest.param("nadam", False, "auto", marks=pytest.mark.soak),
     ("nadam_dozat", False, "xla"),
-    ("amsgrad", False, "xla"),
+    pytest.param("amsgrad", False, "xla", marks=pytest.mark.soak),
     ("amsgrad_corrected", False, "xla"),
     ("radam", False, "auto"),
 ]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("name", "scheduled", "kernel"), SUMMED)
 def test_summed_steps_are_those_of_float64(name, scheduled, kernel, standard_promotion):
     """Any history, then flush: parameters to a few ulps of float64, moments of dense."""
@@ -150,7 +151,7 @@ def test_summed_steps_are_those_of_float64(name, scheduled, kernel, standard_pro
 
 
 STEPPED = [
-    ("adam", False, None),
+    pytest.param("adam", False, None, marks=pytest.mark.soak),
     ("adamw", True, None),
     ("amsgrad_corrected", False, None),
     ("adamaxw", True, None),
@@ -195,6 +196,7 @@ def test_codes_of_8_bits_have_the_bits_of_dense():
     np.testing.assert_allclose(table, p, rtol=0, atol=2 * np.spacing(np.float32(3)))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("options", [CODES, {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}])
 def test_missed_steps_of_fewer_bits_can_be_summed(options):
     """With catch_up="sum": p moves as in float64 from the moments as they are stored."""
@@ -233,6 +235,7 @@ def test_a_row_that_missed_nothing_has_the_bits_of_the_dense_kernel():
     jax.tree.map(np.testing.assert_array_equal, (table, state.dense), (p, dense))
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_many_equal_ids_in_the_kernel_are_as_in_xla():
     """Each row some ten times, padding among them, 3 jobs: sums in the order of the batch."""
     rng = np.random.default_rng(0)
@@ -251,6 +254,7 @@ def test_many_equal_ids_in_the_kernel_are_as_in_xla():
     jax.tree.map(close, *results)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_the_kernel_gives_way_to_xla():
     """Under vmap, in derivatives and in an export: the same numbers, and no call of the library."""
     rng = np.random.default_rng(0)
@@ -279,6 +283,7 @@ def test_the_kernel_gives_way_to_xla():
     assert "jadam_rows_step" in jax.jit(rows.scatter).lower(*first).as_text()
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9), (0.0, 0.999)])
 def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
     """After 1, 2, 20 or 1000 updates, for gradients around eps and far above."""
@@ -300,17 +305,18 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
             assert (error <= 1e-5 + np.spacing(np.abs(np.asarray(got[0])))).all()
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("kernel", ["xla", "auto"])
 def test_an_absence_divides_by_no_root_of_zero(kernel):
     """Without eps, where no gradient has come and where its square is lost: nothing moves there."""
     rows = jadam.rows.lazy(jadam.adam(1e-2, eps=0.0, kernel=kernel), catch_up="sum")
     table = jnp.ones((3, 4))
     state = rows.init(table)
-    g = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]])
-    table, state = jax.jit(rows.scatter)(g, jnp.asarray([0]), table, state)
+    g, scatter = jnp.asarray([[1.0, 0.0, 1e-30, -1.0]]), jax.jit(rows.scatter)
+    table, state = scatter(g, jnp.asarray([0]), table, state)
     start = np.asarray(table)
     for _ in range(40):
-        table, state = jax.jit(rows.scatter)(g, jnp.asarray([1]), table, state)
+        table, state = scatter(g, jnp.asarray([1]), table, state)
     found, _ = jax.jit(rows.flush)(table, state)
     assert np.all(np.isfinite(found))
     np.testing.assert_array_equal(found[0, 1:3], start[0, 1:3])
@@ -318,6 +324,7 @@ def test_an_absence_divides_by_no_root_of_zero(kernel):
     assert abs(found[0, 0] - start[0, 0]) > 1e-2
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_gathered_row_is_the_flushed_one():
     """`gather` gives what dense has, `flush` changes nothing of it, also when made twice."""
     table, ids, grads = sgd_noise(3)
@@ -336,6 +343,7 @@ def test_a_gathered_row_is_the_flushed_one():
     assert (after.last == 20).all()
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_equal_ids_sum_and_ids_of_no_row_count_for_nothing():
     """In a batch: 3 twice is the sum of both; -1 and 99 are padding inside of jit."""
     rows = jadam.rows.lazy(jadam.adam(1e-2), catch_up=False)
@@ -355,6 +363,7 @@ def test_equal_ids_sum_and_ids_of_no_row_count_for_nothing():
     assert none[1].dense[0].count == 1
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_it_goes_with_a_dense_transformation_in_one_step():
     """An embedding by rows and the layer above it dense learn as both dense do."""
     rng = np.random.default_rng(0)
@@ -404,6 +413,7 @@ def test_it_goes_with_a_dense_transformation_in_one_step():
 EDGES = [0.01, 0.03, 0.1, 0.3, 0.7, 2]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("name", "kind"), [("adam", "adam"), ("amsgrad", "amsgrad"), ("adamax", "adamax")]
 )
@@ -442,6 +452,7 @@ def test_diagnostics_and_moments_of_rows_are_of_dense_steps(name, kind):
     close(report["ratio_histogram"], counts / ratio.size)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_moments_in_codes_mean_what_they_did_when_they_were_stored():
     """Codes refer to the time of their row; what they mean fades from there."""
     rng = np.random.default_rng(0)
@@ -476,6 +487,7 @@ def flushed_rows():
     return rows, behind, jax.jit(rows.flush)(*behind)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_states_of_rows_go_to_other_libraries_and_come_back():
     """torch and optax get moments of one time; what comes from there begins up to date."""
     rows, (_, behind), (table, state) = flushed_rows()
@@ -504,6 +516,7 @@ def test_states_of_rows_go_to_other_libraries_and_come_back():
             call(behind)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_states_of_rows_in_other_storage_and_in_files(tmp_path):
     """`cast_like` of a flushed state; a safetensors file holds any, bit for bit."""
     rows, (table, behind), (_, state) = flushed_rows()
@@ -533,6 +546,7 @@ def by_rows_as_torch():
     return np.asarray(table, np.float64)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_without_catching_up_it_is_torchs_sparse_adam():
     """As recorded, and live where torch is installed."""
     recorded = np.array(json.loads(sparse_adam.FILE.read_text())["table"])
@@ -553,6 +567,7 @@ def test_without_catching_up_it_is_torchs_sparse_adam():
 TABLE = np.ones((6, 4), np.float32)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -608,7 +623,7 @@ CODED = jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=0)
         (SCHEDULED, True),
         (SPARSE, False),
         (jadam.adam(1e-3, kernel="xla"), True),
-        (IN_XLA, True),
+        pytest.param(IN_XLA, True, marks=pytest.mark.soak),
         (CODED, True),
     ],
     ids=["kernel", "kernel, SparseAdam", "sum", "scheduled", "codes"],
@@ -649,6 +664,7 @@ def test_a_step_costs_the_same_for_any_table(tx, catch_up):
     assert moved <= handed | {"gather", "scatter"} | ({"custom-call"} if calls[0] else set())
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("kind", "of_table", "of_batch"),
     [
@@ -700,6 +716,7 @@ def test_a_table_on_several_devices(kind, of_table, of_batch):
     assert not re.search(r"\[(?:512|4096)[^ ]* copy\(", text)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_state_and_table_are_divided_alike():
     """A state on one device, a table on eight: the leaf is named."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

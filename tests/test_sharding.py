@@ -109,6 +109,7 @@ def assert_an_eighth_of_all_but(whole: str, state: Any) -> None:
             assert here * 8 == everywhere, path
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")  # optax.apply_updates of bfloat16 parameters
 @pytest.mark.parametrize(
     ("name", "kind"),
@@ -159,6 +160,7 @@ def loss_of(params, x):
     )
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -333,6 +335,7 @@ def annotated(init: Any, names: tuple[str | None, ...]) -> dict[str, Any]:
     return {"kernel_init": init(nnx.initializers.lecun_normal(), names)}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_nnx_annotations(kind):
     """From the partition specs, and from the parameters that Flax put in their places by them."""
@@ -353,6 +356,7 @@ def test_nnx_annotations(kind):
     assert plain.mu["kernel"].get_value().spec == P(None, "model")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_linen_annotations():
     """Boxes among the parameters stay boxes in the state."""
     mesh = mesh_of((2, 4), ("data", "model"))
@@ -373,8 +377,20 @@ def test_linen_annotations():
 # Each device's own part
 
 
-@pytest.mark.parametrize("zero_1", [False, True], ids=["FSDP", "ZeRO-1"])
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "8 bits", "residuals"])
+@pytest.mark.usefixtures("either_compilation")
+@pytest.mark.parametrize(
+    ("name", "zero_1"),
+    [
+        pytest.param(
+            name,
+            zero_1,
+            marks=[pytest.mark.soak] * (zero_1 != (name in ("float32", "residuals"))),
+            id=f"{name}-{'ZeRO-1' if zero_1 else 'FSDP'}",
+        )
+        for name in ("float32", "bfloat16", "8 bits", "residuals")
+        for zero_1 in (False, True)
+    ],
+)
 def test_a_step_in_parts_is_the_step(name, zero_1):
     """One device's bits from eight, nothing sent: how a kernel that XLA cannot divide is used."""
     tx = TRANSFORMATIONS[name]
@@ -425,6 +441,7 @@ def test_a_step_in_parts_refuses_what_a_part_does_not_know():
 # Host memory
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", ["float32", "residuals", "partitioned"])
 def test_a_state_in_host_memory(name):
@@ -447,6 +464,7 @@ def test_a_state_in_host_memory(name):
         assert leaf.sharding.memory_kind == ("pinned_host" if follows else "device"), path
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_streamed_state_comes_leaf_by_leaf():
     """A leaf is fetched when the one before the last was given back, also after a global norm."""
     params = {name: jnp.ones((8, 8)) for name in "abcdef"}
@@ -479,9 +497,20 @@ SLICED = {
 }
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", SLICED)
-@pytest.mark.parametrize("form", ["update", "step"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(
+            name,
+            form,
+            marks=[pytest.mark.soak] * ((form == "step") != (name in ("8 bits", "stochastic"))),
+        )
+        for name in SLICED
+        for form in ("update", "step")
+    ],
+)
 def test_a_large_leaf_comes_in_slices(name, form):
     """No bit changes: slices are dithered, rounded and decayed as the whole leaf."""
     tx, rng = SLICED[name], np.random.default_rng(0)
@@ -504,10 +533,10 @@ def test_a_large_leaf_comes_in_slices(name, form):
         # Two programs: XLA is to round in the order that is written.
         plain = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "algsimp"}
         exact = {**plain, "xla_allow_excess_precision": False}
-        jitted = jax.jit(step, compiler_options=exact, **options)
-        program = str(jax.make_jaxpr(step)(params, state))
-        after = jitted(params, state)
-        return jitted(*after), program.count("scan[")
+        traced = jax.jit(step, compiler_options=exact, **options).trace(params, state)
+        compiled = traced.lower().compile()
+        after = compiled(params, state)
+        return compiled(*after), str(traced.jaxpr).count("scan[")
 
     expected, loops = trained(tx, jax.jit(tx.init)(params))
     state = jax.jit(tx.init, out_shardings=host)(params)
@@ -520,6 +549,7 @@ def test_a_large_leaf_comes_in_slices(name, form):
     assert kinds == {"pinned_host"}
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_streaming_changes_no_bit_of_what_mixes_leaves():
     """Norms of all gradients, of a leaf's own, a condition on all: each needs what it needs."""
     tx = optax.apply_if_finite(
@@ -576,6 +606,7 @@ def test_what_is_refused():
         streamed(tx, host).update({"w": jnp.ones(8)}, jadam.init({"w": jnp.ones(8)}))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_one_device_needs_no_mesh():
     """A sharding that is no NamedSharding is used as it is."""
     params = {"w": jnp.ones((64, 64))}
@@ -600,6 +631,7 @@ def test_the_page_on_scale_has_the_committed_figures():
     assert readme_block("tpu", scale.README)[1] == tpu.markdown(compiled) + "\n"
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_committed_figures_on_scale_are_what_the_code_computes():
     """From shapes, in seconds: two models of the five, and the known numbers of parameters."""
     committed = json.loads(scale.RESULTS.read_text())["rows"]

@@ -73,6 +73,7 @@ def bound(member: str, t: int) -> float:
     return reference.step_bound(t) if member in ("adam", "amsgrad") else np.inf
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("member", "storage"),
     [
@@ -96,6 +97,7 @@ def test_no_gradients_give_nan_or_a_step_beyond_the_bound(member, storage):
         assert largest[-1] >= 0.97 * bound(member, STEPS)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("storage", ["bfloat16", "8 bits"])
 def test_a_bad_element_poisons_itself_alone(storage):
     """NaN and infinities stay where they are, for every member, also in the block's codes."""
@@ -111,6 +113,7 @@ def test_a_bad_element_poisons_itself_alone(storage):
 # Ranges
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("g", [1e-38, 1.2e-38, 5e-38, 1.1e-37, 1.2e-37, 1e-30, 1.0, 1e18])
 def test_adamax_without_eps_divides_by_no_flushed_product(g):
     """c1·u of gradients under 1.2e-37 is flushed to 0: they count as 0, and never give NaN."""
@@ -125,6 +128,7 @@ def test_adamax_without_eps_divides_by_no_flushed_product(g):
         assert np.all((updates <= 0) & (updates >= -1 - 1e-6))
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_adamax_is_finite_where_u_falls_faster_than_m():
     """b1 > b2: after 2⁶³ the exact quotient grows past float32's largest number."""
     gradients = np.zeros((300, 3), np.float32)
@@ -159,6 +163,7 @@ def test_a_state_from_elsewhere_with_such_a_moment_is_refused():
         jadam.update(p, state)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_first_moment_in_float16_has_the_range_of_float16_gradients():
     """Constant gradients from 1e-6 to 65504 and beyond move by one learning rate.
 
@@ -174,6 +179,7 @@ def test_a_first_moment_in_float16_has_the_range_of_float16_gradients():
     assert np.all(np.abs(updates[100:] + 1) <= tolerance)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_float32_moments_of_float64_gradients_stay_finite(x64):
     """The storage has no squares of 1e25, which float64 has, nor of 1e-25."""
     p = jnp.ones(4, jnp.float32)
@@ -186,6 +192,7 @@ def test_float32_moments_of_float64_gradients_stay_finite(x64):
     assert largest <= [reference.step_bound(t) * SLACK for t in (1, 2)]
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_complex64_moments_of_complex128_gradients_follow_float64(x64):
     """A moment in fewer bits than the step has keeps its value where it is in bounds.
 
@@ -201,6 +208,7 @@ def test_complex64_moments_of_complex128_gradients_follow_float64(x64):
     assert (updates.dtype, state.mu.dtype) == (jnp.complex128, jnp.complex64)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_first_moment_in_float16_stays_within_what_a_warm_up_allows():
     """AdEMAMix's slow moment of gradients under float16's numbers is not made large by rounding.
 
@@ -224,6 +232,7 @@ def maxima(state):
     return np.where(code == 0, 0.0, 2.0 ** ((level + np.asarray(state.nu_max).astype(int)) / 32))
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("maximum", ["raw", "corrected"])
 @pytest.mark.parametrize("b2", [0.999, 0.99])
 def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
@@ -263,6 +272,7 @@ def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
     assert np.abs(updates[-1, 0]).max() < 1e-4
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_amsgrads_maximum_stays_where_no_gradient_comes():
     """A number on the lattice is rounded up to itself, on every level of twelve octaves.
 
@@ -283,6 +293,7 @@ def test_amsgrads_maximum_stays_where_no_gradient_comes():
         np.testing.assert_array_equal(later, found[0])
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_amsgrads_maximum_never_falls_in_bfloat16():
     """It is rounded up: at least the largest v that was computed, from the v that was stored.
 
@@ -309,6 +320,7 @@ def test_amsgrads_maximum_never_falls_in_bfloat16():
 # Denominators that are 0 in the limit
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_radam_at_the_end_of_what_it_is_defined_for():
     """b2 = 0.6 gives ρ∞ = 4, for which the paper has no variance: m̂ alone, and never NaN."""
     gradients = np.full((120, 3), 0.5, np.float32)
@@ -316,6 +328,7 @@ def test_radam_at_the_end_of_what_it_is_defined_for():
     np.testing.assert_allclose(updates, -0.5, rtol=1e-6)  # some ulps
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_ademamix_warms_up_to_b1_itself():
     """b3 = b1 leaves the half-life as it is: in 8 bits the update of constant gradients is exact.
 

@@ -102,6 +102,7 @@ FORMS = {"pallas": functools.partial(tpu.step, interpret=True), "tiles": tiles.s
 OF_TILES = ("3 axes, nadam", "amsgrad", "ademamix")
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(
     ("name", "form"), [*((x, "pallas") for x in CASES), *((x, "tiles") for x in OF_TILES)]
 )
@@ -138,6 +139,7 @@ def test_a_step_on_a_tpu_is_that_of_xlas_form(name, form, monkeypatch):
         stored, extra = expected.stored, expected.extra
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("spec", [P("a"), P(None, "a")], ids=["rows", "columns"])
 def test_codes_divided_over_tpus_need_no_communication(spec):
     """Each device puts its own tiles in order: FSDP and ZeRO-1 send no state."""

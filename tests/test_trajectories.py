@@ -47,6 +47,7 @@ def test_functions_have_their_known_minima_and_values(name):
     assert function.value(*point) == pytest.approx(value, rel=1e-14)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_equal_finite_differences(name):
     """The derivative that optimizers see is the function's own."""
@@ -68,6 +69,7 @@ def walk(name, start, steps, learning_rate, **options):
     return np.array(points)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_path_on_the_sphere_is_that_of_the_paper():
     """x² + y² with alpha = 0.1: each point of the path, from several starts."""
     problems = run.around(problem("sphere"))
@@ -79,6 +81,7 @@ def test_the_path_on_the_sphere_is_that_of_the_paper():
         np.testing.assert_allclose(losses, np.sum(exact**2, -1), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["RAdam", "Nesterov", "RMSProp"])
 def test_the_grid_equals_single_runs(name):
     """vmap and switch change nothing: each run of the grid is the run by itself."""
@@ -103,6 +106,7 @@ def test_the_grid_equals_single_runs(name):
                 point, state = update(rate, grad(point), state, point)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_planes_are_adam_with_those_hyperparameters(monkeypatch):
     """Each cell of the heat map is the loss after Adam's steps with its learning rate, b1, b2."""
     monkeypatch.setattr(planes, "LEARNING_RATES", np.array([0.05, 0.2, 0.7]))
@@ -242,6 +246,7 @@ def test_the_view_holds_the_start():
         assert bottom < start[1] < top
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_command_writes_everything(tmp_path, monkeypatch, capsys):
     """Pictures, animation and figures, also where Adam's own run is not finite."""
     few = {"SGD": OPTIMIZERS["SGD"]}

@@ -92,6 +92,7 @@ def test_huge_and_small_gradients_after_each_other():
 # Derivatives through the update
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("eps_root", [0.0, 1e-8])
 def test_gradients_through_the_update_are_finite(eps_root):
     """Meta-learning: optax's derivative at g = 0 is NaN; here it is 1/eps, as the limit is."""
@@ -109,6 +110,7 @@ def test_gradients_through_the_update_are_finite(eps_root):
     np.testing.assert_allclose(first(g)[0], 1 / (eps_root**0.5 + 1e-8), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_gradients_through_many_steps_and_hyperparameters_are_finite():
     """Zero gradients among others, and derivatives by learning rate, b1, b2, eps and decay."""
     gradients = jnp.asarray(np.random.default_rng(0).standard_normal((10, 5)), jnp.float32)
@@ -146,9 +148,10 @@ def test_hyperparameters_given_as_arrays_are_the_same_mathematics():
     numbers = {"learning_rate": 0.25, "b1": 0.875, "b2": 0.99609375, "eps": 2.0**-20}
     arrays = {name: jnp.float32(value) for name, value in numbers.items()}
     state_a = state_b = jadam.init(g)
+    by_numbers = jax.jit(functools.partial(jadam.update, **numbers))
     for _ in range(5):
-        a, state_a = jax.jit(functools.partial(jadam.update, **numbers))(g, state_a)
-        b, state_b = jax.jit(jadam.update)(g, state_b, **arrays)
+        a, state_a = by_numbers(g, state_a)
+        b, state_b = update(g, state_b, **arrays)
         # log b is rounded from float64 in one, computed in float32 in the other: an ulp or two.
         np.testing.assert_allclose(a, b, rtol=4 * 2**-23)
 
@@ -162,6 +165,7 @@ COMBINATIONS = [(p, "same", r) for p in DTYPES for r in ("number", "schedule", *
 ]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("param", "gradient", "rate"), COMBINATIONS)
 def test_every_combination_of_dtypes(x64, param, gradient, rate):
     """Updates in the gradient's dtype, state of constant avals, computed in float32 or wider."""
@@ -191,6 +195,7 @@ def test_every_combination_of_dtypes(x64, param, gradient, rate):
     np.testing.assert_allclose(updates.astype("complex128"), expected, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_a_complex_parameter_has_one_real_second_moment():
     """|g|² as in optax: the step of a complex coordinate turns with its gradient's phase."""
     g = jnp.asarray([3 + 4j, -1e-3j, 0], jnp.complex64)
@@ -200,6 +205,7 @@ def test_a_complex_parameter_has_one_real_second_moment():
     np.testing.assert_allclose(updates, expected, rtol=2e-5)  # eps is 1e-5 of the second gradient
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_moments_of_16_bit_parameters_are_float32(dtype):
     """By default neither moment is stored with 8 or 11 bits."""
@@ -207,6 +213,7 @@ def test_moments_of_16_bit_parameters_are_float32(dtype):
     assert state.mu.dtype == state.nu.dtype == jnp.float32
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("nu_dtype", [None, "bfloat16"])
 def test_the_second_moment_does_not_stick_where_bfloat16_does(nu_dtype):
     """bf16 parameters, 3,000 steps at |g| = 1, then 3,000 at .01: optax ends at .5 and .338.
@@ -240,6 +247,7 @@ def test_the_second_moment_does_not_stick_where_bfloat16_does(nu_dtype):
     )
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_moments_in_16_bits_decay_to_zero():
     """A dead gradient's moments die out instead of rounding back to themselves."""
     g = jnp.ones(128)
@@ -270,6 +278,7 @@ def test_count_saturates_and_the_update_stays_right():
         assert ulps(updates, [-1.0]) <= 2  # m = 2 and √v = 2 stay what they are
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_update_alone_is_adam_with_the_papers_defaults(standard_promotion):
     """`jadam.update(grads, state)` needs nothing else; optax fails under strict promotion."""
     params = tree_of_parameters()
@@ -284,6 +293,7 @@ def test_update_alone_is_adam_with_the_papers_defaults(standard_promotion):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), updates, expected)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_state_has_optax_field_names():
     """`optax.tree.get(state, "mu")`, and a tuple whose first three are ScaleByAdamState's."""
     state = jadam.init(tree_of_parameters())
@@ -293,6 +303,7 @@ def test_state_has_optax_field_names():
     assert len(jax.tree.leaves(state)) == 1 + 2 * len(jax.tree.leaves(tree_of_parameters()))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_update_is_pure():
     """Nothing that was passed in changes, also when an error stops the update half-way."""
     params = tree_of_parameters()

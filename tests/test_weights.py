@@ -1,5 +1,7 @@
 """Parameters in 16 bits: exact reconstruction, float32's trajectory, rounding without bias."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,6 +193,7 @@ def test_from_anywhere_to_anywhere(dtype):
     assert np.all(np.abs(back - masters)[subtractable] <= bound[subtractable])
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_the_edges_of_float32(dtype):
     """Overflow to infinity stays one, a finite master stays finite, NaN stays NaN, -0 stays -0."""
@@ -244,29 +247,47 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("inner", INNERS)
-def test_with_an_int16_residual_training_is_float32_training(inner, jit):
-    """The same gradients, of bfloat16 as differentiation gives them: the same weights, to the bit.
-
-    Operation by operation always. In one program XLA may contract a product and a sum, or order a
-    norm's terms, otherwise than in the other program; it does for the members excepted here.
-    """
+def both_trained(inner, steps, *, jit):
+    """Weights of 16 bits and of 32, by the same gradients, of bfloat16 as differentiation's."""
     narrow = tree(BF16)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
-    gradients = bf16_gradients(narrow, 40 if jit else 4)
+    gradients = bf16_gradients(narrow, steps)
     tx = compensated_weights(INNERS[inner](), residual_dtype="int16")
     params, state = trained(tx, narrow, gradients, jit=jit)
     in_float32 = [jax.tree.map(lambda g: g.astype(jnp.float32), grads) for grads in gradients]
     expected, _ = trained(INNERS[inner](), wide, in_float32, jit=jit)
-    for x, y in zip(*map(jax.tree.leaves, (master_weights(params, state), expected)), strict=True):
-        if jit and inner in ("muon", "lamb", "optax.adamw"):
-            # Forty steps with a last bit or two of the update each.
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-        else:
-            same_bits(x, y)
     assert np.any(params["kernel"] != narrow["kernel"])
     assert jax.tree.map(jax.typeof, params) == jax.tree.map(jax.typeof, narrow)
+    return master_weights(params, state), expected
+
+
+@pytest.mark.usefixtures("either_compilation")
+@pytest.mark.parametrize("inner", INNERS)
+def test_with_an_int16_residual_training_is_float32_training(inner):
+    """The same gradients: the same weights, to the bit, operation by operation."""
+    jax.tree.map(same_bits, *both_trained(inner, 4, jit=False))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        name if name in ("jadam.adamw", "muon") else pytest.param(name, marks=pytest.mark.soak)
+        for name in INNERS
+    ],
+)
+def test_with_an_int16_residual_a_compiled_training_is_float32_training(inner):
+    """To the bit as well, but for the members excepted here.
+
+    In one program XLA may contract a product and a sum, or order a norm's terms, otherwise than in
+    the other program.
+    """
+    found = both_trained(inner, 40, jit=True)
+    if inner in ("muon", "lamb", "optax.adamw"):
+        # Forty steps with a last bit or two of the update each.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        jax.tree.map(close, *found)
+    else:
+        jax.tree.map(same_bits, *found)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +312,7 @@ def test_compensated_weights_move_as_float32_does(dtype, lr, tolerance):
     assert abs(masters.mean() - expected.mean()) <= tolerance / 20
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_adam_moves_a_bfloat16_parameter_as_a_float32_one(dtype):
     """The run of the README with Adam: 1.0, learning rate 1e-3, 1,000 steps."""
@@ -304,6 +326,7 @@ def test_adam_moves_a_bfloat16_parameter_as_a_float32_one(dtype):
 # Stochastic rounding
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("x", [1.003, -0.7391, 3.14159e-3, 1.9999, 1e-6])
 def test_stochastic_rounding_is_unbiased(dtype, x):
@@ -335,6 +358,7 @@ def test_stochastically_rounded_weights_move_as_float32_does(dtype, lr):
     assert abs(params.mean() - (1 - 1000 * lr)) < 5 * params.std() / np.sqrt(n) + own
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_random_bits_are_independent_in_every_direction():
     """Each of 32 bits, along both axes, between steps and between leaves: within 5 sigma of 0."""
     n = 256
@@ -358,6 +382,7 @@ def test_random_bits_are_independent_in_every_direction():
     assert abs(chi2 - 255) < 5 * 22.6
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_the_key_decides():
     """A seed gives the same bits again; seeds, steps and leaves differ."""
     p = {"a": jnp.ones(4096, BF16), "b": jnp.ones(4096, BF16)}
@@ -384,6 +409,7 @@ def test_the_key_decides():
     same_bits(draw(7)["a"], draw(np.int64(7))["a"])
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_edges_with_stochastic_rounding(dtype):
     """NaN and infinities stay, representable numbers stay, the largest does not overflow."""
@@ -485,6 +511,7 @@ def test_it_composes_and_its_state_keeps_its_types(composition, wrap):
     assert all(jax.tree.leaves(changed)) or composition == "inner_masked"
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_wide_and_complex_leaves_are_let_through(wrap, x64):
     """float32, float64 and complex parameters get the inner update and no residual."""
@@ -509,6 +536,7 @@ def test_wide_and_complex_leaves_are_let_through(wrap, x64):
     assert optax.tree.get(state, "count") == 1
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_extra_arguments_reach_the_inner_transformation(wrap):
     seen = {}
@@ -528,6 +556,7 @@ def test_extra_arguments_reach_the_inner_transformation(wrap):
     plain.update(p, plain.init(p), p, value=3.0)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_under_strict_promotion(wrap):
     """The update works; optax.apply_updates does not, so the sum is written out."""
@@ -564,6 +593,7 @@ def test_sharding_is_kept_and_changes_no_bit(wrap):
         assert y.shape != p.shape or y.sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.usefixtures("either_compilation")
 @each_wrapper
 def test_vmap_and_donation(wrap):
     """Members of an ensemble do what they do alone; donated buffers are taken."""
@@ -585,6 +615,7 @@ def test_vmap_and_donation(wrap):
     assert all(x.is_deleted() for x in jax.tree.leaves(donated))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_state_takes_one_or_two_bytes_a_parameter():
     p = jnp.ones((64, 64), BF16)
     for dtype, size in (("int8", 1), ("int16", 2)):
@@ -594,6 +625,7 @@ def test_the_state_takes_one_or_two_bytes_a_parameter():
     assert sum(x.nbytes for x in jax.tree.leaves(state)) == 8
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 @pytest.mark.parametrize("moments", [{}, {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}])
 def test_a_state_is_made_without_a_copy_of_the_parameters(wrap, moments):
@@ -613,6 +645,7 @@ def test_a_state_is_made_without_a_copy_of_the_parameters(wrap, moments):
     assert all(x.sharding.is_equivalent_to(lies, 2) for x in moments)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_state_with_parameter_shaped_leaves_is_found_by_optax():
     """optax.tree_map_params sees the residuals, so that a sharding can be given to each."""
     p = tree(BF16)
@@ -622,6 +655,7 @@ def test_a_state_with_parameter_shaped_leaves_is_found_by_optax():
     assert not isinstance(names.dither, str)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @each_wrapper
 def test_what_is_refused(wrap):
     p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
@@ -641,6 +675,7 @@ def test_what_is_refused(wrap):
         wrap(optax.sgd)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_parameters_other_than_at_init_are_refused(dtype):
     p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
