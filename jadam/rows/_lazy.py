@@ -22,8 +22,8 @@ from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._divided import gathered, stepped
+from jadam.rows._fading import fade, is_zero
 from jadam.rows._missed import Plan, Rows
-from jadam.rows._quiet import fade, is_zero
 from jadam.rows._touched import Touched, after, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool

@@ -20,16 +20,7 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import (
-    QUIET,
-    Interpolation,
-    faded,
-    horizon,
-    interpolation,
-    is_zero,
-    power,
-    quiet,
-)
+from jadam.rows._fading import Interpolation, horizon, interpolation, is_zero, left_after
 
 # How many missed steps are summed in one turn.
 _AT_A_TIME = 8
@@ -114,7 +105,7 @@ def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbe
     moments = _loaded(rule, rows, count - missed)
     real = jnp.finfo(storage.wide(rows.p.dtype)).dtype
     steps = _across(missed, rows.p).astype(real)
-    moments = faded(rule, moments, steps)
+    moments = rule.member.faded(moments, steps, rule.hyperparameters)
     kept = storage.round(moments, rule.relation_at(_math.Time.of(count, real)))
     passed = missed > 0
     stored = tuple(
@@ -189,7 +180,7 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
 class Sums(NamedTuple):
     """What missed steps make of each row, in numbers.
 
-    The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`quiet`). So fⱼ is
+    The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`Quiet`). So fⱼ is
     Σ_q basis[j, q]·f of few nodes q, and what the learning rates and decays of all steps make of
     the basis are the weights of the row:
 
@@ -222,13 +213,14 @@ class Sums(NamedTuple):
         assert between is not None
         weights = _weights(plan, last, log_decay, missed, between).T
         j = jnp.asarray(between.nodes, jnp.float32)
-        weight, scale, plain = quiet(rule, last.astype(jnp.float32)[None], j[:, None])
+        weight, scale, plain = rule.quiet_at(last.astype(jnp.float32)[None], j[:, None])
         steps = missed.astype(jnp.float32)
+        first, second = left_after(rule, steps)
         return cls(
             steps,
             jnp.zeros_like(steps) if is_zero(plain) else jnp.sum(weights * plain, axis=0),
-            power(rule, "b1", steps),
-            power(rule, "b2", steps),
+            first,
+            second,
             jnp.zeros_like(steps) if log_decay is None else jnp.expm1(log_decay),
             weights * weight,
             scale,
@@ -251,7 +243,8 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
 def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
     """Whether the missed steps of these moments can be summed."""
     is_narrow = all(x.dtype != jnp.float64 for x in stored)
-    return is_narrow and plan.rule.member in QUIET and interpolation(plan.rule) is not None
+    has_closed_form = plan.rule.member.quiet is not None
+    return is_narrow and has_closed_form and interpolation(plan.rule) is not None
 
 
 def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
