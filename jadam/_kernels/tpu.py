@@ -7,6 +7,9 @@ itself, as it is traced for that shape. No equation stands here.
 
 What of the traced step depends on no element (the time, bias corrections, the curve of a code, the
 phases of dithers) is computed once, by XLA; the kernel gets it as numbers.
+
+Pallas is experimental. Its names are imported one by one: where one is gone, the import of this
+module fails, `choice` leaves all to XLA and says so in `jadam.kernels()`.
 """
 
 import dataclasses
@@ -18,14 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas
-from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import (
+    BlockSpec,
+    CostEstimate,
+    ds,
+    multiple_of,
+    pallas_call,
+    program_id,
+)
+from jax.experimental.pallas.tpu import HBM, SMEM, CompilerParams, with_memory_space_constraint
 from jaxtyping import Array
 
 from jadam._kernels import jax_internals
 from jadam._leaf import Options, Stepped, leaf_step
 from jadam._members import Rule
-from jadam._storage import BLOCK, Codes, storage_of
+from jadam._storage import BLOCK, Codes, storage_of, tops_shape
 from jadam._types import Count, Scalar, Shape
 
 # Memory is cut at 128 lanes, so a tile holds 128 tops of each row or all of them. Without tops it
@@ -39,8 +49,6 @@ _SUBLANES = 32
 # Operands and results of a tile. Twice of it lies in the fast memory of 16 MB, to be copied while
 # another one is computed.
 _TILE_BYTES = 2**22
-# Looked up here: where a name is gone, this module is not imported and XLA's form takes over.
-_constrained, _LARGE_MEMORY = mosaic.with_memory_space_constraint, mosaic.HBM
 
 
 class _Plan(NamedTuple):
@@ -74,7 +82,7 @@ class _Plan(NamedTuple):
     @property
     def blocks(self) -> int:
         """The blocks of a row."""
-        return -(-self.n // BLOCK)
+        return tops_shape((self.n,))[-1]
 
     @property
     def tile_blocks(self) -> int:
@@ -87,16 +95,19 @@ class _Plan(NamedTuple):
         return -(-self.rows // self.tile_rows), -(-self.blocks // self.tile_blocks)
 
     def block(self, x: Array) -> jax.ShapeDtypeStruct:
-        """What the kernel steps at once of an operand: codes and tops as integers of 32 bits."""
+        """What the kernel steps at once of an operand.
+
+        Tops and codes of 16 bits are integers of 32 bits in its registers.
+        """
         if x.shape[1] != self.n:
             return jax.ShapeDtypeStruct((self.tile_rows, 1), jnp.int32)
         dtype = jnp.dtype(jnp.int32) if x.dtype == jnp.uint16 else x.dtype
         return jax.ShapeDtypeStruct((self.tile_rows, BLOCK), dtype)
 
-    def spec(self, width: int) -> pallas.BlockSpec:
+    def spec(self, width: int) -> BlockSpec:
         """The tiles of an array with rows of n elements, or of a top for each block."""
         columns = self.tile_blocks * (BLOCK if width == self.n else 1)
-        return pallas.BlockSpec((self.tile_rows, columns), lambda i, j: (i, j))
+        return BlockSpec((self.tile_rows, columns), lambda i, j: (i, j))
 
 
 def step(
@@ -174,11 +185,11 @@ def _call(
         for width, tile in zip(widths, tiles, strict=True)
     ]
     moved = [*arrays, *results]
-    call = pallas.pallas_call(
+    call = pallas_call(
         _kernel(plan, [x.shape[1] for x in arrays], widths, hoisted),
         grid=plan.grid,
         in_specs=[
-            pallas.BlockSpec(memory_space=mosaic.SMEM),
+            BlockSpec(memory_space=SMEM),
             *(plan.spec(x.shape[1]) for x in arrays),
         ],
         out_specs=[plan.spec(width) for width in widths],
@@ -186,12 +197,12 @@ def _call(
         input_output_aliases={1 + x: i for i, x in enumerate(places) if x is not None},
         interpret=interpret,
         name="jadam_step",
-        cost_estimate=pallas.CostEstimate(
+        cost_estimate=CostEstimate(
             flops=hoisted.operations * plan.rows * plan.n,
             transcendentals=0,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
         ),
-        compiler_params=mosaic.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=CompilerParams(dimension_semantics=("parallel", "parallel")),
     )
     if not interpret:
         arrays = [_left_there(x) if x.shape[1] == plan.n else x for x in arrays]
@@ -204,7 +215,7 @@ def _left_there(x: Array) -> Array:
     The kernel moves tiles to the fast memory itself. XLA would copy small arrays there before, and
     their results back.
     """
-    return _constrained(x, _LARGE_MEMORY)
+    return with_memory_space_constraint(x, HBM)
 
 
 def _kernel(
@@ -217,10 +228,10 @@ def _kernel(
         numbers = [_unpacked(packed[i], x.dtype) for i, x in enumerate(hoisted.numbers)]
         lanes = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, plan.tile_blocks), 1)
         tops = {i: ref[...].astype(jnp.int32) for i, ref in enumerate(ins) if widths[i] != plan.n}
-        first = pallas.program_id(1) * plan.tile_blocks * BLOCK
+        first = program_id(1) * plan.tile_blocks * BLOCK
 
         def block(j: Any, new_tops: dict[int, Array]) -> dict[int, Array]:
-            at = pallas.ds(pallas.multiple_of(j * BLOCK, BLOCK), BLOCK)
+            at = ds(multiple_of(j * BLOCK, BLOCK), BLOCK)
             inside = None
             if plan.n % BLOCK:
                 lane = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, BLOCK), 1)
