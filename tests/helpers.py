@@ -16,7 +16,7 @@ import optax.contrib
 from hypothesis import strategies as st
 
 import jadam
-from experiments.bench.ahead import chips
+from experiments.common import chips
 
 
 @dataclass(frozen=True)

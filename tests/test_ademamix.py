@@ -151,3 +151,38 @@ def test_wrong_hyperparameters_are_refused(options, message):
     """The argument's name, what was expected, what came."""
     with pytest.raises((TypeError, ValueError), match=message):
         jadam.ademamix(1e-3, **options)
+
+
+def simulated(gradients, b2, rates):
+    """The slow average over the root of v, both uncorrected, after these gradients in float64."""
+    slow = v = 0.0
+    for g, b3 in zip(gradients, rates, strict=True):
+        slow, v = b3 * slow + (1 - b3) * g, b2 * v + (1 - b2) * g * g
+    return slow / np.sqrt(v)
+
+
+@pytest.mark.parametrize("warmup", [None, 400.0])
+@pytest.mark.parametrize("b3", [0.9999, 0.99])
+def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, warmup):
+    """To C, or with a warm-up to a ratio that gradients give, and never beyond 4·S.
+
+    S is what constant gradients give. Codes that reached C, which has no end, would be too coarse
+    where slow averages are.
+    """
+    b2, cut = 0.999, []
+    for t in (1, 10, 300, 1000, 12000):
+        rates = [reference.ademamix_warmup(s, b3=b3, warmup=warmup)[0] for s in range(1, t + 1)]
+        constant = simulated(np.ones(t), b2, rates)
+        if warmup is None:
+            # Cauchy and Schwarz: the gradients with which slow/√v is largest.
+            within = np.sqrt(np.sum((1 - b3) ** 2 / (1 - b2) * (b3 * b3 / b2) ** np.arange(t)))
+        else:
+            stopped = np.arange(t) < -(-t // 2)
+            within = max(constant, simulated(stopped, b2, rates))
+        time = jadam._math.Time.of(jnp.int32(t), jnp.dtype(jnp.float32))
+        options = {"b1": 0.9, "b2": b2, "b3": b3, "warmup": warmup}
+        _, slow = jadam._math.ademamix_ratios(time, **options)
+        # Powers of rates in float32 over thousands of steps.
+        np.testing.assert_allclose(slow.limit, min(within, 4 * constant), rtol=2e-4)
+        cut.append(within > 4 * constant)
+    assert any(cut) == (b3 == 0.9999), "both cases are met"

@@ -6,8 +6,9 @@ import pytest
 from helpers import printed_ahead
 
 from experiments.bench import publish
-from experiments.bench.ahead import chips, entry, tables
+from experiments.bench.ahead import entry, tables
 from experiments.bench.ahead.__main__ import RESULTS
+from experiments.common import chips
 from experiments.common.report import readme_block
 from jadam._kernels import choice
 
@@ -16,7 +17,7 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 import jadam
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from experiments.bench.ahead.chips import H100
+from experiments.common.chips import H100
 from experiments.bench.ahead.compiled import compile_for, figures, read_off
 from experiments.bench.ahead.programs import PROGRAMS, SMALLEST
 from jadam.sharding import state_shardings, step_in_parts

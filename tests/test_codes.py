@@ -161,3 +161,26 @@ def test_16_bit_moments_are_rounded_by_dithers_of_their_own(kernel):
             wrong += [np.mean(x != rounded(y, t, salt)) for x, y, salt in pairs]
         m, v = found
     assert np.all(wrong / (len(gradients()) - 5) <= 2e-3)
+
+
+@pytest.mark.parametrize("name", ["EIGHT_BITS", "FOUR_BITS"])
+def test_a_maximum_on_the_lattice_stays_and_one_above_it_goes_up(name):
+    """AMSGrad's maximum is rounded up: it never falls, and does not creep while it stays.
+
+    A level is read from float32, so one that is a hundredth above a level counts as on it.
+    """
+    lattice = getattr(jadam._storage.lattice, name).in_parts
+    levels = np.arange(-60 * lattice.per_octave, 60 * lattice.per_octave)
+
+    def above(part):
+        v = np.exp2(2 * (levels + part) / lattice.per_octave).astype(np.float32)
+        return np.asarray(lattice.level_above(jnp.asarray(v), 2))
+
+    # The logarithm and float32's own rounding are off by 1e-4 of a level at most.
+    for part in (0, 0.0095, -0.0095, -0.98):
+        np.testing.assert_array_equal(above(part), levels)
+    for part in (0.0105, 0.5):
+        np.testing.assert_array_equal(above(part), levels + 1)
+    root = np.asarray(lattice.power_of_two(jnp.asarray(levels)), np.float64)
+    again = np.asarray(lattice.level_above(jnp.asarray(root**2, jnp.float32), 2))
+    np.testing.assert_array_equal(again, levels)

@@ -465,7 +465,7 @@ def test_the_page_on_scale_has_the_committed_figures():
     assert block == scale_release.markdown(results) + "\n"
     # One layer's gradients, and what the two passes take. Codes of 4 bits, which are XLA's on this
     # host, and codes in eight wide layers take more: the page says so.
-    row = results["rows"]["24 layers of GPT-2 medium"]
+    row = results["chips"]["v5e"]["rows"]["24 layers of GPT-2 medium"]
     for name in ("float32, released", "compensated + 8-bit, released"):
         assert row[name]["peak"] < row[name]["arguments"] + 0.3, name
 

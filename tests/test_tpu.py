@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from experiments.bench.ahead import chips, programs
+from experiments.bench.ahead import programs
+from experiments.common import chips
 from jadam._kernels import choice, tiles
 from jadam._leaf import Options, leaf_step
 from jadam._masters import Compensated
@@ -211,7 +212,7 @@ def test_floats_are_left_to_xla_on_a_tpu():
 
 AHEAD = """
 import json
-from experiments.bench.ahead.chips import V5E
+from experiments.common.chips import V5E
 from experiments.bench.ahead.compiled import figures
 from experiments.bench.ahead.programs import PROGRAMS
 shapes = ((8192, 4096), (768, 3072))

@@ -1,6 +1,6 @@
-"""What XLA:TPU needs for a train step, plain and released: `python -m experiments.scale.release`.
+"""What XLA needs for a train step, plain and released: `python -m experiments.scale.release`.
 
-Compiled ahead of time for one v5e chip, which needs libtpu but no TPU.
+Compiled ahead of time for one chip, which needs what compiles for it but not the chip.
 """
 
 import json
@@ -14,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+from experiments.common.chips import CHIPS, ENVIRONMENT
 from experiments.common.report import table, update_readme, write_json
 from jadam.sharding import state_shardings, streamed
-
-from .tpu import NO_CLOUD
 
 RESULTS = Path(__file__).parent / "results" / "release.json"
 README = Path(__file__).parent / "README.md"
@@ -190,39 +188,41 @@ def measured(model: Model, setting: Setting, place: NamedSharding) -> dict[str, 
 
 
 def markdown(results: dict[str, Any]) -> str:
-    columns = ("model", "AdamW", "parameters and state", "on the host", "peak", "without passes")
-    rows = []
-    for model, row in results["rows"].items():
-        passes = results["activations"][model]
-        for setting in (setting for setting in SETTINGS if setting in row):
-            sizes = row[setting]
-            kept = [sizes["arguments"], sizes["host"], sizes["peak"], sizes["peak"] - passes]
-            rows.append([model, setting, *(f"{size:.2f}" for size in kept)])
-    return table(columns, rows)
+    columns = ("AdamW", "parameters and state", "on the host", "peak", "without passes")
+    tables = []
+    for chip, found in results["chips"].items():
+        for model, row in found["rows"].items():
+            rows = []
+            for setting in (setting for setting in SETTINGS if setting in row):
+                sizes, passes = row[setting], found["activations"][model]
+                kept = [sizes["arguments"], sizes["host"], sizes["peak"], sizes["peak"] - passes]
+                rows.append([setting, *(f"{size:.2f}" for size in kept)])
+            tables.append(f"{model} on one {CHIPS[chip].name}:\n\n{table(columns, rows)}")
+    return "\n\n".join(tables)
 
 
 def main(
-    models: tuple[str, ...] = tuple(MODELS), settings: tuple[str, ...] = tuple(SETTINGS)
+    chip: str = "v5e",
+    models: tuple[str, ...] = tuple(MODELS),
+    settings: tuple[str, ...] = tuple(SETTINGS),
 ) -> None:
     """Measures these rows, and keeps the others that the results have of this version of jax."""
-    os.environ.update(NO_CLOUD)
+    os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
-    topology = topologies.get_topology_desc("v5e:2x4", "tpu")
-    place = NamedSharding(Mesh(np.array(topology.devices)[:1], "data"), P())
+    place = NamedSharding(Mesh(np.array(CHIPS[chip].devices()), "data"), P())
     results: dict[str, Any] = {
         "command": "python -m experiments.scale.release",
         "jax": jax.__version__,
-        "device": topology.devices[0].device_kind,
-        "activations": {},
-        "rows": {},
+        "chips": {},
     }
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if before.get("jax") == jax.__version__ and "activations" in before:
+    if before.get("jax") == jax.__version__:
         results |= before
+    found = results["chips"].setdefault(chip, {"activations": {}, "rows": {}})
     for name in models:
-        if name not in results["activations"]:
-            results["activations"][name] = activations(MODELS[name], place)
-        row = results["rows"].setdefault(name, {})
+        if name not in found["activations"]:
+            found["activations"][name] = activations(MODELS[name], place)
+        row = found["rows"].setdefault(name, {})
         for setting in settings:
             row[setting] = measured(MODELS[name], SETTINGS[setting], place)
             write_json(RESULTS, results)

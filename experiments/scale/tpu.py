@@ -12,21 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+from experiments.common.chips import ENVIRONMENT, V5E
 from experiments.common.report import table, update_readme, write_json
 from jadam.sharding import divided, state_shardings, streamed
 
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 README = Path(__file__).parent / "README.md"
-NO_CLOUD = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 LAYERS, WIDTH, HIDDEN, TOKENS = 8, 2048, 8192, 8 * 4096
 # A member that only XLA computes: the CPU's kernel, where it is installed, would join leaves.
 OPTIMIZER = jadam.radam(1e-3)
@@ -114,15 +109,15 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    os.environ.update(NO_CLOUD)
+    os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
-    topology = topologies.get_topology_desc("v5e:2x4", "tpu")
-    mesh = Mesh(np.array(topology.devices), "data")
+    devices = V5E.devices(8)
+    mesh = Mesh(np.array(devices), "data")
     places = ("device", "host, moved as a whole", "host, streamed")
     results = {
         "command": "python -m experiments.scale.tpu",
         "jax": jax.__version__,
-        "device": topology.devices[0].device_kind,
+        "device": devices[0].device_kind,
         "zero_1": collectives_of_zero_1(mesh),
         "update": {where: bytes_of_an_update(mesh, where) for where in places},
     }

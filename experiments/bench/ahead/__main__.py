@@ -17,9 +17,9 @@ import tyro
 
 from experiments.bench import publish
 from experiments.bench.ahead import picture, tables
-from experiments.bench.ahead.chips import CHIPS, ENVIRONMENT
 from experiments.bench.ahead.programs import LEAVES, OPTAX, compiled_for
 from experiments.common import picture as pictures
+from experiments.common.chips import CHIPS, ENVIRONMENT
 from experiments.common.report import update_readme
 
 Name = Literal["v5e", "v6e", "h100", "a100"]

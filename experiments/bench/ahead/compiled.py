@@ -9,9 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench.ahead import entry
-from experiments.bench.ahead.chips import Chip
 from experiments.bench.ahead.programs import Program
 from experiments.bench.workloads import Shapes
+from experiments.common.chips import Chip
 from jadam._kernels import primitive
 
 

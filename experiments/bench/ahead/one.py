@@ -6,9 +6,9 @@ The last line that it prints is its figures as JSON.
 import json
 import sys
 
-from experiments.bench.ahead.chips import CHIPS
 from experiments.bench.ahead.compiled import figures
 from experiments.bench.ahead.programs import LEAVES, PROGRAMS
+from experiments.common.chips import CHIPS
 
 if __name__ == "__main__":
     chip, leaves, name = sys.argv[1:]

@@ -5,7 +5,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from experiments.bench.ahead.chips import CHIPS
 from experiments.bench.ahead.programs import (
     BF16_MOMENTS,
     CODES,
@@ -20,6 +19,7 @@ from experiments.bench.ahead.programs import (
     XLA,
 )
 from experiments.bench.bars import JADAM, PEER
+from experiments.common.chips import CHIPS
 
 FULL = 40.0
 """Where an axis ends; a longer bar is cut and says its length."""

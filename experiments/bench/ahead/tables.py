@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from experiments.bench.ahead.chips import CHIPS
 from experiments.bench.ahead.programs import (
     ALL_LEAVES,
     CODES,
@@ -12,6 +11,7 @@ from experiments.bench.ahead.programs import (
     ONE_LEAF,
     SMALLEST,
 )
+from experiments.common.chips import CHIPS
 from experiments.common.report import table
 
 GOALS: dict[str, dict[str, float]] = {
