@@ -11,8 +11,8 @@ from jadam._kernels.choice import apart
 from jadam._rounding import as_layer
 from jadam._traced import ClosedJaxpr, in_order
 
-Rows = dict[Any, Any]
-"""Of each stack some rows of its first axis, by the stacks' names."""
+Stacks = dict[Any, Any]
+"""Stacks, or a slice of each, by their names: some rows of the first axis."""
 
 
 def is_far(x: Any) -> bool:
@@ -76,9 +76,9 @@ def on_slices(
 
 
 def over_layers(
-    body: Callable[[Any, Rows, Any], tuple[Any, Rows, Any]],
+    body: Callable[[Any, Stacks, Any], tuple[Any, Stacks, Any]],
     carry: Any,
-    stacks: Rows,
+    stacks: Stacks,
     xs: Any,
     length: int,
     *,
@@ -86,7 +86,7 @@ def over_layers(
     writes: bool = True,
     reverse: bool = False,
     unroll: int | bool = 1,
-) -> tuple[Any, Rows, Any]:
+) -> tuple[Any, Stacks, Any]:
     """`lax.scan` over slices of stacks, which are replaced in place.
 
     Of a stack in the host's memory no more is on the device than the slice that is computed and the
@@ -110,7 +110,7 @@ def over_layers(
     # its round begins, while the body computes what it does not need it for.
     ahead = {name: x for name, x in stacks.items() if is_far(x) and not writes}
 
-    def slices(stacks: Rows, i: Any) -> Rows:
+    def slices(stacks: Stacks, i: Any) -> Stacks:
         return {
             name: near(lax.dynamic_slice_in_dim(x, i * rows, rows)) for name, x in stacks.items()
         }

@@ -153,7 +153,7 @@ class Rule:
         assert self.member.coefficients is not None
         return self.member.coefficients(time, **self._values(self.hyperparameters, time))
 
-    def quiet_at(self, then: _quiet.Numbers, j: _quiet.Numbers) -> _quiet.Quiet:
+    def quiet_at(self, then: _quiet.Times, j: _quiet.Times) -> _quiet.Quiet:
         """The direction of the j-th step without a gradient after `then` updates."""
         assert self.member.quiet is not None
         return self.member.quiet(then, j, **self.hyperparameters)

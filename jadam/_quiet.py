@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jadam import _math
 
-Numbers = Float[Array, "..."]
+Times = Float[Array, "..."]
 
 
 class Quiet(NamedTuple):
@@ -22,18 +22,18 @@ class Quiet(NamedTuple):
     direction = m·weight/(√(v + eps_root·scale²) + eps·scale) + plain·m, v the maximum in AMSGrad.
     """
 
-    weight: Numbers
-    scale: Numbers
-    plain: Numbers | float
+    weight: Float[Array, "..."]
+    scale: Float[Array, "..."]
+    plain: Float[Array, "..."] | float
 
 
-def _correction(b: _math.Decay, then: Numbers, j: Numbers) -> Numbers:
+def _correction(b: _math.Decay, then: Times, j: Times) -> Float[Array, "..."]:
     """1 - bᵗ of t = then + j, with one exponential of each row and one of each j."""
     before = -jnp.expm1(then * b.log)
     return before + (1 - before) * _math.bias_correction(b, j)
 
 
-def adam(then: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet:
+def adam(then: Times, j: Times, *, b1: float, b2: float, **_: Any) -> Quiet:
     """The j-th step of Adam after `then` updates."""
     d1, d2 = _math.Decay.of(b1, j.dtype), _math.Decay.of(b2, j.dtype)
     scale = jnp.sqrt(_correction(d2, then, j)) * jnp.exp(-0.5 * j * d2.log)
@@ -42,7 +42,7 @@ def adam(then: Numbers, j: Numbers, *, b1: float, b2: float, **_: Any) -> Quiet:
 
 
 def nadam(
-    then: Numbers, j: Numbers, *, b1: float, b2: float, momentum_decay: float | None, **_: Any
+    then: Times, j: Times, *, b1: float, b2: float, momentum_decay: float | None, **_: Any
 ) -> Quiet:
     """The same of NAdam: of its look-ahead only the part of m is left."""
     d1, t = _math.Decay.of(b1, j.dtype), then + j
@@ -53,8 +53,8 @@ def nadam(
 
 
 def amsgrad(
-    then: Numbers,
-    j: Numbers,
+    then: Times,
+    j: Times,
     *,
     b1: float,
     b2: float,
@@ -73,8 +73,8 @@ def amsgrad(
 
 
 def radam(
-    then: Numbers,
-    j: Numbers,
+    then: Times,
+    j: Times,
     *,
     b1: float,
     b2: float,

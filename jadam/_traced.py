@@ -95,6 +95,6 @@ def in_order(x: Any) -> Any:
     return constrained(x, order(tuple(range(x.ndim))))
 
 
-def level() -> Any:
+def current_trace() -> Any:
     """Which function is being traced: another value inside of a scan than around it."""
     return _of_jax("get_opaque_trace_state")(convention="jadam")

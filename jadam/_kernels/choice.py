@@ -160,7 +160,7 @@ def features_of(
     return frozenset(features)
 
 
-def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[frozenset[str]]:
+def takers(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[frozenset[str]]:
     """For each leaf `(g, p, options, stored, extra)` of a call the platforms whose kernels take it.
 
     None where it is XLA's everywhere. A program may be compiled for another platform than that of

@@ -51,7 +51,7 @@ _SUBLANES = 32
 _TILE_BYTES = 2**22
 
 
-class _Plan(NamedTuple):
+class _Tiling(NamedTuple):
     """A leaf as rows, and the tiles that it is cut into.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Plan(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, shape: Shape, arrays: Sequence[Array]) -> "_Plan":
+    def of(cls, shape: Shape, arrays: Sequence[Array]) -> "_Tiling":
         """That of a leaf of this shape with these operands."""
         rows, n = math.prod(shape[:-1]), shape[-1]
         has_tops = any(x.shape[1] != n for x in arrays)
@@ -134,7 +134,7 @@ def step(
         x.reshape(-1, x.shape[-1]) for x, array in zip(operands, is_array, strict=True) if array
     ]
     scalars = [x for x, array in zip(operands, is_array, strict=True) if not array]
-    plan = _Plan.of(g.shape, arrays)
+    tiling = _Tiling.of(g.shape, arrays)
     # A Python number stays one, exact and known.
     numbers, form = jax.tree.flatten((rule, learning_rate, weight_decay, count))
     is_traced = [isinstance(x, jax.Array) for x in numbers]
@@ -156,7 +156,7 @@ def step(
         one = leaf_step(rule, learning_rate, weight_decay, count, lambda *_: storage)
         return one(g, p, options, stored, extra)
 
-    blocks = [plan.block(x) for x in arrays]
+    blocks = [tiling.block(x) for x in arrays]
     traced, shapes = jax.make_jaxpr(of_block, return_shape=True)(scalars, *blocks)
     hoisted = jax_internals.Hoisted(traced, scalars)
     # The first result takes the place of the parameter; the others those of what they replace.
@@ -164,14 +164,14 @@ def step(
     moved = [places[1]] if options.to_params else [None]
     kept = places[3][: 0 if options.weights is None else options.weights.kept]
     results = _call(
-        plan, arrays, hoisted, jax.tree.leaves(shapes), [*moved, *places[2], *kept], interpret
+        tiling, arrays, hoisted, jax.tree.leaves(shapes), [*moved, *places[2], *kept], interpret
     )
     whole = [x.reshape(*g.shape[:-1], x.shape[1]) for x in results]
     return jax.tree.unflatten(jax.tree.structure(shapes), whole)
 
 
 def _call(
-    plan: _Plan,
+    tiling: _Tiling,
     arrays: Sequence[Array],
     hoisted: jax_internals.Hoisted,
     tiles: Sequence[Any],
@@ -179,33 +179,33 @@ def _call(
     interpret: bool,
 ) -> Sequence[Array]:
     """The kernel on all tiles. Result i is like the operand at places[i], if it has one."""
-    widths = [plan.n if tile.shape[1] == BLOCK else plan.blocks for tile in tiles]
+    widths = [tiling.n if tile.shape[1] == BLOCK else tiling.blocks for tile in tiles]
     results = [
-        jax_internals.shaped_like(arrays[0], (plan.rows, width), tile.dtype)
+        jax_internals.shaped_like(arrays[0], (tiling.rows, width), tile.dtype)
         for width, tile in zip(widths, tiles, strict=True)
     ]
     moved = [*arrays, *results]
     call = pallas_call(
-        _kernel(plan, [x.shape[1] for x in arrays], widths, hoisted),
-        grid=plan.grid,
+        _kernel(tiling, [x.shape[1] for x in arrays], widths, hoisted),
+        grid=tiling.grid,
         in_specs=[
             BlockSpec(memory_space=SMEM),
-            *(plan.spec(x.shape[1]) for x in arrays),
+            *(tiling.spec(x.shape[1]) for x in arrays),
         ],
-        out_specs=[plan.spec(width) for width in widths],
+        out_specs=[tiling.spec(width) for width in widths],
         out_shape=results,
         input_output_aliases={1 + x: i for i, x in enumerate(places) if x is not None},
         interpret=interpret,
         name="jadam_step",
         cost_estimate=CostEstimate(
-            flops=hoisted.operations * plan.rows * plan.n,
+            flops=hoisted.operations * tiling.rows * tiling.n,
             transcendentals=0,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
         ),
         compiler_params=CompilerParams(dimension_semantics=("parallel", "parallel")),
     )
     if not interpret:
-        arrays = [_left_there(x) if x.shape[1] == plan.n else x for x in arrays]
+        arrays = [_left_there(x) if x.shape[1] == tiling.n else x for x in arrays]
     return call(_packed(hoisted.numbers), *arrays)
 
 
@@ -219,23 +219,26 @@ def _left_there(x: Array) -> Array:
 
 
 def _kernel(
-    plan: _Plan, widths: Sequence[int], out_widths: Sequence[int], hoisted: jax_internals.Hoisted
+    tiling: _Tiling,
+    widths: Sequence[int],
+    out_widths: Sequence[int],
+    hoisted: jax_internals.Hoisted,
 ) -> Callable[..., None]:
     """The body of the kernel: `(numbers, *operands, *results)`, references to a tile."""
 
     def kernel(packed: Any, *refs: Any) -> None:
         ins, outs = refs[: len(widths)], refs[len(widths) :]
         numbers = [_unpacked(packed[i], x.dtype) for i, x in enumerate(hoisted.numbers)]
-        lanes = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, plan.tile_blocks), 1)
-        tops = {i: ref[...].astype(jnp.int32) for i, ref in enumerate(ins) if widths[i] != plan.n}
-        first = program_id(1) * plan.tile_blocks * BLOCK
+        lanes = lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, tiling.tile_blocks), 1)
+        tops = {i: ref[...].astype(jnp.int32) for i, ref in enumerate(ins) if widths[i] != tiling.n}
+        first = program_id(1) * tiling.tile_blocks * BLOCK
 
         def block(j: Any, new_tops: dict[int, Array]) -> dict[int, Array]:
             at = ds(multiple_of(j * BLOCK, BLOCK), BLOCK)
             inside = None
-            if plan.n % BLOCK:
-                lane = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, BLOCK), 1)
-                inside = first + j * BLOCK + lane < plan.n
+            if tiling.n % BLOCK:
+                lane = lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, BLOCK), 1)
+                inside = first + j * BLOCK + lane < tiling.n
             tiles = [
                 _at_lane(tops[i], lanes, j) if i in tops else _whole_block(ref[:, at], inside)
                 for i, ref in enumerate(ins)
@@ -251,9 +254,9 @@ def _kernel(
             return new_tops
 
         start = {
-            i: jnp.zeros(lanes.shape, jnp.int32) for i, w in enumerate(out_widths) if w != plan.n
+            i: jnp.zeros(lanes.shape, jnp.int32) for i, w in enumerate(out_widths) if w != tiling.n
         }
-        for i, x in lax.fori_loop(0, plan.tile_blocks, block, start).items():
+        for i, x in lax.fori_loop(0, tiling.tile_blocks, block, start).items():
             outs[i][...] = x.astype(outs[i].dtype)
 
     return kernel

@@ -23,8 +23,8 @@ from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._divided import gathered, stepped
 from jadam.rows._fading import fade, is_zero
-from jadam.rows._missed import Plan, Rows
-from jadam.rows._touched import Touched, after, checked_ids, put, take
+from jadam.rows._missed import DenseStep, Rows
+from jadam.rows._touched import Touched, after_writing, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool
 
@@ -41,7 +41,7 @@ class Lazy:
     """
 
     tx: FusedTransformation
-    plan: Plan
+    plan: DenseStep
     catch_up: CatchUp
     kernel: choice.Choice = "auto"
 
@@ -141,7 +141,7 @@ class Lazy:
         """The same by the kernel. What `gather` and it both need of the batch XLA makes once."""
         moments = self._moments(state.dense, table)
         count = moments.count
-        of_table, touched, *_ = self._of_kernel(table, state, ids)
+        of_table, batch, *_ = self._of_kernel(table, state, ids)
 
         def otherwise() -> Any:
             table_, state_ = self._scatter_in_xla(table, state, ids, grads)
@@ -149,14 +149,14 @@ class Lazy:
 
         table, *kept, last = _kernel().stepped(
             of_table,
-            touched,
+            batch,
             grads.reshape((ids.size, *table.shape[1:])),
             native.numbers_of(self._rule_at(count), *self.plan.rates_at(count), count),
             increment(count),
             decays=self.plan.decays,
             otherwise=otherwise,
         )
-        rows = after(touched.ids, table)
+        rows = after_writing(batch.ids, table)
         decayed = self._decayed(state, lambda x, each: x.at[rows].set(each, mode="drop"))
         return table, self._after(state, kept, last, decayed)
 
@@ -174,7 +174,7 @@ class Lazy:
         p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
 
         table = put(jnp.asarray(table), touched, p)
-        touched = touched._replace(rows=after(touched.rows, table))
+        touched = touched._replace(rows=after_writing(touched.rows, table))
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
@@ -340,8 +340,8 @@ class Lazy:
             sums = _missed.Sums.none(flat.size)
         eps = jnp.asarray(self.plan.rule.hyperparameters["eps"], jnp.float32)
         return (
-            _kernel().Table(jnp.asarray(table), m, v, state.last),
-            _kernel().Touched(flat, *sums),
+            _kernel().TableArrays(jnp.asarray(table), m, v, state.last),
+            _kernel().Batch(flat, *sums),
             eps,
             lambda: self._gather_in_xla(table, state, flat),
         )
@@ -431,7 +431,7 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
         raise ValueError(f"tx: expected no mask, since a table is one leaf; got {recipe.mask!r}")
     if not isinstance(catch_up, bool) and catch_up not in ("sum", "steps"):
         raise ValueError(f"catch_up: expected True, False, 'sum' or 'steps', got {catch_up!r}")
-    plan = Plan(recipe.rule, recipe.learning_rate, recipe.weight_decay)
+    plan = DenseStep(recipe.rule, recipe.learning_rate, recipe.weight_decay)
     if catch_up:
         fade(plan.rule)
     elif plan.rule.member is not ADAM or plan.decays or plan.rule.hyperparameters["eps_root"] != 0:

@@ -26,11 +26,11 @@ from jadam.rows._fading import Interpolation, horizon, interpolation, is_zero, l
 _AT_A_TIME = 8
 
 Times = Int[Array, "rows"]
-Numbers = Float[Array, "rows"]
+RowNumbers = Float[Array, "rows"]
 
 
-class Plan(NamedTuple):
-    """The rule with what goes with it.
+class DenseStep(NamedTuple):
+    """What the step of the dense transformation is made of.
 
     Attributes:
         rule: the member with its hyperparameters.
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
             _validate.at_count("weight_decay", self.weight_decay, made),
         )
 
-    def learning_rates_at(self, made: Times, dtype: Any) -> Numbers:
+    def learning_rates_at(self, made: Times, dtype: Any) -> RowNumbers:
         """The learning rate of each of some times."""
         return jax.vmap(lambda made: jnp.asarray(self.rates_at(made)[0], dtype))(made)
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
             return jnp.float32(math.log1p(-rate * decay))
         return jnp.log1p(-jnp.asarray(rate, jnp.float32) * jnp.asarray(decay, jnp.float32))
 
-    def log_decays_at(self, made: Times) -> Numbers:
+    def log_decays_at(self, made: Times) -> RowNumbers:
         """The same for each of some times."""
         return jax.vmap(self.log_decay_at)(made)
 
@@ -90,7 +90,7 @@ class Rows(NamedTuple):
     p: Array
     stored: tuple[Array, ...]
     last: Times
-    log_decay: Numbers | None
+    log_decay: RowNumbers | None
 
 
 def _across(x: Array, like: Array) -> Array:
@@ -98,7 +98,9 @@ def _across(x: Array, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbers | None) -> Rows:
+def _at_once(
+    plan: DenseStep, rows: Rows, missed: Times, count: Array, decayed: RowNumbers | None
+) -> Rows:
     """The moments and the decay of steps that move nothing; `decayed` is made already."""
     rule = plan.rule
     storage = storage_of(rule.member.moments, rows.stored)
@@ -127,14 +129,14 @@ def _loaded(rule: Rule, rows: Rows, made: Times) -> tuple[Array, ...]:
     return storage.load(rows.stored, lambda: rule.relation_at(then), wide)
 
 
-def shrunk(p: Array, log_decay: Numbers) -> Array:
+def shrunk(p: Array, log_decay: RowNumbers) -> Array:
     """p·exp(log_decay), without the rounding of a factor near 1."""
     wide = p.astype(_math.widen(p.dtype))
     change = jnp.expm1(_across(log_decay, p).astype(wide.dtype))
     return (wide + change * wide).astype(p.dtype)
 
 
-def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
+def one_by_one(plan: DenseStep, rows: Rows, count: Array) -> Rows:
     """The missed steps as the dense transformation makes them, up to where nothing moves any more.
 
     The rest is made at once. The bits are those of dense steps where the rest is nothing.
@@ -150,7 +152,7 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
         p, stored, _ = leaf(jnp.zeros_like(p), p, options, tuple(stored))
         return p, *stored
 
-    def body(i: Array, carry: tuple[tuple[Array, ...], Numbers]) -> tuple[Any, Numbers]:
+    def body(i: Array, carry: tuple[tuple[Array, ...], RowNumbers]) -> tuple[Any, RowNumbers]:
         arrays, decayed = carry
         p, *stored = arrays
         made = rows.last + i
@@ -191,11 +193,11 @@ class Sums(NamedTuple):
         steps: how many there are, as a real number. Where there are none nothing moves.
     """
 
-    steps: Numbers
-    plain: Numbers
-    first: Numbers
-    second: Numbers
-    decay: Numbers
+    steps: RowNumbers
+    plain: RowNumbers
+    first: RowNumbers
+    second: RowNumbers
+    decay: RowNumbers
     factors: Float[Array, "nodes rows"]
     scales: Float[Array, "nodes rows"]
 
@@ -206,7 +208,7 @@ class Sums(NamedTuple):
         return cls(zeros, zeros, zeros + 1, zeros + 1, zeros, nothing, nothing)
 
     @classmethod
-    def of(cls, plan: Plan, last: Times, log_decay: Numbers | None, count: Array) -> "Sums":
+    def of(cls, plan: DenseStep, last: Times, log_decay: RowNumbers | None, count: Array) -> "Sums":
         """Those of rows after which updates they stand, and what they have decayed since."""
         rule, missed = plan.rule, count - last
         between = interpolation(rule)
@@ -227,7 +229,7 @@ class Sums(NamedTuple):
         )
 
 
-def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
+def summed(plan: DenseStep, rows: Rows, count: Array) -> Rows:
     """The missed steps as `Sums` of few terms. Moments of fewer bits are rounded once for all."""
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
@@ -240,7 +242,7 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
     return Rows(jnp.where(_across(missed > 0, p), moved, p), stored, rows.last, None)
 
 
-def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
+def can_sum(plan: DenseStep, stored: Sequence[Array]) -> bool:
     """Whether the missed steps of these moments can be summed."""
     is_narrow = all(x.dtype != jnp.float64 for x in stored)
     has_closed_form = plan.rule.member.quiet is not None
@@ -267,9 +269,9 @@ def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
 
 
 def _weights(
-    plan: Plan,
+    plan: DenseStep,
     last: Times,
-    log_decay: Numbers | None,
+    log_decay: RowNumbers | None,
     missed: Times,
     between: Interpolation,
 ) -> Float[Array, "rows nodes"]:
@@ -288,7 +290,7 @@ def _weights(
 
 
 def _weights_of_windows(
-    plan: Plan, basis: np.ndarray
+    plan: DenseStep, basis: np.ndarray
 ) -> tuple[Float[Array, "windows nodes"], Float[Array, "windows"]]:
     """The sum of `_weights` after each number of missed steps, and what these decay."""
     steps = len(basis)
@@ -302,7 +304,12 @@ def _weights_of_windows(
 
 
 def _summed_basis(
-    plan: Plan, last: Times, window: Times, log_decay: Numbers, basis: np.ndarray, at_a_time: int
+    plan: DenseStep,
+    last: Times,
+    window: Times,
+    log_decay: RowNumbers,
+    basis: np.ndarray,
+    at_a_time: int,
 ) -> Float[Array, "rows nodes"]:
     """The sum of `_weights`, of some steps at a time."""
     steps, nodes = basis.shape
@@ -310,7 +317,7 @@ def _summed_basis(
     rest = ((0, blocks * at_a_time - steps), (0, 0))
     padded = np.pad(basis, rest).reshape(blocks, at_a_time, nodes).astype(np.float32)
 
-    def body(block: Array, carry: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
+    def body(block: Array, carry: tuple[Array, RowNumbers]) -> tuple[Array, RowNumbers]:
         weights, decayed = carry
         i = block * at_a_time + jnp.arange(at_a_time)
         made = last[:, None] + i[None]

@@ -61,7 +61,7 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     return jnp.where(is_row, ids.astype(jnp.int32), size)
 
 
-def after(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
+def after_writing(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
     """The same rows, which XLA knows only when the table has been written.
 
     All that is read is needed for that. So what is then written is no longer needed as it was, and
