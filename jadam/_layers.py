@@ -31,16 +31,16 @@ def back(x: Any, home: Any) -> Any:
 
 
 def _placed(x: Any, old: Any) -> Any:
-    """The array over the devices where `old` lies, as types of explicit axes have to say it."""
+    """The array divided over devices as `old` is, which types of explicit axes have to say."""
     place = jax.typeof(old).sharding
     return jax.sharding.reshard(x, place) if place != jax.typeof(x).sharding else x
 
 
 def _as_it_lies(stack: Any) -> Any:
-    """The stack, which is read by slices only.
+    """The stack, kept as it lies in memory, since it is read by slices only.
 
-    XLA:TPU would make another one before the loop, in the dtype or in the order of axes that the
-    body wants of a slice: 2 or 4 bytes a parameter.
+    XLA:TPU would copy it before the loop into the dtype or the order of axes that the body wants of
+    a slice: 2 or 4 bytes a parameter.
     """
     if is_far(stack):
         return stack
@@ -51,7 +51,7 @@ def _as_it_lies(stack: Any) -> Any:
 def on_slices(
     step: Callable[..., Any], arrays: Sequence[Any], rows: Sequence[int | None]
 ) -> tuple[ClosedJaxpr, list[Any]]:
-    """A step of one layer, traced: what no kernel joins over leaves, and dithers by its number.
+    """A step of one layer, traced so that each leaf is a call of its own, dithered as its layer is.
 
     Args:
         step: a function of the arrays.
@@ -100,7 +100,7 @@ def over_layers(
         length: the number of slices.
         rows: how many rows of the stacks' first axes one slice is.
         writes: whether there are new slices. The stacks that are returned are to be used in any
-            case: XLA does more with stacks of which nothing else is wanted than what it reads here.
+            case: of stacks that are wanted nowhere else XLA computes more than what is read here.
         reverse, unroll: as in `lax.scan`.
 
     Returns:

@@ -91,8 +91,8 @@ CPU = Kernel(
 
 ROWS = Kernel(
     platform="cpu",
-    # Of the rows that a batch touches. Steps that they have missed one by one are a feature that it
-    # has not, and so is eps_root.
+    # Of the rows that a batch touches. Two features it has not: missed steps that are made one by
+    # one, and eps_root.
     features=CPU.features
     & (
         _members(lambda member: True)

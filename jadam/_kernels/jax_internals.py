@@ -63,7 +63,7 @@ class Hoisted:
     """A traced function of numbers and tiles, in two parts: what depends on no tile, and the rest.
 
     Attributes:
-        numbers: what the rest needs of the first part, which is computed at once.
+        numbers: what the rest needs of the first part, which is computed when this is made.
     """
 
     def __init__(self, traced: ClosedJaxpr, numbers: Sequence[Any]) -> None:

@@ -69,7 +69,7 @@ def now(
 
     Args:
         table: what the rows are of, like `batch` in float32.
-        batch: the rows.
+        batch: which rows.
         eps: of the steps.
         otherwise: makes the same in XLA's operations.
     """
@@ -87,11 +87,11 @@ def stepped(
     decays: bool,
     otherwise: Callable[[], TableArrays],
 ) -> TableArrays:
-    """The table after a step of these rows, which stand after `count` updates then.
+    """The table after a step of these rows, which stand after update `count` then.
 
     Args:
         table: which is written in place.
-        batch: the rows.
+        batch: which rows.
         g: the gradients. A row that comes again gets their sum.
         numbers: of the step, as `native.numbers_of` packs them.
         count: see above.

@@ -265,8 +265,8 @@ def _kernel(
 def _whole_block(x: Array, inside: Array | None) -> Array:
     """A block of an operand, 0 beyond the end of a row, where memory may hold anything.
 
-    What an element does to others of its block are its gradient and its code. Wider integers than
-    bytes and narrow floats cannot be chosen from on all chips.
+    An element acts on others of its block by its gradient and its code, and with 0 it does not. Not
+    all chips can select among narrow floats, or among integers of 16 bits: these are widened first.
     """
     wide = x.astype(jnp.int32) if x.dtype == jnp.uint16 else x
     if inside is None:
@@ -277,13 +277,13 @@ def _whole_block(x: Array, inside: Array | None) -> Array:
 
 
 def _at_lane(tops: Array, lanes: Array, j: Any) -> Array:
-    """The tops of block j. They are less than 2²⁴, and sums along lanes are of floats."""
+    """The tops of block j, by a sum along lanes. It is of floats, exact for integers under 2²⁴."""
     chosen = jnp.where(lanes == j, tops, 0).astype(jnp.float32)
     return jnp.sum(chosen, axis=1, keepdims=True).astype(jnp.int32)
 
 
 def _row_max(x: Array, seen: Callable[[Array], Array]) -> Array:
-    """`codes.block_max` of rows of one block, of floats, as the registers have it."""
+    """`codes.block_max` of rows of one block each, as a maximum of floats, which registers have."""
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     return jnp.max(seen(x.astype(wide)).astype(jnp.float32), axis=1, keepdims=True)
 

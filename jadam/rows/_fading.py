@@ -74,10 +74,10 @@ class Interpolation(NamedTuple):
 
 
 def interpolation(rule: Rule) -> Interpolation | None:
-    """The least interpolation whose sums are 5e-6 off at most; None where it has too many nodes.
+    """An interpolation of few nodes whose sums are off by 5e-6 at most; None where few do not do.
 
-    A node is where what is off is largest, over all directions that there are: after few and many
-    updates, for v around eps and far above.
+    Each node is put where the error of those before is largest over all directions that there are:
+    after few and many updates, for v around eps and far above.
     """
     numbers = dict(rule.hyperparameters)
     # Directions are counted in eps.

@@ -138,7 +138,7 @@ class Lazy:
     def _scatter_in_kernel(
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
     ) -> tuple[Table, RowsState]:
-        """The same by the kernel. What `gather` and it both need of the batch XLA makes once."""
+        """`_scatter` by the kernel. What `gather` needs of the batch as well, XLA computes once."""
         moments = self._moments(state.dense, table)
         count = moments.count
         of_table, batch, *_ = self._of_kernel(table, state, ids)
@@ -282,7 +282,7 @@ class Lazy:
         )
 
     def _log_decay(self, state: RowsState, rows: Int[Array, "n"] | None) -> Any:
-        """What the missed updates have made of each row: the sum of their logarithms."""
+        """By what the missed updates decay each row: the sum of the logarithms of their factors."""
         if not (self.plan.decays and self.catch_up):
             return None
         if state.decayed is None:
@@ -347,7 +347,7 @@ class Lazy:
         )
 
     def _decayed(self, state: RowsState, put: Callable[[Array, Array], Array]) -> Any:
-        """What all updates have decayed after another one, and for the touched rows since when."""
+        """`RowsState.decayed` after another update; `put` writes the new sum to touched rows."""
         if state.decayed is None:
             return None
         total, then = state.decayed
@@ -448,7 +448,7 @@ def _kernel() -> Any:
 
 
 def _last_of(state: RowsState, rows: Int[Array, "n"]) -> Int[Array, "n"]:
-    """After which update rows stand. What is no row has missed nothing."""
+    """After which update rows stand. An id that is no row counts as one that missed nothing."""
     return state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max)
 
 
@@ -481,7 +481,7 @@ def _named(member: Member, stored: Sequence[Array]) -> dict[str, Array]:
 
 
 def _add(total: Float[Array, "2"], x: Float[Array, ""]) -> Float[Array, "2"]:
-    """A sum and what it lacks, plus x: Knuth's two-sum."""
+    """x added to a sum that is kept as a float32 and its rounding error (Knuth's two-sum)."""
     high, low = total
     s = high + x
     part = s - high

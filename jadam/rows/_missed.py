@@ -101,7 +101,10 @@ def _across(x: Array, like: Array) -> Array:
 def _at_once(
     plan: DenseStep, rows: Rows, missed: Times, count: Array, decayed: RowNumbers | None
 ) -> Rows:
-    """The moments and the decay of steps that move nothing; `decayed` is made already."""
+    """The missed steps as far as moments fade in them and parameters decay.
+
+    `decayed` is the part of the log decay that has been made before.
+    """
     rule = plan.rule
     storage = storage_of(rule.member.moments, rows.stored)
     moments = _loaded(rule, rows, count - missed)
@@ -171,7 +174,7 @@ def one_by_one(plan: DenseStep, rows: Rows, count: Array) -> Rows:
     (p, *stored), decayed = lax.fori_loop(0, turns, body, start)
     rest = jnp.maximum(missed - most, 0)
     rows = Rows(p, tuple(stored), rows.last, rows.log_decay)
-    # A branch: 8-bit moments would be rounded in vain.
+    # A branch: where nothing is left, codes would be decoded and rounded in vain.
     return lax.cond(
         jnp.any(rest > 0),
         lambda: _at_once(plan, rows, rest, count, decayed),
@@ -209,7 +212,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, plan: DenseStep, last: Times, log_decay: RowNumbers | None, count: Array) -> "Sums":
-        """Those of rows after which updates they stand, and what they have decayed since."""
+        """Those of rows that stand after the updates `last` and are to decay by `log_decay`."""
         rule, missed = plan.rule, count - last
         between = interpolation(rule)
         assert between is not None
@@ -250,7 +253,7 @@ def can_sum(plan: DenseStep, stored: Sequence[Array]) -> bool:
 
 
 def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
-    """By how much the missed steps move the parameters, over m."""
+    """By how much the missed steps move the parameters, divided by m."""
     real = v.dtype
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
@@ -282,7 +285,7 @@ def _weights(
         log_decay = jnp.zeros_like(missed, jnp.float32) if log_decay is None else log_decay
         return _summed_basis(plan, last, window, log_decay, between.basis, _AT_A_TIME)
     table, decays = _weights_of_windows(plan, between.basis)
-    # Of each row what all that have missed as many steps have.
+    # Rows that have missed as many steps have the same weights.
     weights = table[window]
     if log_decay is None:
         return weights
@@ -292,7 +295,7 @@ def _weights(
 def _weights_of_windows(
     plan: DenseStep, basis: np.ndarray
 ) -> tuple[Float[Array, "windows nodes"], Float[Array, "windows"]]:
-    """The sum of `_weights` after each number of missed steps, and what these decay."""
+    """`_weights` for each number of missed steps, and by what so many steps decay."""
     steps = len(basis)
     is_known = isinstance(plan.learning_rate, float) and isinstance(plan.weight_decay, float)
     with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
@@ -311,7 +314,7 @@ def _summed_basis(
     basis: np.ndarray,
     at_a_time: int,
 ) -> Float[Array, "rows nodes"]:
-    """The sum of `_weights`, of some steps at a time."""
+    """The sum that `_weights` is, with `at_a_time` steps in each turn of a loop."""
     steps, nodes = basis.shape
     blocks = -(-steps // at_a_time)
     rest = ((0, blocks * at_a_time - steps), (0, 0))
