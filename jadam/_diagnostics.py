@@ -184,9 +184,7 @@ def _moments(state: Found, parameter: Parameter, rates: dict[str, Scalar], eps: 
     member = state.member
     m, second, largest = _by_role(member, state.numbers(parameter, rates, eps))
     t = jnp.maximum(state.state.count, 1).astype(second.dtype)
-    c1, c2 = (
-        _math.bias_correction(_math.Decay.of(rates[name], t.dtype), t) for name in ("b1", "b2")
-    )
+    c1, c2 = (_math.bias_correction(_math.Decay.of(b, t.dtype), t) for b in member.rates_in(rates))
     m_squared = _math.square(m) * (1 / c1**2)
     ends = parameter.storage.range_ends(parameter.stored)
     if member.power == 1:

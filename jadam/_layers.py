@@ -11,8 +11,8 @@ from jadam._kernels.choice import apart
 from jadam._rounding import as_layer
 from jadam._traced import ClosedJaxpr, in_order
 
-Rows = dict[Any, Any]
-"""Of each stack some rows of its first axis, by the stacks' names."""
+Stacks = dict[Any, Any]
+"""Stacks, or a slice of each, by their names: some rows of the first axis."""
 
 
 def is_far(x: Any) -> bool:
@@ -31,16 +31,16 @@ def back(x: Any, home: Any) -> Any:
 
 
 def _placed(x: Any, old: Any) -> Any:
-    """The array over the devices where `old` lies, as types of explicit axes have to say it."""
+    """The array divided over devices as `old` is, which types of explicit axes have to say."""
     place = jax.typeof(old).sharding
     return jax.sharding.reshard(x, place) if place != jax.typeof(x).sharding else x
 
 
 def _as_it_lies(stack: Any) -> Any:
-    """The stack, which is read by slices only.
+    """The stack, kept as it lies in memory, since it is read by slices only.
 
-    XLA:TPU would make another one before the loop, in the dtype or in the order of axes that the
-    body wants of a slice: 2 or 4 bytes a parameter.
+    XLA:TPU would copy it before the loop into the dtype or the order of axes that the body wants of
+    a slice: 2 or 4 bytes a parameter.
     """
     if is_far(stack):
         return stack
@@ -51,7 +51,7 @@ def _as_it_lies(stack: Any) -> Any:
 def on_slices(
     step: Callable[..., Any], arrays: Sequence[Any], rows: Sequence[int | None]
 ) -> tuple[ClosedJaxpr, list[Any]]:
-    """A step of one layer, traced: what no kernel joins over leaves, and dithers by its number.
+    """A step of one layer, traced so that each leaf is a call of its own, dithered as its layer is.
 
     Args:
         step: a function of the arrays.
@@ -76,9 +76,9 @@ def on_slices(
 
 
 def over_layers(
-    body: Callable[[Any, Rows, Any], tuple[Any, Rows, Any]],
+    body: Callable[[Any, Stacks, Any], tuple[Any, Stacks, Any]],
     carry: Any,
-    stacks: Rows,
+    stacks: Stacks,
     xs: Any,
     length: int,
     *,
@@ -86,7 +86,7 @@ def over_layers(
     writes: bool = True,
     reverse: bool = False,
     unroll: int | bool = 1,
-) -> tuple[Any, Rows, Any]:
+) -> tuple[Any, Stacks, Any]:
     """`lax.scan` over slices of stacks, which are replaced in place.
 
     Of a stack in the host's memory no more is on the device than the slice that is computed and the
@@ -100,7 +100,7 @@ def over_layers(
         length: the number of slices.
         rows: how many rows of the stacks' first axes one slice is.
         writes: whether there are new slices. The stacks that are returned are to be used in any
-            case: XLA does more with stacks of which nothing else is wanted than what it reads here.
+            case: of stacks that are wanted nowhere else XLA computes more than what is read here.
         reverse, unroll: as in `lax.scan`.
 
     Returns:
@@ -110,7 +110,7 @@ def over_layers(
     # its round begins, while the body computes what it does not need it for.
     ahead = {name: x for name, x in stacks.items() if is_far(x) and not writes}
 
-    def slices(stacks: Rows, i: Any) -> Rows:
+    def slices(stacks: Stacks, i: Any) -> Stacks:
         return {
             name: near(lax.dynamic_slice_in_dim(x, i * rows, rows)) for name, x in stacks.items()
         }

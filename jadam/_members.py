@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jadam import _math, _validate
+from jadam import _math, _quiet, _validate
 from jadam._kernels import coefficients
 from jadam._kernels.coefficients import Coefficients
 from jadam._state import (
@@ -40,10 +40,13 @@ class Member:
         equations: `(time, **hyperparameters) -> Equations`.
         ratios: `(time, **rates) -> the Ratio of each first moment`.
         rates: the hyperparameters on which the ratios depend, and how each is checked.
-        options: all other hyperparameters, and how each is checked.
+        epsilons: those that are added to the second moment or to its root, likewise.
+        options: all other hyperparameters, likewise.
         power: the second moment is a root to this power: 2 for v, 1 for AdaMax's u.
         coefficients: the equations as numbers, where the kernels have them; None leaves this member
             to XLA.
+        quiet: `(then, j, **hyperparameters) -> Quiet`, the direction of steps without a gradient,
+            whose epsilons are eps and eps_root; None where such steps are made one by one.
     """
 
     name: str
@@ -52,9 +55,17 @@ class Member:
     equations: Callable[..., _math.Equations]
     ratios: Callable[..., tuple[_math.Ratio, ...]]
     rates: Mapping[str, _validate.Check]
-    options: Mapping[str, _validate.Check]
+    epsilons: Mapping[str, _validate.Check]
+    options: Mapping[str, _validate.Check] = field(default_factory=dict)
     power: int = 2
     coefficients: Callable[..., Coefficients] | None = None
+    quiet: Callable[..., _quiet.Quiet] | None = None
+
+    def rates_in(self, hyperparameters: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The rates by which the first and the second moment fade."""
+        # Reversed: of several first moments the rate of the first one stays.
+        rates = {moment.role: moment.rate for moment in reversed(self.moments) if moment.rate}
+        return hyperparameters[rates[Role.FIRST]], hyperparameters[rates[Role.SECOND]]
 
     def stored(self, state: Any) -> tuple[Any, ...]:
         """The trees of a state that hold the moments, in order."""
@@ -74,7 +85,8 @@ class Member:
             TypeError: one is of a wrong type, is missing, or is not the member's.
             ValueError: one is out of range.
         """
-        return Rule(self, self._checked({**self.rates, **self.options}, hyperparameters))
+        checks = {**self.rates, **self.epsilons, **self.options}
+        return Rule(self, self._checked(checks, hyperparameters))
 
     def relation_at(self, time: _math.Time, **rates: Any) -> _math.Relation:
         """The relation of the moments of a state of which the rates alone are known.
@@ -89,27 +101,24 @@ class Member:
         self,
         moments: Sequence[Array],
         steps: Float[Array, "..."],
-        *,
-        b1: Any,
-        b2: Any,
-        eps: Any = 0.0,
+        hyperparameters: Mapping[str, Any],
     ) -> tuple[Array, ...]:
-        """The moments after some steps without a gradient; `eps` is that of AdaMax alone.
+        """The moments after some steps without a gradient: bᵏ·x with the rate b of each.
 
-        b1ᵏ·m, b2ᵏ·v, and a maximum as it is. AdaMax's u is eps at least after a step.
+        A maximum stays as it is, and AdaMax's u is at least its eps after a step.
         """
 
-        def one(role: Role, x: Array) -> Array:
-            if role is Role.MAXIMUM:
+        def one(moment: Moment, x: Array) -> Array:
+            if moment.rate is None:
                 return x
-            b = b1 if role is Role.FIRST else b2
-            x = _math.Decay.of(b, steps.dtype).power(steps) * x
-            if role is Role.SECOND and self.power == 1:
-                x = jnp.where(steps > 0, jnp.maximum(x, jnp.asarray(eps, x.dtype)), x)
+            b = _math.Decay.of(hyperparameters[moment.rate], steps.dtype)
+            x = b.power(steps) * x
+            if moment.role is Role.SECOND and self.power == 1:
+                least = jnp.asarray(hyperparameters["eps"], x.dtype)
+                x = jnp.where(steps > 0, jnp.maximum(x, least), x)
             return x
 
-        roles = (moment.role for moment in self.moments)
-        return tuple(one(role, x) for role, x in zip(roles, moments, strict=True))
+        return tuple(one(moment, x) for moment, x in zip(self.moments, moments, strict=True))
 
     def _checked(
         self, checks: Mapping[str, _validate.Check], values: Mapping[str, Any]
@@ -144,6 +153,11 @@ class Rule:
         assert self.member.coefficients is not None
         return self.member.coefficients(time, **self._values(self.hyperparameters, time))
 
+    def quiet_at(self, then: _quiet.Times, j: _quiet.Times) -> _quiet.Quiet:
+        """The direction of the j-th step without a gradient after `then` updates."""
+        assert self.member.quiet is not None
+        return self.member.quiet(then, j, **self.hyperparameters)
+
     def _values(self, names: Iterable[str], time: _math.Time) -> dict[str, Any]:
         """The hyperparameters of these names, schedules at their values for the time."""
         return {
@@ -151,10 +165,10 @@ class Rule:
         }
 
 
-_M = Moment("mu", Role.FIRST)
-_V = Moment("nu", Role.SECOND)
-_V_MAX = Moment("nu_max", Role.MAXIMUM)
-_SLOW = Moment("mu_slow", Role.FIRST)
+_M = Moment("mu", Role.FIRST, "b1")
+_V = Moment("nu", Role.SECOND, "b2")
+_V_MAX = Moment("nu_max", Role.MAXIMUM, None)
+_SLOW = Moment("mu_slow", Role.FIRST, "b3")
 _RATES = {"b1": _validate.decay_rate, "b2": _validate.decay_rate}
 _POSITIVE = functools.partial(_validate.in_range, above=0.0)
 _EPS = {"eps": _validate.non_negative, "eps_root": _validate.non_negative}
@@ -166,8 +180,9 @@ ADAM = Member(
     equations=_math.adam,
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS,
+    epsilons=_EPS,
     coefficients=coefficients.adam,
+    quiet=_quiet.adam,
 )
 NADAM = Member(
     name="nadam",
@@ -176,8 +191,10 @@ NADAM = Member(
     equations=_math.nadam,
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS | {"momentum_decay": _validate.optional(_POSITIVE)},
+    epsilons=_EPS,
+    options={"momentum_decay": _validate.optional(_POSITIVE)},
     coefficients=coefficients.nadam,
+    quiet=_quiet.nadam,
 )
 AMSGRAD = Member(
     name="amsgrad",
@@ -186,13 +203,16 @@ AMSGRAD = Member(
     equations=functools.partial(_math.amsgrad, maximum="raw"),
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS | {"bias_correction_mu": _validate.flag, "bias_correction_nu": _validate.flag},
+    epsilons=_EPS,
+    options={"bias_correction_mu": _validate.flag, "bias_correction_nu": _validate.flag},
+    quiet=functools.partial(_quiet.amsgrad, maximum="raw"),
 )
 CORRECTED_AMSGRAD = dataclasses.replace(
     AMSGRAD,
     name="corrected amsgrad",
     state=CorrectedAmsgradState,
     equations=functools.partial(_math.amsgrad, maximum="corrected"),
+    quiet=functools.partial(_quiet.amsgrad, maximum="corrected"),
 )
 ADAMAX = Member(
     name="adamax",
@@ -201,7 +221,7 @@ ADAMAX = Member(
     equations=_math.adamax,
     ratios=_math.norm_ratios,
     rates=_RATES,
-    options={"eps": _validate.non_negative},
+    epsilons={"eps": _validate.non_negative},
     power=1,
 )
 RADAM = Member(
@@ -211,12 +231,13 @@ RADAM = Member(
     equations=_math.radam,
     ratios=_math.moment_ratios,
     rates=_RATES,
-    options=_EPS
-    | {
+    epsilons=_EPS,
+    options={
         "threshold": functools.partial(_validate.in_range, at_least=4.0),
         "nesterov": _validate.flag,
     },
     coefficients=coefficients.radam,
+    quiet=_quiet.radam,
 )
 _SCHEDULED_RATE = _validate.scheduled(_validate.decay_rate)
 ADEMAMIX = Member(
@@ -226,7 +247,8 @@ ADEMAMIX = Member(
     equations=_math.ademamix,
     ratios=_math.ademamix_ratios,
     rates=_RATES | {"b3": _SCHEDULED_RATE, "warmup": _validate.optional(_POSITIVE)},
-    options=_EPS | {"alpha": _validate.schedulable},
+    epsilons=_EPS,
+    options={"alpha": _validate.schedulable},
 )
 MEMBERS = (ADAM, NADAM, AMSGRAD, CORRECTED_AMSGRAD, ADAMAX, RADAM, ADEMAMIX)
 

@@ -75,7 +75,7 @@ def weyl(
     return lane % np.uint32(_LANES) * _LANE + phase
 
 
-def _power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _power_of_two(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The power of two at or below |x|, for float32 x; 0 for 0."""
     exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
     return lax.bitcast_convert_type(exponent, jnp.float32)
@@ -83,7 +83,7 @@ def _power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def spacing(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The distance to the next float32 beyond float32 x; 0 for 0 and the smallest numbers."""
-    return _power(x) * float(jnp.finfo(jnp.float32).eps)
+    return _power_of_two(x) * float(jnp.finfo(jnp.float32).eps)
 
 
 def grid(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
@@ -93,7 +93,7 @@ def grid(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
     """
     info = jnp.finfo(dtype)
     smallest = max(float(info.smallest_subnormal), 2.0**-126)
-    return jnp.maximum(_power(x) * float(info.eps), smallest)
+    return jnp.maximum(_power_of_two(x) * float(info.eps), smallest)
 
 
 def round_dithered(x: Real, dtype: jnp.dtype, t: Count, salt: int = 0) -> Float[Array, "*shape"]:

@@ -78,7 +78,7 @@ class Found(NamedTuple):
         if self.last is None:
             return moments
         missed = jnp.maximum(count - stored_at, 0).astype(real)
-        return member.faded(moments, missed, b1=rates["b1"], b2=rates["b2"], eps=eps)
+        return member.faded(moments, missed, {**rates, "eps": eps})
 
 
 def states_in(argument: str, tree: PyTree, *, adamax: bool = False) -> list[Found]:

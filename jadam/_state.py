@@ -18,10 +18,17 @@ class Role(enum.Enum):
 
 
 class Moment(NamedTuple):
-    """A moment of a member: its field in the state, and its role."""
+    """A moment of a member.
+
+    Attributes:
+        name: its field in the state.
+        role: what it is to the equations.
+        rate: the hyperparameter by which it fades; None for a maximum, which does not.
+    """
 
     name: str
     role: Role
+    rate: str | None
 
     @property
     def is_first(self) -> bool:

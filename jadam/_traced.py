@@ -1,16 +1,27 @@
 """What jadam takes of JAX's account of a program while it traces it, in one place.
 
-JAX does not promise to keep these names. They are looked up where they are used, so that one which
-is gone breaks what needs it and nothing else. Those of the kernels are in `_kernels.jax_internals`.
+JAX does not promise to keep these names. They are looked up where they are used, so that all else
+goes on without one that is gone: `jadam.release` and `jadam.sharding.streamed` then say which one
+they need, and the kernels that take traced programs apart leave their leaves to XLA (`why_not`).
+Names that all kernels need are in `_kernels.jax_internals`.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.core
-from jax.extend import core
-from jax.interpreters import partial_eval
+
+NAMES = {
+    "ClosedJaxpr": "jax.extend.core",
+    "Literal": "jax.extend.core",
+    "dce_jaxpr": "jax.interpreters.partial_eval",
+    "get_opaque_trace_state": "jax.extend.core",
+    "jaxpr_as_fun": "jax.extend.core",
+    "jaxprs_in_params": "jax.extend.core",
+}
+"""Each name, with the module of JAX that has it."""
 
 Jaxpr: TypeAlias = Any
 """The equations of a traced function, without its constants."""
@@ -22,6 +33,27 @@ Equation: TypeAlias = Any
 """A primitive, what it is applied to, and the variables of its results."""
 
 
+def why_not() -> str | None:
+    """Why traced programs cannot be taken apart; None if JAX has all that this needs."""
+    try:
+        for name in NAMES:
+            _of_jax(name)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _of_jax(name: str) -> Any:
+    module = NAMES[name]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise RuntimeError(
+            f"jax {jax.__version__} lacks {module}.{name}, with which jadam takes a traced "
+            "program apart"
+        ) from None
+
+
 def is_tracer(x: Any) -> bool:
     """Whether x stands for an array of a program that is traced, so that it has no value yet."""
     return isinstance(x, jax.core.Tracer)
@@ -29,12 +61,12 @@ def is_tracer(x: Any) -> bool:
 
 def is_literal(variable: Any) -> bool:
     """Whether an operand of an equation is a number written there."""
-    return isinstance(variable, core.Literal)
+    return isinstance(variable, _of_jax("Literal"))
 
 
 def function_of(jaxpr: Jaxpr, constants: Sequence[Any] = ()) -> Callable[..., list[Any]]:
     """The function that makes these equations."""
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, constants))
+    return _of_jax("jaxpr_as_fun")(_of_jax("ClosedJaxpr")(jaxpr, constants))
 
 
 def without_constants(closed: ClosedJaxpr) -> Jaxpr:
@@ -45,12 +77,12 @@ def without_constants(closed: ClosedJaxpr) -> Jaxpr:
 
 def part_of(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     """The equations for some of the results alone, and which inputs they need."""
-    return partial_eval.dce_jaxpr(jaxpr, list(wanted))
+    return _of_jax("dce_jaxpr")(jaxpr, list(wanted))
 
 
 def inside(equation: Equation) -> list[Jaxpr]:
     """The functions that an equation calls: the body of a loop, a branch."""
-    return list(core.jaxprs_in_params(equation.params))
+    return list(_of_jax("jaxprs_in_params")(equation.params))
 
 
 def in_order(x: Any) -> Any:
@@ -63,6 +95,6 @@ def in_order(x: Any) -> Any:
     return constrained(x, order(tuple(range(x.ndim))))
 
 
-def level() -> Any:
-    """Equal where nothing was traced in between: inside of a scan it is another."""
-    return core.get_opaque_trace_state(convention="jadam")
+def current_trace() -> Any:
+    """Which function is being traced: another value inside of a scan than around it."""
+    return _of_jax("get_opaque_trace_state")(convention="jadam")

@@ -251,7 +251,7 @@ def advance(
     options = [Options(d, to_params, k) for d, k in zip(decaying, kinds, strict=True)]
     rows = list(zip(leaves, given, options, stored, extra, strict=True))
 
-    platforms = choice.taken(kernel, rule, rows)
+    platforms = choice.takers(kernel, rule, rows)
     numbers = (rule, learning_rate, weight_decay, state.count)
     in_xla = leaf_step(*numbers)
     taken = [(row, on) for row, on in zip(rows, platforms, strict=True) if on]

@@ -63,8 +63,11 @@ def in_range(
     at_least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
+    hint_if_narrow: str = "",
 ) -> Scalar:
     """A finite scalar in the range; a traced one is taken at its word.
+
+    An array of under 32 bits that is out of range may have been rounded out: the hint says so.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -79,22 +82,18 @@ def in_range(
             if math.isfinite(bound)
         ]
         dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
+        is_narrow = isinstance(value, jax.Array) and jnp.finfo(value.dtype).bits < 32
+        hint = hint_if_narrow if is_narrow else ""
         expected = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
-        raise ValueError(f"{name}: expected {expected}, got {known}{dtype}{_hint(name, value)}")
+        raise ValueError(f"{name}: expected {expected}, got {known}{dtype}{hint}")
     return value
-
-
-def _hint(name: str, value: Scalar) -> str:
-    """What mends a decay rate that optax.inject_hyperparams has rounded to 1."""
-    narrow = isinstance(value, jax.Array) and jnp.finfo(value.dtype).bits < 32
-    if narrow and name in ("b1", "b2", "b3"):
-        return "; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams"
-    return ""
 
 
 def decay_rate(name: str, value: Any) -> Scalar:
     """A decay rate in [0, 1)."""
-    return in_range(name, value, at_least=0.0, below=1.0)
+    # optax.inject_hyperparams rounds it to the parameters' dtype: .999 in bfloat16 is 1.
+    hint = "; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams"
+    return in_range(name, value, at_least=0.0, below=1.0, hint_if_narrow=hint)
 
 
 def non_negative(name: str, value: Any) -> Scalar:

@@ -1,9 +1,12 @@
 """Which leaf goes to a kernel: by what the kernel declares, and by what JAX still has."""
 
+import ast
 import dataclasses
 import functools
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam import _leaf
+from jadam import _leaf, _traced
 from jadam._kernels import choice
 
 needs_kernel = pytest.mark.skipif(
@@ -154,6 +157,59 @@ def test_without_a_name_of_jax_the_steps_are_xlas():
     In one process, which imports jadam again for each name.
     """
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
+
+
+def released(x):
+    """A released step of two layers."""
+
+    def loss(params):
+        layer = lambda x, p: (x * p, None)  # noqa: E731
+        return jadam.release.scan(layer, jnp.ones(()), params)[0]
+
+    tx = jadam.adam(0.1)
+    return jadam.release.train_step(loss, tx)(x, tx.init(x))[0]
+
+
+def streamed(x):
+    """An update in parts."""
+    tx = jadam.adam(0.1)
+    host = jadam.sharding.state_shardings(tx, x, memory_kind="pinned_host")
+    return jadam.sharding.streamed(tx, host).update(x, tx.init(x))[0]
+
+
+@pytest.mark.parametrize("name", sorted(_traced.NAMES))
+def test_without_a_name_of_traced_programs_all_else_goes_on(name, monkeypatch):
+    """What needs it says so, and rows are XLA's, as `jadam.kernels()` tells."""
+    x, table, ids = jnp.ones(2), jnp.ones((8, 4)), jnp.array([1, 3])
+    rows = jadam.rows.lazy(jadam.adam(0.1, kernel="auto"))
+    state = rows.init(table)
+    gather = lambda: jax.jit(rows.gather).lower(table, state, ids)  # noqa: E731
+    expected = jadam.update(x, jadam.init(x))[0]
+    monkeypatch.delattr(sys.modules[_traced.NAMES[name]], name)
+    assert jnp.array_equal(jadam.update(x, jadam.init(x))[0], expected)
+    assert "jadam_rows" not in gather().as_text()
+    if choice.why_not() is None:
+        assert f"jadam.rows: xla: jax {jax.__version__} lacks" in jadam.kernels()["cpu"]
+    with pytest.raises(RuntimeError, match=name):
+        (streamed if name == "Literal" else released)(x)
+
+
+@pytest.mark.parametrize("module", ["jax.experimental.pallas", "jax.experimental.pallas.tpu"])
+def test_without_a_name_of_pallas_the_steps_on_tpus_are_xlas(module, monkeypatch):
+    """Each that the kernel imports, as it is written there."""
+    source = Path(importlib.import_module("jadam._kernels.tpu").__file__).read_text()
+    imports = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.ImportFrom)]
+    names = [alias.name for x in imports if x.module == module for alias in x.names]
+    assert names
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "jadam._kernels.tpu")
+            patch.delattr(sys.modules[module], name)
+            choice.why_not_on_tpu.cache_clear()
+            text = jadam.kernels()["tpu"]
+            assert text.startswith("xla: not usable"), name
+            assert name in text
+    choice.why_not_on_tpu.cache_clear()
 
 
 # The primitive under JAX's transformations

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from test_codec import bounds
 
 import jadam
-from jadam import _rounding
+from jadam import _math, _rounding
 from jadam._kernels import choice, native
 from jadam._storage import codes, lattice
 
@@ -803,13 +803,38 @@ def test_the_kernel_has_pythons_constants():
     # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
     assert lattice.EIGHT_BITS.per_octave == 32
     assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["work.h"]
+    # The integer of a coarse NaN is the largest, that of a fine one has m's code 0.
+    for name, of in (("EightBits", lattice.EIGHT_BITS), ("FourBits", lattice.FOUR_BITS)):
+        text = re.search(rf"class {name}\b.*?kOfNaN = ([^;]+);", SOURCES["codecs.h"], re.DOTALL)[1]
+        value = eval(text, {"kNaN": lattice.EIGHT_BITS.nan})
+        assert value == int(of.both_of(jnp.int32(of.nan), jnp.int32(0)))
+    largest = _math.largest_gradient(jnp.dtype(jnp.float32))
+    assert largest == float.fromhex("0x1p63")
+    assert "all(-0x1p63f)), all(0x1p63f)" in SOURCES["equations.h"]
+    assert int(re.search(r"kLargestG = (\w+)", SOURCES["block.h"])[1], 0) == np.float32(
+        largest
+    ).view(np.int32)
+    least = float(jnp.finfo(jnp.float32).tiny / jnp.finfo(jnp.float32).eps)
+    floor = float.fromhex(re.search(r"kFloor = (\S+)f;", SOURCES["equations.h"])[1])
+    assert np.float32(floor) == np.float32(least**0.5)
+    assert least == float.fromhex("0x1p-103")
+    assert "all(0x1p-103f)" in SOURCES["equations.h"]
 
 
 def test_comments_in_the_kernel_name_python_that_exists():
     """A reader who follows one finds it."""
     for text in SOURCES.values():
         comments = "\n".join(re.findall(r"//.*", text))
-        where = {"lattice": lattice, "native": native, "_math": jadam._math, "_rounding": _rounding}
+        where = {
+            "codes": codes,
+            "lattice": lattice,
+            "Lattice": lattice.Lattice,
+            "native": native,
+            "_masters": jadam._masters,
+            "_math": _math,
+            "_missed": jadam.rows._missed,
+            "_rounding": _rounding,
+        }
         for module, name in re.findall(rf"\b({'|'.join(where)})\.(?!py\b)(\w+)", comments):
             assert hasattr(where[module], name), (module, name)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jadam import _validate
+from jadam import _traced, _validate
 from jadam._leaf import Options
 from jadam._masters import Stochastic
 from jadam._members import MEMBERS, Member, Rule
@@ -91,8 +91,8 @@ CPU = Kernel(
 
 ROWS = Kernel(
     platform="cpu",
-    # Of the rows that a batch touches. Steps that they have missed one by one are a feature that it
-    # has not, and so is eps_root.
+    # Of the rows that a batch touches. Two features it has not: missed steps that are made one by
+    # one, and eps_root.
     features=CPU.features
     & (
         _members(lambda member: True)
@@ -160,7 +160,7 @@ def features_of(
     return frozenset(features)
 
 
-def taken(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[frozenset[str]]:
+def takers(choice: Choice, rule: Rule, leaves: Sequence[tuple[Any, ...]]) -> list[frozenset[str]]:
     """For each leaf `(g, p, options, stored, extra)` of a call the platforms whose kernels take it.
 
     None where it is XLA's everywhere. A program may be compiled for another platform than that of
@@ -195,7 +195,8 @@ def takes_rows(
 ) -> bool:
     """Whether the kernel for rows has those of a table p with gradients g; `also` are features."""
     features = features_of(rule, g, p, options, stored, ()) | also
-    return "cpu" in _wanted(choice) and ROWS.has(features, np.shape(p))
+    is_there = "cpu" in _wanted(choice) and _traced.why_not() is None
+    return is_there and ROWS.has(features, np.shape(p))
 
 
 def _wanted(choice: Choice) -> frozenset[str]:
@@ -247,7 +248,8 @@ def why_not_on_gpu() -> str | None:
 @functools.cache
 def why_not_on_tpu() -> str | None:
     """Why there is no kernel for TPUs; None if there is one."""
-    return _missing("jadam._kernels.primitive") or _missing("jadam._kernels.tpu")
+    missing = _missing("jadam._kernels.primitive") or _missing("jadam._kernels.tpu")
+    return missing or _traced.why_not()
 
 
 _WHY_NOT = {"cpu": why_not, "gpu": why_not_on_gpu, "tpu": why_not_on_tpu}
@@ -295,9 +297,11 @@ def kernels() -> dict[str, str]:
     reason = why_not()
     if reason is None:
         found = importlib.import_module("jadam._kernels.native").library()
+        lacking = _traced.why_not()
+        rows = _listed(ROWS.features) if lacking is None else f"xla: {lacking}"
         cpu = (
             f"native ({found.instruction_set}): {found.reason}; it has {_listed(CPU.features)}; "
-            f"in the rows of jadam.rows: {_listed(ROWS.features)}"
+            f"in the rows of jadam.rows: {rows}"
         )
     else:
         cpu = f"xla: {reason}"

@@ -15,7 +15,7 @@ class Coefficients(NamedTuple):
     direction = m̂/(c1·(√min(v/c2 + eps_root, most) + eps)),  m̂ = m_weight·m + g_weight·g
 
     Without Nesterov's look-ahead both weights are 0, and m̂ is m. With most = 0 and eps = 1 nothing
-    is divided by the root, of which 2⁻⁵¹ is left.
+    is divided: the root is 2⁻⁵¹ then, and is lost beside 1.
     """
 
     complement1: Scalar

@@ -1,4 +1,4 @@
-"""What jadam uses of JAX that JAX does not promise to keep, in one place.
+"""What the kernels use of JAX that JAX does not promise to keep, in one place.
 
 A name that is gone makes the import of this module fail. Then `choice` leaves everything to XLA and
 says so in `jadam.kernels()`.
@@ -18,13 +18,14 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.interpreters import batching, mlir
 
+from jadam._traced import ClosedJaxpr, is_literal
+
 Primitive = jax.extend.core.Primitive
 _register_lowering = mlir.register_lowering
 _lower_function = mlir.lower_fun
 _batchers = batching.primitive_batchers
 
-Rule = Callable[..., Any]
-_Jaxpr = jax.extend.core.ClosedJaxpr
+Function = Callable[..., Any]
 
 
 class Place(enum.Enum):
@@ -62,22 +63,22 @@ class Hoisted:
     """A traced function of numbers and tiles, in two parts: what depends on no tile, and the rest.
 
     Attributes:
-        numbers: what the rest needs of the first part, which is computed at once.
+        numbers: what the rest needs of the first part, which is computed when this is made.
     """
 
-    def __init__(self, traced: _Jaxpr, numbers: Sequence[Any]) -> None:
+    def __init__(self, traced: ClosedJaxpr, numbers: Sequence[Any]) -> None:
         jaxpr = traced.jaxpr
         env = dict(zip(jaxpr.constvars, traced.consts, strict=True))
         env |= {x: jnp.asarray(n) for x, n in zip(jaxpr.invars, numbers, strict=False)}
         self._tiles, self._results = jaxpr.invars[len(numbers) :], jaxpr.outvars
         self._rest = []
         for eqn in jaxpr.eqns:
-            is_known = all(_is_literal(x) or x in env for x in eqn.invars)
+            is_known = all(is_literal(x) or x in env for x in eqn.invars)
             if is_known and all(x.aval.ndim < 2 for x in eqn.outvars):
                 env |= _evaluated(eqn, env, {})
             else:
                 self._rest.append(eqn)
-        needed = [x for eqn in self._rest for x in eqn.invars if not _is_literal(x) and x in env]
+        needed = [x for eqn in self._rest for x in eqn.invars if not is_literal(x) and x in env]
         self._numbers = list(dict.fromkeys(needed))
         self.numbers = [env[x] for x in self._numbers]
 
@@ -87,23 +88,19 @@ class Hoisted:
         return len(self._rest)
 
     def __call__(
-        self, numbers: Sequence[Any], tiles: Sequence[Any], instead: Mapping[str, Rule]
+        self, numbers: Sequence[Any], tiles: Sequence[Any], instead: Mapping[str, Function]
     ) -> list[Any]:
         """The rest. `instead` has a function in the place of a primitive, by its name."""
         env = dict(zip(self._numbers, numbers, strict=True))
         env |= dict(zip(self._tiles, tiles, strict=True))
         for eqn in self._rest:
             env |= _evaluated(eqn, env, instead)
-        return [x.val if _is_literal(x) else env[x] for x in self._results]
+        return [x.val if is_literal(x) else env[x] for x in self._results]
 
 
-def _is_literal(x: Any) -> bool:
-    return isinstance(x, jax.extend.core.Literal)
-
-
-def _evaluated(eqn: Any, env: Mapping[Any, Any], instead: Mapping[str, Rule]) -> dict[Any, Any]:
+def _evaluated(eqn: Any, env: Mapping[Any, Any], instead: Mapping[str, Function]) -> dict[Any, Any]:
     """The results of one operation of a traced function, by their variables."""
-    values = [x.val if _is_literal(x) else env[x] for x in eqn.invars]
+    values = [x.val if is_literal(x) else env[x] for x in eqn.invars]
     name = eqn.primitive.name
     if name in instead:
         results = instead[name](*values, **eqn.params)
@@ -117,10 +114,10 @@ def _evaluated(eqn: Any, env: Mapping[Any, Any], instead: Mapping[str, Rule]) ->
 def new_primitive(
     name: str,
     *,
-    abstract: Rule,
-    everywhere: Rule,
-    on: Mapping[str, Callable[[Place, int], Rule]],
-) -> Rule:
+    abstract: Function,
+    everywhere: Function,
+    on: Mapping[str, Callable[[Place, int], Function]],
+) -> Function:
     """`bind(plan, *operands)` of a primitive with several results, lowered by tracing functions.
 
     Args:
@@ -133,7 +130,7 @@ def new_primitive(
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
-    compiled: dict[tuple[Any, ...], Rule] = {}
+    compiled: dict[tuple[Any, ...], Function] = {}
 
     def batched(operands: Any, axes: Any, **params: Any) -> Any:
         results = jax.vmap(functools.partial(everywhere, **params), in_axes=axes)(*operands)
@@ -162,7 +159,7 @@ def new_primitive(
         return _lower_function(function, multiple_results=True)(ctx, *operands)
 
     def lower_on(
-        form: Callable[[Place, int], Rule], ctx: Any, *operands: Any, **params: Any
+        form: Callable[[Place, int], Function], ctx: Any, *operands: Any, **params: Any
     ) -> Any:
         def function(*operands: Any) -> Any:
             devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1

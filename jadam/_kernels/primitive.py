@@ -146,7 +146,8 @@ def through_kernel(
 def _calls(operands: Sequence[Sequence[Array]]) -> list[list[int]]:
     """Which leaves go into one call: as many as there may be, that differ between the same devices.
 
-    Under `jax.shard_map` a leaf that is the same on all of them would else not be it afterwards.
+    Otherwise a leaf that is the same on all devices would count as different after the call, where
+    another one in it is (`_varying_alike`).
     """
     alike: dict[frozenset[str], list[int]] = {}
     for i, own in enumerate(operands):

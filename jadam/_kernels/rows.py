@@ -20,7 +20,7 @@ Rows = Float[Array, "rows *row"]
 Places = Float[Array, "places *row"]
 
 
-class Table(NamedTuple):
+class TableArrays(NamedTuple):
     """A table, its moments, and after which update each row stands."""
 
     p: Rows
@@ -29,7 +29,7 @@ class Table(NamedTuple):
     last: Int[Array, "rows"]
 
 
-class Touched(NamedTuple):
+class Batch(NamedTuple):
     """The rows of a batch, and what the steps that each has missed make of it: `_missed.Sums`."""
 
     ids: Int[Array, "places"]
@@ -43,7 +43,7 @@ class Touched(NamedTuple):
 
 
 # Where a table is among the operands of a step.
-_TABLE = 0, 1, 2, 3 + len(Touched._fields)
+_TABLE = 0, 1, 2, 3 + len(Batch._fields)
 
 
 class _Call(NamedTuple):
@@ -63,46 +63,46 @@ class _Call(NamedTuple):
 
 
 def now(
-    table: Table, touched: Touched, eps: Float[Array, ""], otherwise: Callable[[], Places]
+    table: TableArrays, batch: Batch, eps: Float[Array, ""], otherwise: Callable[[], Places]
 ) -> Places:
     """The rows of the batch after the steps that they have missed; 0 for what is no row.
 
     Args:
-        table: what the rows are of, like `touched` in float32.
-        touched: the rows.
+        table: what the rows are of, like `batch` in float32.
+        batch: which rows.
         eps: of the steps.
         otherwise: makes the same in XLA's operations.
     """
-    (rows,) = _bound(native.ROWS_NOW, (*table[:3], *touched, eps), otherwise)
+    (rows,) = _called(native.ROWS_NOW, (*table[:3], *batch, eps), otherwise)
     return rows
 
 
 def stepped(
-    table: Table,
-    touched: Touched,
+    table: TableArrays,
+    batch: Batch,
     g: Places,
     numbers: Float[Array, "numbers"],
     count: Int[Array, ""],
     *,
     decays: bool,
-    otherwise: Callable[[], Table],
-) -> Table:
-    """The table after a step of these rows, which stand after `count` updates then.
+    otherwise: Callable[[], TableArrays],
+) -> TableArrays:
+    """The table after a step of these rows, which stand after update `count` then.
 
     Args:
         table: which is written in place.
-        touched: the rows.
+        batch: which rows.
         g: the gradients. A row that comes again gets their sum.
         numbers: of the step, as `native.numbers_of` packs them.
         count: see above.
         decays: whether the parameters decay.
         otherwise: makes the same in XLA's operations.
     """
-    operands = (*table[:3], *touched, table.last, g, numbers, count)
-    return Table(*_bound(native.ROWS_STEP, operands, otherwise, decays=decays))
+    operands = (*table[:3], *batch, table.last, g, numbers, count)
+    return TableArrays(*_called(native.ROWS_STEP, operands, otherwise, decays=decays))
 
 
-def _bound(
+def _called(
     target: str, operands: Sequence[Array], otherwise: Callable[[], Any], *, decays: bool = False
 ) -> list[Array]:
     traced = jax.make_jaxpr(lambda: tuple(jax.tree.leaves(otherwise())))()

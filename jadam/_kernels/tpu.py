@@ -7,6 +7,9 @@ itself, as it is traced for that shape. No equation stands here.
 
 What of the traced step depends on no element (the time, bias corrections, the curve of a code, the
 phases of dithers) is computed once, by XLA; the kernel gets it as numbers.
+
+Pallas is experimental. Its names are imported one by one: where one is gone, the import of this
+module fails, `choice` leaves all to XLA and says so in `jadam.kernels()`.
 """
 
 import dataclasses
@@ -18,14 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas
-from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import (
+    BlockSpec,
+    CostEstimate,
+    ds,
+    multiple_of,
+    pallas_call,
+    program_id,
+)
+from jax.experimental.pallas.tpu import HBM, SMEM, CompilerParams, with_memory_space_constraint
 from jaxtyping import Array
 
 from jadam._kernels import jax_internals
 from jadam._leaf import Options, Stepped, leaf_step
 from jadam._members import Rule
-from jadam._storage import BLOCK, Codes, storage_of
+from jadam._storage import BLOCK, Codes, storage_of, tops_shape
 from jadam._types import Count, Scalar, Shape
 
 # Memory is cut at 128 lanes, so a tile holds 128 tops of each row or all of them. Without tops it
@@ -39,11 +49,9 @@ _SUBLANES = 32
 # Operands and results of a tile. Twice of it lies in the fast memory of 16 MB, to be copied while
 # another one is computed.
 _TILE_BYTES = 2**22
-# Looked up here: where a name is gone, this module is not imported and XLA's form takes over.
-_constrained, _LARGE_MEMORY = mosaic.with_memory_space_constraint, mosaic.HBM
 
 
-class _Plan(NamedTuple):
+class _Tiling(NamedTuple):
     """A leaf as rows, and the tiles that it is cut into.
 
     Attributes:
@@ -59,7 +67,7 @@ class _Plan(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, shape: Shape, arrays: Sequence[Array]) -> "_Plan":
+    def of(cls, shape: Shape, arrays: Sequence[Array]) -> "_Tiling":
         """That of a leaf of this shape with these operands."""
         rows, n = math.prod(shape[:-1]), shape[-1]
         has_tops = any(x.shape[1] != n for x in arrays)
@@ -74,7 +82,7 @@ class _Plan(NamedTuple):
     @property
     def blocks(self) -> int:
         """The blocks of a row."""
-        return -(-self.n // BLOCK)
+        return tops_shape((self.n,))[-1]
 
     @property
     def tile_blocks(self) -> int:
@@ -87,16 +95,19 @@ class _Plan(NamedTuple):
         return -(-self.rows // self.tile_rows), -(-self.blocks // self.tile_blocks)
 
     def block(self, x: Array) -> jax.ShapeDtypeStruct:
-        """What the kernel steps at once of an operand: codes and tops as integers of 32 bits."""
+        """What the kernel steps at once of an operand.
+
+        Tops and codes of 16 bits are integers of 32 bits in its registers.
+        """
         if x.shape[1] != self.n:
             return jax.ShapeDtypeStruct((self.tile_rows, 1), jnp.int32)
         dtype = jnp.dtype(jnp.int32) if x.dtype == jnp.uint16 else x.dtype
         return jax.ShapeDtypeStruct((self.tile_rows, BLOCK), dtype)
 
-    def spec(self, width: int) -> pallas.BlockSpec:
+    def spec(self, width: int) -> BlockSpec:
         """The tiles of an array with rows of n elements, or of a top for each block."""
         columns = self.tile_blocks * (BLOCK if width == self.n else 1)
-        return pallas.BlockSpec((self.tile_rows, columns), lambda i, j: (i, j))
+        return BlockSpec((self.tile_rows, columns), lambda i, j: (i, j))
 
 
 def step(
@@ -123,7 +134,7 @@ def step(
         x.reshape(-1, x.shape[-1]) for x, array in zip(operands, is_array, strict=True) if array
     ]
     scalars = [x for x, array in zip(operands, is_array, strict=True) if not array]
-    plan = _Plan.of(g.shape, arrays)
+    tiling = _Tiling.of(g.shape, arrays)
     # A Python number stays one, exact and known.
     numbers, form = jax.tree.flatten((rule, learning_rate, weight_decay, count))
     is_traced = [isinstance(x, jax.Array) for x in numbers]
@@ -145,7 +156,7 @@ def step(
         one = leaf_step(rule, learning_rate, weight_decay, count, lambda *_: storage)
         return one(g, p, options, stored, extra)
 
-    blocks = [plan.block(x) for x in arrays]
+    blocks = [tiling.block(x) for x in arrays]
     traced, shapes = jax.make_jaxpr(of_block, return_shape=True)(scalars, *blocks)
     hoisted = jax_internals.Hoisted(traced, scalars)
     # The first result takes the place of the parameter; the others those of what they replace.
@@ -153,14 +164,14 @@ def step(
     moved = [places[1]] if options.to_params else [None]
     kept = places[3][: 0 if options.weights is None else options.weights.kept]
     results = _call(
-        plan, arrays, hoisted, jax.tree.leaves(shapes), [*moved, *places[2], *kept], interpret
+        tiling, arrays, hoisted, jax.tree.leaves(shapes), [*moved, *places[2], *kept], interpret
     )
     whole = [x.reshape(*g.shape[:-1], x.shape[1]) for x in results]
     return jax.tree.unflatten(jax.tree.structure(shapes), whole)
 
 
 def _call(
-    plan: _Plan,
+    tiling: _Tiling,
     arrays: Sequence[Array],
     hoisted: jax_internals.Hoisted,
     tiles: Sequence[Any],
@@ -168,33 +179,33 @@ def _call(
     interpret: bool,
 ) -> Sequence[Array]:
     """The kernel on all tiles. Result i is like the operand at places[i], if it has one."""
-    widths = [plan.n if tile.shape[1] == BLOCK else plan.blocks for tile in tiles]
+    widths = [tiling.n if tile.shape[1] == BLOCK else tiling.blocks for tile in tiles]
     results = [
-        jax_internals.shaped_like(arrays[0], (plan.rows, width), tile.dtype)
+        jax_internals.shaped_like(arrays[0], (tiling.rows, width), tile.dtype)
         for width, tile in zip(widths, tiles, strict=True)
     ]
     moved = [*arrays, *results]
-    call = pallas.pallas_call(
-        _kernel(plan, [x.shape[1] for x in arrays], widths, hoisted),
-        grid=plan.grid,
+    call = pallas_call(
+        _kernel(tiling, [x.shape[1] for x in arrays], widths, hoisted),
+        grid=tiling.grid,
         in_specs=[
-            pallas.BlockSpec(memory_space=mosaic.SMEM),
-            *(plan.spec(x.shape[1]) for x in arrays),
+            BlockSpec(memory_space=SMEM),
+            *(tiling.spec(x.shape[1]) for x in arrays),
         ],
-        out_specs=[plan.spec(width) for width in widths],
+        out_specs=[tiling.spec(width) for width in widths],
         out_shape=results,
         input_output_aliases={1 + x: i for i, x in enumerate(places) if x is not None},
         interpret=interpret,
         name="jadam_step",
-        cost_estimate=pallas.CostEstimate(
-            flops=hoisted.operations * plan.rows * plan.n,
+        cost_estimate=CostEstimate(
+            flops=hoisted.operations * tiling.rows * tiling.n,
             transcendentals=0,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
         ),
-        compiler_params=mosaic.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=CompilerParams(dimension_semantics=("parallel", "parallel")),
     )
     if not interpret:
-        arrays = [_left_there(x) if x.shape[1] == plan.n else x for x in arrays]
+        arrays = [_left_there(x) if x.shape[1] == tiling.n else x for x in arrays]
     return call(_packed(hoisted.numbers), *arrays)
 
 
@@ -204,27 +215,30 @@ def _left_there(x: Array) -> Array:
     The kernel moves tiles to the fast memory itself. XLA would copy small arrays there before, and
     their results back.
     """
-    return _constrained(x, _LARGE_MEMORY)
+    return with_memory_space_constraint(x, HBM)
 
 
 def _kernel(
-    plan: _Plan, widths: Sequence[int], out_widths: Sequence[int], hoisted: jax_internals.Hoisted
+    tiling: _Tiling,
+    widths: Sequence[int],
+    out_widths: Sequence[int],
+    hoisted: jax_internals.Hoisted,
 ) -> Callable[..., None]:
     """The body of the kernel: `(numbers, *operands, *results)`, references to a tile."""
 
     def kernel(packed: Any, *refs: Any) -> None:
         ins, outs = refs[: len(widths)], refs[len(widths) :]
         numbers = [_unpacked(packed[i], x.dtype) for i, x in enumerate(hoisted.numbers)]
-        lanes = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, plan.tile_blocks), 1)
-        tops = {i: ref[...].astype(jnp.int32) for i, ref in enumerate(ins) if widths[i] != plan.n}
-        first = pallas.program_id(1) * plan.tile_blocks * BLOCK
+        lanes = lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, tiling.tile_blocks), 1)
+        tops = {i: ref[...].astype(jnp.int32) for i, ref in enumerate(ins) if widths[i] != tiling.n}
+        first = program_id(1) * tiling.tile_blocks * BLOCK
 
         def block(j: Any, new_tops: dict[int, Array]) -> dict[int, Array]:
-            at = pallas.ds(pallas.multiple_of(j * BLOCK, BLOCK), BLOCK)
+            at = ds(multiple_of(j * BLOCK, BLOCK), BLOCK)
             inside = None
-            if plan.n % BLOCK:
-                lane = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, BLOCK), 1)
-                inside = first + j * BLOCK + lane < plan.n
+            if tiling.n % BLOCK:
+                lane = lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, BLOCK), 1)
+                inside = first + j * BLOCK + lane < tiling.n
             tiles = [
                 _at_lane(tops[i], lanes, j) if i in tops else _whole_block(ref[:, at], inside)
                 for i, ref in enumerate(ins)
@@ -240,9 +254,9 @@ def _kernel(
             return new_tops
 
         start = {
-            i: jnp.zeros(lanes.shape, jnp.int32) for i, w in enumerate(out_widths) if w != plan.n
+            i: jnp.zeros(lanes.shape, jnp.int32) for i, w in enumerate(out_widths) if w != tiling.n
         }
-        for i, x in lax.fori_loop(0, plan.tile_blocks, block, start).items():
+        for i, x in lax.fori_loop(0, tiling.tile_blocks, block, start).items():
             outs[i][...] = x.astype(outs[i].dtype)
 
     return kernel
@@ -251,8 +265,8 @@ def _kernel(
 def _whole_block(x: Array, inside: Array | None) -> Array:
     """A block of an operand, 0 beyond the end of a row, where memory may hold anything.
 
-    What an element does to others of its block are its gradient and its code. Wider integers than
-    bytes and narrow floats cannot be chosen from on all chips.
+    An element acts on others of its block by its gradient and its code, and with 0 it does not. Not
+    all chips can select among narrow floats, or among integers of 16 bits: these are widened first.
     """
     wide = x.astype(jnp.int32) if x.dtype == jnp.uint16 else x
     if inside is None:
@@ -263,13 +277,13 @@ def _whole_block(x: Array, inside: Array | None) -> Array:
 
 
 def _at_lane(tops: Array, lanes: Array, j: Any) -> Array:
-    """The tops of block j. They are less than 2²⁴, and sums along lanes are of floats."""
+    """The tops of block j, by a sum along lanes. It is of floats, exact for integers under 2²⁴."""
     chosen = jnp.where(lanes == j, tops, 0).astype(jnp.float32)
     return jnp.sum(chosen, axis=1, keepdims=True).astype(jnp.int32)
 
 
 def _row_max(x: Array, seen: Callable[[Array], Array]) -> Array:
-    """`codes.block_max` of rows of one block, of floats, as the registers have it."""
+    """`codes.block_max` of rows of one block each, as a maximum of floats, which registers have."""
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     return jnp.max(seen(x.astype(wide)).astype(jnp.float32), axis=1, keepdims=True)
 

@@ -28,9 +28,9 @@ class Lattice:
         per_octave: levels of √v in a factor 2: a power of two.
         top: the highest code of v that is a number. 0 is zero, and top + 1 is NaN.
         sizes: codes of m on either side of 0.
-        dense: half of them are for sizes up to so many times that of noise.
-        bend: of the rounding of √v between two levels (`rounded`).
-        parts: of a level, in which a maximum's distance above √v is counted.
+        dense: half of m's codes are for ratios up to this many times that of noise (`Curve`).
+        bend: how far the rounding between two levels is from a linear one (`rounded`).
+        parts: how many of them are a level, where a maximum's distance above √v is counted.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Lattice:
         """Whether roundings have to be unbiased where codes are not evenly spaced."""
         return self.bend > 0
 
-    # v's code alone, as what a block's largest is taken of: `seen` has the order of the codes, 0
-    # where it is NaN's, and seen(seen(x)) is seen(x).
+    # The largest code of v in a block is found among values of `seen`, which have the order of the
+    # codes. A reduction applies it to its own results too, so seen(seen(x)) is seen(x).
 
     def seen(self, both: Both) -> Both:
-        """What says v's code of a number, as a value of `both`."""
+        """What says how large v's code is, still as a value of `both`; 0 for NaN's code."""
         raise NotImplementedError
 
     def code_of(self, both: Both) -> Code:
@@ -94,17 +94,18 @@ class Lattice:
         return log2 * (self.per_octave / power)
 
     def level_above(self, x: Real, power: int) -> Level:
-        """The level at or above that of x. One on the lattice stays, to a hundredth of a level."""
+        """The least level that is not below x, but for a hundredth, by which logarithms are off."""
         return -floor(0.01 - self.level(x, power))
 
     def rounded(self, level: Float[Array, "..."], dither: Real) -> Level:
-        """A level between two as one of them, the upper one as often as it is near to it.
+        """One of the two levels around `level`: the nearer the upper one is, the more often it.
 
-        Of a fine lattice that is the mean of log √v. Where v has come to rest, it is then the mean
-        of 1/v that is right, and the mean update, which goes with 1/√v, is short by an eighth of
-        the variance of log v: nothing for 32 levels an octave, much for one. To second order a
-        rounding that keeps the mean of v^¼ has the right 1/√v. Its chance of the upper level,
-        (2^(x/2) - 1)/(√2 - 1) of the part x of an octave, is x - bend·x·(1 - x) with a bend of
+        On a fine lattice the chance of the upper level is the part x of a level above the lower
+        one, which keeps the mean of log √v. Once v has come to rest, the mean of 1/v is then right,
+        and the mean update, which goes with 1/√v, is short by an eighth of the variance of log v:
+        nothing for 32 levels an octave, much for one. So on a coarse lattice the rounding keeps the
+        mean of v^¼, with which the mean of 1/√v is right to second order. Its chance of the upper
+        level, (2^(x/2) - 1)/(√2 - 1) for levels of an octave, is x - bend·x·(1 - x) with a bend of
         0.173, to 4e-4.
         """
         if not self.is_coarse:
@@ -136,9 +137,9 @@ class _Split(Lattice):
 
 
 class _Mixed(Lattice):
-    """Digits of a number to the base of m's codes: v's code is the upper one.
+    """Both codes are digits of one number, whose base is how many codes m has; v's is the upper.
 
-    Zero is 0, whatever m's code, and the number at the integer's end NaN.
+    Where v is 0, the integer is 0, whatever m's code. The largest integer is NaN.
     """
 
     @property

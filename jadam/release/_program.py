@@ -119,7 +119,7 @@ class Program:
         return part_of(self._jaxpr, ordered)
 
     def _check_types(self, closed: Any, slices: Sequence[Any], state: PyTree) -> None:
-        """What comes out is what goes in."""
+        """Refuses a step that changes the dtype or the shape of a parameter or of the state."""
         for slot, before, after in zip(self._outputs, slices, closed.out_avals, strict=True):
             if (before.shape, before.dtype) != (after.shape, after.dtype):
                 raise ValueError(
@@ -128,6 +128,7 @@ class Program:
                 )
 
     def _check_apart(self, state: PyTree) -> None:
+        """Refuses a step of one parameter that needs the gradient or the state of another."""
         for number in sorted(self._released):
             self._check_draws(number)
             for slot in self.needs(self.slots_of([number])):
@@ -146,7 +147,7 @@ class Program:
                     )
 
     def _check_draws(self, number: int) -> None:
-        """Each layer would get the same random numbers, which the whole stack does not."""
+        """Refuses random numbers: each layer would get the same, other than the whole stack."""
         slot = self.param_slots[number]
         shape = self._jaxpr.outvars[self._outputs.index(slot)].aval.shape
         jaxpr, _ = self._part(self.slots_of([number]))

@@ -186,7 +186,7 @@ def _check_value(value: Any) -> None:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Again:
-    """In the place of a residual that the backward pass reads anew."""
+    """Takes the place of a residual that the backward pass can read where it lies."""
 
     place: int
 
@@ -241,7 +241,11 @@ class Released:
         self.new: dict[Slot, Any] = {}
 
     def begin(self, probe: Any) -> None:
-        """Before the loss is traced. The probe is differentiated, and all steps hang on it."""
+        """To be called before the loss is traced.
+
+        The probe changes nothing. The loss is differentiated by it as well, so that each scan has
+        a backward pass to run, and with it the steps.
+        """
         self._probe = probe
         self.arrived = probe
         self.made: set[int] = set()
@@ -283,7 +287,10 @@ class Released:
         return result
 
     def _run(self, f: Callable[..., Any], mine: Sequence[int], **options: Any) -> Any:
-        """All layers, differentiated as a whole: no gradient of a stack is an array."""
+        """The scan over all layers as one function, with a derivative of its own.
+
+        It makes no gradient of a stack.
+        """
         program = self._program
         params = [program.param_slots[number] for number in mine]
         slots = program.slots_of(mine)

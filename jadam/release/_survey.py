@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jadam._layers import near
-from jadam._traced import level
+from jadam._traced import current_trace
 from jadam._types import PyTree
 from jadam.release import _scan
 
@@ -91,7 +91,7 @@ class Survey:
         """The tracers that stand for the parameters, and the level of the trace that is theirs."""
         self._leaves = leaves  # no other object may get their ids
         self._numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
-        self._level = level()
+        self._level = current_trace()
 
     def scan(self, f: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any) -> Any:
         """Notes the parameters among xs."""
@@ -100,7 +100,7 @@ class Survey:
             number = self._numbers.get(id(leaf))
             if number is None:
                 return leaf
-            if level() != self._level:
+            if current_trace() != self._level:
                 raise ValueError(
                     f"{self.names[number]}: got jadam.release.scan inside of another "
                     f"transformation of JAX or another scan; {INSTEAD}"

@@ -16,9 +16,9 @@ from jadam._state import RowsState
 
 
 def gathered(local: Callable[..., Array], table: Array, state: RowsState, ids: Array) -> Array:
-    """`local(table, state, ids)`, rows of the table, from the devices that have them.
+    """Rows of the table, `local(table, state, ids)`, collected from the devices that have them.
 
-    They lie as the ids do.
+    The result is divided over devices as the ids are.
     """
     names = _explicit_axes(table)
     if not names:
@@ -27,7 +27,7 @@ def gathered(local: Callable[..., Array], table: Array, state: RowsState, ids: A
     rows_over = _over(spec[0])
 
     def part(table: Array, state: RowsState, ids: Array) -> Array:
-        # All devices but one have 0.
+        # A row is 0 on all devices but the one that has it.
         return lax.psum(local(table, state, _of_part(ids, len(table), rows_over)), rows_over)
 
     whole = PartitionSpec(*[None] * ids.ndim, *spec[1:])
@@ -104,7 +104,7 @@ def _over(entry: Any) -> tuple[str, ...]:
 
 
 def _of_part(ids: Int[Array, "..."], size: int, rows_over: tuple[str, ...]) -> Array:
-    """Ids of a device's part of the table; `size` where it has no such row."""
+    """The ids counted from the first row of a device's part; `size` for rows that it has not."""
     first = lax.axis_index(rows_over) * size if rows_over else 0
     ids = ids - first
     return jnp.where((ids >= 0) & (ids < size), ids, size)

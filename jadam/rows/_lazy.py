@@ -22,9 +22,9 @@ from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
 from jadam.rows import _missed
 from jadam.rows._divided import gathered, stepped
-from jadam.rows._missed import Plan, Rows
-from jadam.rows._quiet import fade, is_zero
-from jadam.rows._touched import Touched, after, checked_ids, put, take
+from jadam.rows._fading import fade, is_zero
+from jadam.rows._missed import DenseStep, Rows
+from jadam.rows._touched import Touched, after_writing, checked_ids, put, take
 
 CatchUp = Literal["sum", "steps"] | bool
 
@@ -41,7 +41,7 @@ class Lazy:
     """
 
     tx: FusedTransformation
-    plan: Plan
+    plan: DenseStep
     catch_up: CatchUp
     kernel: choice.Choice = "auto"
 
@@ -138,10 +138,10 @@ class Lazy:
     def _scatter_in_kernel(
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
     ) -> tuple[Table, RowsState]:
-        """The same by the kernel. What `gather` and it both need of the batch XLA makes once."""
+        """`_scatter` by the kernel. What `gather` needs of the batch as well, XLA computes once."""
         moments = self._moments(state.dense, table)
         count = moments.count
-        of_table, touched, *_ = self._of_kernel(table, state, ids)
+        of_table, batch, *_ = self._of_kernel(table, state, ids)
 
         def otherwise() -> Any:
             table_, state_ = self._scatter_in_xla(table, state, ids, grads)
@@ -149,14 +149,14 @@ class Lazy:
 
         table, *kept, last = _kernel().stepped(
             of_table,
-            touched,
+            batch,
             grads.reshape((ids.size, *table.shape[1:])),
             native.numbers_of(self._rule_at(count), *self.plan.rates_at(count), count),
             increment(count),
             decays=self.plan.decays,
             otherwise=otherwise,
         )
-        rows = after(touched.ids, table)
+        rows = after_writing(batch.ids, table)
         decayed = self._decayed(state, lambda x, each: x.at[rows].set(each, mode="drop"))
         return table, self._after(state, kept, last, decayed)
 
@@ -174,7 +174,7 @@ class Lazy:
         p, stored, _ = leaf(g, rows.p, options, tuple(rows.stored))
 
         table = put(jnp.asarray(table), touched, p)
-        touched = touched._replace(rows=after(touched.rows, table))
+        touched = touched._replace(rows=after_writing(touched.rows, table))
         kept = [
             put(old, touched, new) for old, new in zip(member.stored(moments), stored, strict=True)
         ]
@@ -282,7 +282,7 @@ class Lazy:
         )
 
     def _log_decay(self, state: RowsState, rows: Int[Array, "n"] | None) -> Any:
-        """What the missed updates have made of each row: the sum of their logarithms."""
+        """By what the missed updates decay each row: the sum of the logarithms of their factors."""
         if not (self.plan.decays and self.catch_up):
             return None
         if state.decayed is None:
@@ -340,14 +340,14 @@ class Lazy:
             sums = _missed.Sums.none(flat.size)
         eps = jnp.asarray(self.plan.rule.hyperparameters["eps"], jnp.float32)
         return (
-            _kernel().Table(jnp.asarray(table), m, v, state.last),
-            _kernel().Touched(flat, *sums),
+            _kernel().TableArrays(jnp.asarray(table), m, v, state.last),
+            _kernel().Batch(flat, *sums),
             eps,
             lambda: self._gather_in_xla(table, state, flat),
         )
 
     def _decayed(self, state: RowsState, put: Callable[[Array, Array], Array]) -> Any:
-        """What all updates have decayed after another one, and for the touched rows since when."""
+        """`RowsState.decayed` after another update; `put` writes the new sum to touched rows."""
         if state.decayed is None:
             return None
         total, then = state.decayed
@@ -431,7 +431,7 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
         raise ValueError(f"tx: expected no mask, since a table is one leaf; got {recipe.mask!r}")
     if not isinstance(catch_up, bool) and catch_up not in ("sum", "steps"):
         raise ValueError(f"catch_up: expected True, False, 'sum' or 'steps', got {catch_up!r}")
-    plan = Plan(recipe.rule, recipe.learning_rate, recipe.weight_decay)
+    plan = DenseStep(recipe.rule, recipe.learning_rate, recipe.weight_decay)
     if catch_up:
         fade(plan.rule)
     elif plan.rule.member is not ADAM or plan.decays or plan.rule.hyperparameters["eps_root"] != 0:
@@ -448,7 +448,7 @@ def _kernel() -> Any:
 
 
 def _last_of(state: RowsState, rows: Int[Array, "n"]) -> Int[Array, "n"]:
-    """After which update rows stand. What is no row has missed nothing."""
+    """After which update rows stand. An id that is no row counts as one that missed nothing."""
     return state.last.at[rows].get(mode="fill", fill_value=np.iinfo(np.int32).max)
 
 
@@ -481,7 +481,7 @@ def _named(member: Member, stored: Sequence[Array]) -> dict[str, Array]:
 
 
 def _add(total: Float[Array, "2"], x: Float[Array, ""]) -> Float[Array, "2"]:
-    """A sum and what it lacks, plus x: Knuth's two-sum."""
+    """x added to a sum that is kept as a float32 and its rounding error (Knuth's two-sum)."""
     high, low = total
     s = high + x
     part = s - high

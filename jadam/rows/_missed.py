@@ -20,26 +20,17 @@ from jadam._members import Rule
 from jadam._state import Role
 from jadam._storage import storage_of
 from jadam._types import Scalar, ScalarOrSchedule
-from jadam.rows._quiet import (
-    QUIET,
-    Interpolation,
-    faded,
-    horizon,
-    interpolation,
-    is_zero,
-    power,
-    quiet,
-)
+from jadam.rows._fading import Interpolation, horizon, interpolation, is_zero, left_after
 
 # How many missed steps are summed in one turn.
 _AT_A_TIME = 8
 
 Times = Int[Array, "rows"]
-Numbers = Float[Array, "rows"]
+RowNumbers = Float[Array, "rows"]
 
 
-class Plan(NamedTuple):
-    """The rule with what goes with it.
+class DenseStep(NamedTuple):
+    """What the step of the dense transformation is made of.
 
     Attributes:
         rule: the member with its hyperparameters.
@@ -73,7 +64,7 @@ class Plan(NamedTuple):
             _validate.at_count("weight_decay", self.weight_decay, made),
         )
 
-    def learning_rates_at(self, made: Times, dtype: Any) -> Numbers:
+    def learning_rates_at(self, made: Times, dtype: Any) -> RowNumbers:
         """The learning rate of each of some times."""
         return jax.vmap(lambda made: jnp.asarray(self.rates_at(made)[0], dtype))(made)
 
@@ -84,7 +75,7 @@ class Plan(NamedTuple):
             return jnp.float32(math.log1p(-rate * decay))
         return jnp.log1p(-jnp.asarray(rate, jnp.float32) * jnp.asarray(decay, jnp.float32))
 
-    def log_decays_at(self, made: Times) -> Numbers:
+    def log_decays_at(self, made: Times) -> RowNumbers:
         """The same for each of some times."""
         return jax.vmap(self.log_decay_at)(made)
 
@@ -99,7 +90,7 @@ class Rows(NamedTuple):
     p: Array
     stored: tuple[Array, ...]
     last: Times
-    log_decay: Numbers | None
+    log_decay: RowNumbers | None
 
 
 def _across(x: Array, like: Array) -> Array:
@@ -107,14 +98,19 @@ def _across(x: Array, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _at_once(plan: Plan, rows: Rows, missed: Times, count: Array, decayed: Numbers | None) -> Rows:
-    """The moments and the decay of steps that move nothing; `decayed` is made already."""
+def _at_once(
+    plan: DenseStep, rows: Rows, missed: Times, count: Array, decayed: RowNumbers | None
+) -> Rows:
+    """The missed steps as far as moments fade in them and parameters decay.
+
+    `decayed` is the part of the log decay that has been made before.
+    """
     rule = plan.rule
     storage = storage_of(rule.member.moments, rows.stored)
     moments = _loaded(rule, rows, count - missed)
     real = jnp.finfo(storage.wide(rows.p.dtype)).dtype
     steps = _across(missed, rows.p).astype(real)
-    moments = faded(rule, moments, steps)
+    moments = rule.member.faded(moments, steps, rule.hyperparameters)
     kept = storage.round(moments, rule.relation_at(_math.Time.of(count, real)))
     passed = missed > 0
     stored = tuple(
@@ -136,14 +132,14 @@ def _loaded(rule: Rule, rows: Rows, made: Times) -> tuple[Array, ...]:
     return storage.load(rows.stored, lambda: rule.relation_at(then), wide)
 
 
-def shrunk(p: Array, log_decay: Numbers) -> Array:
+def shrunk(p: Array, log_decay: RowNumbers) -> Array:
     """p·exp(log_decay), without the rounding of a factor near 1."""
     wide = p.astype(_math.widen(p.dtype))
     change = jnp.expm1(_across(log_decay, p).astype(wide.dtype))
     return (wide + change * wide).astype(p.dtype)
 
 
-def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
+def one_by_one(plan: DenseStep, rows: Rows, count: Array) -> Rows:
     """The missed steps as the dense transformation makes them, up to where nothing moves any more.
 
     The rest is made at once. The bits are those of dense steps where the rest is nothing.
@@ -159,7 +155,7 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
         p, stored, _ = leaf(jnp.zeros_like(p), p, options, tuple(stored))
         return p, *stored
 
-    def body(i: Array, carry: tuple[tuple[Array, ...], Numbers]) -> tuple[Any, Numbers]:
+    def body(i: Array, carry: tuple[tuple[Array, ...], RowNumbers]) -> tuple[Any, RowNumbers]:
         arrays, decayed = carry
         p, *stored = arrays
         made = rows.last + i
@@ -178,7 +174,7 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
     (p, *stored), decayed = lax.fori_loop(0, turns, body, start)
     rest = jnp.maximum(missed - most, 0)
     rows = Rows(p, tuple(stored), rows.last, rows.log_decay)
-    # A branch: 8-bit moments would be rounded in vain.
+    # A branch: where nothing is left, codes would be decoded and rounded in vain.
     return lax.cond(
         jnp.any(rest > 0),
         lambda: _at_once(plan, rows, rest, count, decayed),
@@ -189,7 +185,7 @@ def one_by_one(plan: Plan, rows: Rows, count: Array) -> Rows:
 class Sums(NamedTuple):
     """What missed steps make of each row, in numbers.
 
-    The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`quiet`). So fⱼ is
+    The j-th step moves an element by learning_rateⱼ·m·fⱼ, with fⱼ smooth in j (`Quiet`). So fⱼ is
     Σ_q basis[j, q]·f of few nodes q, and what the learning rates and decays of all steps make of
     the basis are the weights of the row:
 
@@ -200,11 +196,11 @@ class Sums(NamedTuple):
         steps: how many there are, as a real number. Where there are none nothing moves.
     """
 
-    steps: Numbers
-    plain: Numbers
-    first: Numbers
-    second: Numbers
-    decay: Numbers
+    steps: RowNumbers
+    plain: RowNumbers
+    first: RowNumbers
+    second: RowNumbers
+    decay: RowNumbers
     factors: Float[Array, "nodes rows"]
     scales: Float[Array, "nodes rows"]
 
@@ -215,27 +211,28 @@ class Sums(NamedTuple):
         return cls(zeros, zeros, zeros + 1, zeros + 1, zeros, nothing, nothing)
 
     @classmethod
-    def of(cls, plan: Plan, last: Times, log_decay: Numbers | None, count: Array) -> "Sums":
-        """Those of rows after which updates they stand, and what they have decayed since."""
+    def of(cls, plan: DenseStep, last: Times, log_decay: RowNumbers | None, count: Array) -> "Sums":
+        """Those of rows that stand after the updates `last` and are to decay by `log_decay`."""
         rule, missed = plan.rule, count - last
         between = interpolation(rule)
         assert between is not None
         weights = _weights(plan, last, log_decay, missed, between).T
         j = jnp.asarray(between.nodes, jnp.float32)
-        weight, scale, plain = quiet(rule, last.astype(jnp.float32)[None], j[:, None])
+        weight, scale, plain = rule.quiet_at(last.astype(jnp.float32)[None], j[:, None])
         steps = missed.astype(jnp.float32)
+        first, second = left_after(rule, steps)
         return cls(
             steps,
             jnp.zeros_like(steps) if is_zero(plain) else jnp.sum(weights * plain, axis=0),
-            power(rule, "b1", steps),
-            power(rule, "b2", steps),
+            first,
+            second,
             jnp.zeros_like(steps) if log_decay is None else jnp.expm1(log_decay),
             weights * weight,
             scale,
         )
 
 
-def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
+def summed(plan: DenseStep, rows: Rows, count: Array) -> Rows:
     """The missed steps as `Sums` of few terms. Moments of fewer bits are rounded once for all."""
     rule, missed = plan.rule, count - rows.last
     by_role: dict[Role, Array] = {}
@@ -248,14 +245,15 @@ def summed(plan: Plan, rows: Rows, count: Array) -> Rows:
     return Rows(jnp.where(_across(missed > 0, p), moved, p), stored, rows.last, None)
 
 
-def can_sum(plan: Plan, stored: Sequence[Array]) -> bool:
+def can_sum(plan: DenseStep, stored: Sequence[Array]) -> bool:
     """Whether the missed steps of these moments can be summed."""
     is_narrow = all(x.dtype != jnp.float64 for x in stored)
-    return is_narrow and plan.rule.member in QUIET and interpolation(plan.rule) is not None
+    has_closed_form = plan.rule.member.quiet is not None
+    return is_narrow and has_closed_form and interpolation(plan.rule) is not None
 
 
 def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
-    """By how much the missed steps move the parameters, over m."""
+    """By how much the missed steps move the parameters, divided by m."""
     real = v.dtype
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
     least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
@@ -274,9 +272,9 @@ def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
 
 
 def _weights(
-    plan: Plan,
+    plan: DenseStep,
     last: Times,
-    log_decay: Numbers | None,
+    log_decay: RowNumbers | None,
     missed: Times,
     between: Interpolation,
 ) -> Float[Array, "rows nodes"]:
@@ -287,7 +285,7 @@ def _weights(
         log_decay = jnp.zeros_like(missed, jnp.float32) if log_decay is None else log_decay
         return _summed_basis(plan, last, window, log_decay, between.basis, _AT_A_TIME)
     table, decays = _weights_of_windows(plan, between.basis)
-    # Of each row what all that have missed as many steps have.
+    # Rows that have missed as many steps have the same weights.
     weights = table[window]
     if log_decay is None:
         return weights
@@ -295,9 +293,9 @@ def _weights(
 
 
 def _weights_of_windows(
-    plan: Plan, basis: np.ndarray
+    plan: DenseStep, basis: np.ndarray
 ) -> tuple[Float[Array, "windows nodes"], Float[Array, "windows"]]:
-    """The sum of `_weights` after each number of missed steps, and what these decay."""
+    """`_weights` for each number of missed steps, and by what so many steps decay."""
     steps = len(basis)
     is_known = isinstance(plan.learning_rate, float) and isinstance(plan.weight_decay, float)
     with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
@@ -309,15 +307,20 @@ def _weights_of_windows(
 
 
 def _summed_basis(
-    plan: Plan, last: Times, window: Times, log_decay: Numbers, basis: np.ndarray, at_a_time: int
+    plan: DenseStep,
+    last: Times,
+    window: Times,
+    log_decay: RowNumbers,
+    basis: np.ndarray,
+    at_a_time: int,
 ) -> Float[Array, "rows nodes"]:
-    """The sum of `_weights`, of some steps at a time."""
+    """The sum that `_weights` is, with `at_a_time` steps in each turn of a loop."""
     steps, nodes = basis.shape
     blocks = -(-steps // at_a_time)
     rest = ((0, blocks * at_a_time - steps), (0, 0))
     padded = np.pad(basis, rest).reshape(blocks, at_a_time, nodes).astype(np.float32)
 
-    def body(block: Array, carry: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
+    def body(block: Array, carry: tuple[Array, RowNumbers]) -> tuple[Array, RowNumbers]:
         weights, decayed = carry
         i = block * at_a_time + jnp.arange(at_a_time)
         made = last[:, None] + i[None]

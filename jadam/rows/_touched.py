@@ -61,11 +61,11 @@ def checked_ids(ids: Any, size: int) -> Int[Array, "*batch"]:
     return jnp.where(is_row, ids.astype(jnp.int32), size)
 
 
-def after(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
-    """The same rows, which XLA knows only when the table has been written.
+def after_writing(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
+    """The same rows, in a form that XLA has only once the table has been written.
 
-    All that is read is needed for that. So what is then written is no longer needed as it was, and
-    XLA makes no copy of it.
+    To write the table, all that is read has been read. So arrays that are written at these rows are
+    no longer needed as they were, and XLA writes them in place.
     """
     first = table.at[(rows, *(0,) * (table.ndim - 1))].get(mode="fill", fill_value=0)
     # Rows are not negative, which XLA does not know.
@@ -73,7 +73,7 @@ def after(rows: Int[Array, "n"], table: Array) -> Int[Array, "n"]:
 
 
 def take(arrays: Sequence[Array], rows: Int[Array, "n"]) -> tuple[Array, ...]:
-    """Some rows of arrays; 0 where there is none."""
+    """Some rows of arrays; 0 in the place of what is no row."""
     is_row = rows < len(arrays[0])
 
     def ones(x: Array) -> Array:

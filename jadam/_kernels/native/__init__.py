@@ -1,8 +1,8 @@
 """The kernels in C++ and CUDA: their library, and the numbers that they are called with.
 
 XLA:CPU compiles m, v and the parameter as three loops, each of which reads its operands again;
-XLA:GPU makes a kernel for each leaf, and two passes of codes. These make one pass, on a GPU of 32
-leaves in one launch.
+XLA:GPU makes a kernel for each leaf, and two passes of codes. These make one pass, and on a GPU one
+launch of up to 256 leaves.
 """
 
 import ctypes
@@ -39,9 +39,9 @@ class Library(NamedTuple):
 
     Attributes:
         instruction_set: that which is in use.
-        reason: of it, or why there is none.
+        reason: why it is that one, or why there is none.
         available: all that the library and the processor have, the best first.
-    why_not_on_gpu: why its kernels cannot run on a GPU here; asked of the driver when it is called.
+        why_not_on_gpu: why its kernels cannot run on a GPU here; it asks the driver when called.
     """
 
     instruction_set: str | None
@@ -217,7 +217,8 @@ def tables() -> np.ndarray:
 def _tables_of(n: int) -> tuple[np.ndarray, ...]:
     """At x = 1 + i/n, i < n: 2^(x-1); 1/x in the middle of a place; 16·log₂ of that 1/x, negated.
 
-    As `Tables` has them: without what an exponent's lower bits hold of i.
+    What the place i stands for in a level, or in a number's upper bits, is subtracted, as `Tables`
+    says it.
     """
     i = np.arange(n)
     powers = np.polynomial.polynomial.polyval(2 * i / n - 1, lattice.EXP2).astype(np.float32)

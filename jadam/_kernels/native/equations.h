@@ -11,7 +11,7 @@ namespace JADAM_ISA {
 
 // ---- _rounding.py
 
-// The power of two at or below x >= 0, as often in x as ulps are in 1.
+// The power of two at or below x >= 0. Times 2^-23 it is the distance to the next number.
 JADAM_INLINE F32 power(F32 x) { return bits<F32>(bits<U32>(x) & 0x7F800000u); }
 
 constexpr uint32_t kSmall = 0x04000000u, kMax = 0x7F7F0000u;  // 2^-119, bfloat16's largest
@@ -118,8 +118,8 @@ struct Adam {
 
 // ---- _missed.py
 
-// Of a node q of _missed.Sums, and m times the sum over all moves a parameter where eps_root is 0:
-// factor_q/(max(√v, kFloor·scale_q) + eps·scale_q).
+// Where eps_root is 0, missed steps move a parameter by m times the sum over the nodes q of
+// _missed.Sums: factor_q/(max(√v, kFloor·scale_q) + eps·scale_q).
 constexpr float kFloor = 0x1.6a09e6p-52f;  // the root of 2^-103
 
 // Two nodes: the factors, and the scales times kFloor and times eps. Of a node that is not there the
@@ -130,8 +130,8 @@ struct NodePair {
   float shift[2] = {0, 0};
 };
 
-// The sum over nodes. Two quotients are one division; under 2^-126 would be the product where b2 is
-// above 1 - 2^-22.
+// The sum over nodes. Two quotients share one division, by the product of their divisors. Where b2 is
+// above 1 - 2^-22 this could be under 2^-126.
 JADAM_INLINE F32 motion_of(F32 root, const NodePair* pairs, int64_t n) {
   F32 total{};
   for (int64_t q = 0; q < n; ++q) {
@@ -153,7 +153,7 @@ struct Series {
   float shift, least, terms[kTerms];
 };
 
-// Whether the series is precise enough wherever m is not 0.
+// Whether the series is precise enough in all lanes: where m is 0 nothing moves.
 JADAM_INLINE bool is_far(F32 root, F32 m, const Series& series) {
   return !any((root < series.least) & (m != 0.0f));
 }
@@ -312,7 +312,7 @@ JADAM_INLINE F32 difference(F32 target, F32 x) {
                 select(is_finite(target), moved, target));
 }
 
-// A residual's lower bits that float32 has and it has not.
+// How many of the lower bits of a weight in float32 a residual of type R does not keep.
 template <class R>
 constexpr int kBelow = 16 - 8 * int(sizeof(R));
 

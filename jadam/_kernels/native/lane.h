@@ -97,8 +97,8 @@ JADAM_INLINE F32 divide(F32 x, F32 y) {
 // The same to about two ulps.
 JADAM_INLINE F32 quotient(F32 x, F32 y) { return x * reciprocal(y); }
 
-// Between integers and floats without an instruction for it, of which a GPU makes few at a time: a
-// number beside 2^23 has its units in its last bits.
+// Integers to floats and back without the instruction for it, of which a GPU makes few at a time: the
+// sum of 2^23 and a number has the number's units in its last bits.
 JADAM_INLINE F32 to_float_under_2_22(I32 x) { return bits<F32>(x + 0x4B400000) - 0x1.8p23f; }
 JADAM_INLINE I32 floor_under_2_22(F32 x) {
 #if defined(__CUDA_ARCH__)

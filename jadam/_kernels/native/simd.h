@@ -18,7 +18,7 @@
 #include <arm_neon.h>
 #endif
 
-// A step is one long expression: calls in it would cost more than they do.
+// A step is one long expression, in which a call would cost more than what it calls.
 #define JADAM_INLINE inline __attribute__((always_inline))
 
 // The three sets of x86-64 name what they share alike.
@@ -78,7 +78,7 @@ JADAM_INLINE void store_vector(T* p, V v) {
 JADAM_INLINE F32 all(float x) { return x - F32{}; }
 JADAM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 JADAM_INLINE I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
-// Of 0 <= x < 2^22, and of |x| < 2^22.
+// The first takes 0 <= x < 2^22, the second |x| < 2^22.
 JADAM_INLINE I32 floor_under_2_22(F32 x) { return truncate(x); }
 JADAM_INLINE F32 to_float_under_2_22(I32 x) { return to_float(x); }
 JADAM_INLINE F32 divide(F32 x, F32 y) { return x / y; }
@@ -146,7 +146,7 @@ JADAM_INLINE int32_t largest(I32 x) {
 #elif defined(__aarch64__)
   return vmaxvq_s32(int32x4_t(x));
 #else
-  // Halves onto each other: a register's lanes are a power of two.
+  // One half is folded onto the other until one lane is left: their number is a power of two.
   for (int step = kLanes / 2; step > 0; step /= 2) {
     I32 turned;
     for (int i = 0; i < kLanes; ++i) turned[i] = x[i ^ step];

@@ -38,9 +38,9 @@ struct Numbers {
 // Powers of two and 16 times logarithms on [1, 2), made by native.tables. AVX-512 has them at the
 // 32 places 1 + i/32 with the series of log(1 + r), AVX2 at the 8 places 1 + i/8 with a longer one
 // and, of powers, a table of 2^(i/32) for i < 4 as a factor; the others have polynomials in 2x - 3.
-// What a level or a number's upper bits hold of i is taken off powers and logarithms, so that
-// either can be added as it is: i << 18 (of 8 places i << 20) off the power's bits, i >> 1 (2i) off
-// the logarithm.
+// A whole level is added to a power's bits, and a number's upper bits to its logarithm, with what
+// they say of the place i in them. So the tables have that subtracted: i << 18 (of 8 places i << 20)
+// from a power's bits, i >> 1 (2i) from a logarithm.
 struct Tables {
   float exp2[32];
   float reciprocal[32];
@@ -56,8 +56,8 @@ struct Tables {
 };
 
 // The dithers of a block's lanes, of both salts: the upper 16 bits, and 23 bits as numbers in
-// [0, 1). For codes of 4 bits that of v as what makes of a number's bits, from the 24th on, the level
-// of its root as Lattice.rounded has it, and 64.
+// [0, 1). Codes of 4 bits have that of v in another form, `to_level`: added to the bits of v, it makes
+// the bits from the 24th on the level of its root, as Lattice.rounded has it, plus 64.
 struct Dithers {
   alignas(64) uint32_t upper[2][kBlock];
   alignas(64) float unit[2][kBlock];
@@ -122,7 +122,7 @@ struct Missed {
   int64_t nodes;
 };
 
-// The rows of a table that a batch touches; table, moments and gradients are of float32.
+// The rows of a table that a batch touches; table, moments and gradients are in float32.
 struct Batch {
   int64_t rows, width;  // of the table
   int64_t n;            // places of the batch, each with a row

@@ -14,10 +14,10 @@ namespace jadam {
 namespace {
 
 const std::vector<InstructionSet> sets = instruction_sets();
-// That in use; jadam_use_instruction_set changes it.
+// The instruction set in use; jadam_use_instruction_set changes it.
 std::atomic<const InstructionSet*> in_use{&sets[0]};
 
-// On XLA's threads and this one.
+// Runs jobs on XLA's threads and on this one.
 void run_on(ffi::ThreadPool threads, std::shared_ptr<Jobs> work) {
   const int64_t helpers = std::min(threads.num_threads(), work->jobs()) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
@@ -140,7 +140,7 @@ ffi::Error step_rows(ffi::ThreadPool threads, Floats table, Floats m, Floats v, 
   return ffi::Error::Success();
 }
 
-// A table, m, v, ids and seven of `Sums`.
+// The table, its m and v, the ids, and the seven arrays of _missed.Sums.
 template <class Binding>
 auto with_rows(Binding binding) {
   return std::move(binding)
@@ -162,7 +162,7 @@ auto with_rows(Binding binding) {
 
 extern "C" int jadam_ffi_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-// The names of those that this processor has, the best first, with a blank between two.
+// The names of the instruction sets that this processor has, the best first, with blanks between.
 extern "C" const char* jadam_instruction_sets() {
   static const std::string names = [] {
     std::string names;
@@ -174,7 +174,7 @@ extern "C" const char* jadam_instruction_sets() {
   return names.c_str();
 }
 
-// Takes this one for all steps to come. False where the processor does not have it.
+// Sets the instruction set of all steps to come; false where the processor does not have it.
 extern "C" bool jadam_use_instruction_set(const char* name) {
   for (const auto& set : jadam::sets) {
     if (std::strcmp(name, set.name) == 0) {

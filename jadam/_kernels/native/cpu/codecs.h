@@ -21,7 +21,7 @@ class EightBits : public Codec {
   static JADAM_INLINE void store_both(Both* p, I32 both) { store_u16(p, both); }
   static JADAM_INLINE Mask is_nan(I32 both) { return (both & kNaN) == kNaN; }
 
-  // v's largest code of some, or of those that are numbers; kHighest + 1 is NaN's.
+  // The largest code of v among n, or among those that are numbers; kHighest + 1 is NaN's.
   template <bool kNumbersAlone>
   static JADAM_INLINE int32_t largest_code(const Both* both, int64_t n) {
     I32 found{};
@@ -46,7 +46,7 @@ class EightBits : public Codec {
 };
 
 // lattice.FOUR_BITS: the levels are powers of two, so exponents of floats. Its functions are those of
-// Codec. No approximation is in v's.
+// Codec. v's code is exact, since no power and no logarithm is approximated.
 class FourBits {
  public:
   using Both = uint8_t;
@@ -78,7 +78,7 @@ class FourBits {
 
   JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
     const F32 x = to_float(both);
-    // ⌈both/21⌉, with half a unit to where the next one begins.
+    // ⌈both/21⌉: half a unit keeps the product from where the next one begins.
     const I32 code = truncate((x + (kSizeBase - 0.5f)) * (1.0f / kSizeBase));
     const F32 size = x - to_float(code) * kSizeBase + float(kSizes);
     const F32 root = select(code != 0, power_of_two(code + offset), F32{});

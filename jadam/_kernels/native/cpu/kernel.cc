@@ -9,7 +9,7 @@ namespace {
 
 // ---- blocks of codes
 
-// A block of numbers between its codes and its codes.
+// The numbers of a block, from when its codes are decoded until they are encoded again.
 struct Block {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) int32_t codes[kBlock];  // before v's codes are made, 1 where the gradient is not 0
@@ -136,7 +136,7 @@ Largest largest_of(const typename Codec::Both* both, const G* g, int64_t n) {
   return largest_of_vectors<Codec>(codes.copy(both, n), gradient.copy(g, n), n);
 }
 
-// So many blocks' tops are computed together.
+// How many blocks' tops are computed together.
 constexpr int kGroup = 16;
 static_assert(kGroup % kLanes == 0);
 

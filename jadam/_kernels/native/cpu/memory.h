@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-// Before the equations of its vectors.
+// Comes before the equations, which are written in its vectors.
 #include "../simd.h"
 
 #include "../equations.h"

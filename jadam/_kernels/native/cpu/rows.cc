@@ -9,7 +9,7 @@ namespace jadam {
 namespace JADAM_ISA {
 namespace {
 
-// So many rows come from memory while one is computed.
+// How many rows are fetched ahead of the one that is computed.
 constexpr int64_t kAhead = 4;
 
 // The vectors of a row: `step(i, n)` of each, n less than all lanes in the last one alone.
@@ -129,7 +129,7 @@ class CaughtUp {
   bool has_missed_ = false, has_pairs_ = false;
 };
 
-// The row of a place into the cache, where there is one.
+// Fetches the row of a place into the cache, where there is one.
 void prefetch_row(const Batch& batch, int64_t place, int64_t end) {
   if (place >= end || !batch.has(place)) return;
   const int64_t first = int64_t(batch.ids[place]) * batch.width;

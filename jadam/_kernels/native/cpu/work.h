@@ -45,8 +45,9 @@ inline std::vector<InstructionSet> instruction_sets() {
   return found;
 }
 
-// What carries a level of powers of two to the next one, where a dither in [0, 1) does: numbers from
-// that part of an octave of the root on whose chance is 1 - dither.
+// What to add to a number's bits so that they carry over to the next level, a power of two of the
+// root, where a dither in [0, 1) rounds up: from that part of an octave on where the chance of the
+// upper level is 1 - dither.
 inline uint32_t to_level(float dither) {
   constexpr float kBend = 0.173f;  // lattice.FOUR_BITS.bend
   const float chance = 1 - dither, linear = 1 - kBend;

@@ -169,7 +169,7 @@ JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, const Weyl<kN>& w
   }
 }
 
-// The direction to the update of weights p.
+// Makes the update of weights p out of the direction.
 template <int kN>
 JADAM_INLINE void to_update(Block<kN>& b, const F32 (&p)[kN], const Numbers& s, bool decays) {
   if (decays) {
@@ -195,7 +195,7 @@ JADAM_INLINE void join_weights(const Block<kN>& b, F32 (&master)[kN]) {
   }
 }
 
-// The weights after the step to what lies in memory: p, or in g the update that takes p there.
+// Makes of the weights after the step what lies in memory: p, or in g the update that takes p there.
 template <class R, int kN>
 JADAM_INLINE void split_weights(Block<kN>& b, F32 (&master)[kN], const U32 (&dither)[kN],
                                 bool writes_params) {

@@ -1,4 +1,4 @@
-// Leaves to what the kernels take of them.
+// Leaves in the form in which the kernels for GPUs take them.
 #pragma once
 
 #include <initializer_list>
@@ -60,7 +60,7 @@ inline DeviceLeaf on_device(const Leaf& leaf, const Division& division, uint32_t
   return found;
 }
 
-// As many as thread blocks step it.
+// How many chunks a leaf has: a thread block steps one.
 inline uint32_t chunks_of(const DeviceLeaf& leaf, const Division& division) {
   return (leaf.blocks - 1) / division.blocks + 1;
 }

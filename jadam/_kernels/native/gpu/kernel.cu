@@ -17,7 +17,7 @@ constexpr bool has_weights(Kind kind) {
   return kind == Kind::kNarrowFloats || kind == Kind::kNarrowCodes;
 }
 
-// The options of a leaf, as far as they are not known of the kernel.
+// The options of a leaf that the choice of its kernel leaves open.
 template <Kind kKind>
 __device__ __forceinline__ uint32_t options_of(const DeviceLeaf& leaf) {
   return leaf.options & (kKind == Kind::kFloat32 ? ~uint32_t(kNarrow) : ~0u);

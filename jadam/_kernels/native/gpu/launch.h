@@ -1,4 +1,4 @@
-// What the binding launches the kernels with, and they take.
+// What the binding gives to the kernels when it launches them.
 #pragma once
 
 #include "../step.h"
@@ -50,7 +50,7 @@ struct Launch {
   int64_t leaves;
   DeviceLeaf leaf[kLeavesInLaunch];
 };
-// As much as a kernel's parameters may have since CUDA 12.1.
+// The most bytes that a kernel's parameters may have since CUDA 12.1.
 static_assert(sizeof(Launch) <= 32764, "");
 
 }  // namespace jadam
