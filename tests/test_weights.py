@@ -271,7 +271,7 @@ def test_with_an_int16_residual_training_is_float32_training(inner):
 @pytest.mark.parametrize(
     "inner",
     [
-        name if name in ("jadam.adamw", "muon") else pytest.param(name, marks=pytest.mark.soak)
+        name if name == "jadam.adamw" else pytest.param(name, marks=pytest.mark.soak)
         for name in INNERS
     ],
 )
