@@ -58,11 +58,20 @@ def test_schedules_of_ones_own_are_functions_of_the_updates_made():
 
 
 @pytest.mark.usefixtures("either_compilation")
-@pytest.mark.parametrize("storage", [{}, EIGHT_BITS], ids=["float32", "8 bits"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"warmup": 100}, {"b3": 0.99999, "warmup": 3}, {"b3": 0.99, "b2": 0.95}],
-    ids=str,
+    ("options", "storage"),
+    [  # each of the options here with one storage, in `make soak` with both
+        pytest.param(
+            options,
+            storage,
+            marks=[pytest.mark.soak] * ((storage == EIGHT_BITS) != bool(i % 2)),
+            id=f"{options}-{'8 bits' if storage else 'float32'}",
+        )
+        for i, options in enumerate(
+            ({}, {"warmup": 100}, {"b3": 0.99999, "warmup": 3}, {"b3": 0.99, "b2": 0.95})
+        )
+        for storage in ({}, EIGHT_BITS)
+    ],
 )
 def test_no_update_is_beyond_the_bound(options, storage):
     """Jumps over 30 decades, zeros, heavy tails: the bound that follows from the equations."""

@@ -23,8 +23,14 @@ def spread(rng: np.random.Generator, n: int) -> np.ndarray:
     return (10.0 ** rng.uniform(-15, 15, n) * rng.choice([-1, 1], n)).astype(np.float32)
 
 
-@pytest.mark.parametrize("b1", B1)
-@pytest.mark.parametrize("b2", B2)
+@pytest.mark.parametrize(
+    ("b1", "b2"),
+    [  # the rows and columns of the defaults, in `make soak` the whole grid
+        pytest.param(b1, b2, marks=[pytest.mark.soak] * (b1 != 0.9 and b2 != 0.999))
+        for b1 in B1
+        for b2 in B2
+    ],
+)
 def test_direction_from_given_moments_is_exact_to_five_ulps(b1, b2):
     """The direction is float64's for the moments that the state holds, at any b1, b2 and t.
 

@@ -118,7 +118,7 @@ LIMITS = {"ulps": 5}  # as tests/test_math.py has it, with the reason
 
 
 # tests/test_math.py has what these say, for more hyperparameters.
-LONG = ("ulps", "drift_b2_0.999", "drift_b2_0.9999")
+LONG = ("ulps", "drift_b2_0.999", "drift_b2_0.9999", "drift_b2_0.99999", "decay")
 
 
 @pytest.mark.parametrize(

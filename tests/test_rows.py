@@ -105,7 +105,7 @@ def exact_table(case, table, gradients, scheduled):
 
 HISTORIES = hypothesis.settings(max_examples=5)
 SUMMED = [
-    ("adam_eps_root", False, "xla"),
+    pytest.param("adam_eps_root", False, "xla", marks=pytest.mark.soak),
     pytest.param("adamw", False, "auto", marks=pytest.mark.soak),
     ("adamw", True, "auto"),
     ("adamw", True, "xla"),

@@ -233,8 +233,15 @@ def maxima(state):
 
 
 @pytest.mark.usefixtures("either_compilation")
-@pytest.mark.parametrize("maximum", ["raw", "corrected"])
-@pytest.mark.parametrize("b2", [0.999, 0.99])
+@pytest.mark.parametrize(
+    ("maximum", "b2"),
+    [
+        ("raw", 0.999),
+        ("corrected", 0.99),
+        pytest.param("raw", 0.99, marks=pytest.mark.soak),
+        pytest.param("corrected", 0.999, marks=pytest.mark.soak),
+    ],
+)
 def test_amsgrads_maximum_never_falls_in_8_bits(maximum, b2):
     """Gradients fall by six decades, or to 0, beside a neighbour that stays or falls too.
 

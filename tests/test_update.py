@@ -160,8 +160,16 @@ def test_hyperparameters_given_as_arrays_are_the_same_mathematics():
 
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-COMBINATIONS = [(p, "same", r) for p in DTYPES for r in ("number", "schedule", *DTYPES[:4])] + [
-    (p, g, "number") for p in DTYPES for g in DTYPES[:4] if p != g
+# Of the rates' dtypes all with one dtype of each kind of parameters, the others in `make soak`.
+SHORT = ("bfloat16", "float32", "complex128")
+COMBINATIONS = [
+    *((p, "same", "number") for p in DTYPES),
+    *((p, g, "number") for p in DTYPES for g in DTYPES[:4] if p != g),
+    *(
+        pytest.param(p, "same", r, marks=[] if p in SHORT else pytest.mark.soak)
+        for p in DTYPES
+        for r in ("schedule", *DTYPES[:4])
+    ),
 ]
 
 
