@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jadam import _math, _validate
 from jadam._kernels import choice, native
@@ -29,7 +29,7 @@ from jadam.rows._touched import Touched, after_writing, checked_ids, put, take
 CatchUp = Literal["sum", "steps"] | bool
 
 Table = Float[Array, "rows *row"]
-Ids = Int[Array, "*batch"]
+Ids = Integer[Array, "*batch"]
 RowsOf = Float[Array, "..."]
 
 
