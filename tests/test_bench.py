@@ -252,20 +252,16 @@ def rehearsed(folder, parts):
     return found, answer.stdout
 
 
-@pytest.mark.parametrize(
-    "parts", [("numbers",), pytest.param(("numbers", "memory"), marks=pytest.mark.soak)], ids=str
-)
-def test_the_command_for_a_gpu_is_rehearsed(parts, tmp_path_factory):
+def test_the_command_for_a_gpu_is_rehearsed(tmp_path_factory):
     """On the day when a device is there, the parts run, rows have figures, tables are made."""
     folder = tmp_path_factory.mktemp("device")
-    found, printed = rehearsed(folder, parts)
+    found, printed = rehearsed(folder, ("numbers", "memory"))
     assert_ran(found)
     for name, row in found["numbers"]["rows"].items():
         assert row["within"], (name, row)
         assert row["kernels"] == int("native" in found["numbers"]["kernels"])
-    if "memory" in parts:
-        (smallest,) = (row for key, row in found["memory"]["rows"].items() if "7 bytes" in key)
-        assert smallest["least"] / smallest["parameters"] == pytest.approx(7, abs=0.1)
+    (smallest,) = (row for key, row in found["memory"]["rows"].items() if "7 bytes" in key)
+    assert smallest["least"] / smallest["parameters"] == pytest.approx(7, abs=0.1)
     assert tables.markdown(folder) in printed
 
 

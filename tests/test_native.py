@@ -487,10 +487,10 @@ def test_a_scan_and_single_calls_give_the_same_bits():
     ("spec", "storage"),
     [  # rows of a shard are rows; where they are cut, the storage matters
         *((P(None, "x"), storage) for storage in STORAGE),
-        (P("x"), "bfloat16"),
+        pytest.param(P("x"), "bfloat16", marks=pytest.mark.soak),
         (P("x"), "8 bits"),
-        (P("x"), "4 bits"),
-        (P("x", None), "float32"),
+        pytest.param(P("x"), "4 bits", marks=pytest.mark.soak),
+        pytest.param(P("x", None), "float32", marks=pytest.mark.soak),
         (P(), "bfloat16 m"),
     ],
     ids=str,

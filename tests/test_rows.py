@@ -154,8 +154,8 @@ STEPPED = [
     pytest.param("adam", False, None, marks=pytest.mark.soak),
     ("adamw", True, None),
     ("amsgrad_corrected", False, None),
-    ("adamaxw", True, None),
-    ("adamw", False, jnp.bfloat16),
+    pytest.param("adamaxw", True, None, marks=pytest.mark.soak),
+    pytest.param("adamw", False, jnp.bfloat16, marks=pytest.mark.soak),
 ]
 
 
@@ -284,7 +284,9 @@ def test_the_kernel_gives_way_to_xla():
 
 
 @pytest.mark.usefixtures("either_compilation")
-@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.9, 0.9), (0.0, 0.999)])
+@pytest.mark.parametrize(
+    ("b1", "b2"), [(0.9, 0.999), pytest.param(0.9, 0.9, marks=pytest.mark.soak), (0.0, 0.999)]
+)
 def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
     """After 1, 2, 20 or 1000 updates, for gradients around eps and far above."""
     sizes = (10.0 ** np.arange(-10, 1, 0.5)).astype(np.float32)
@@ -670,7 +672,7 @@ def test_a_step_costs_the_same_for_any_table(tx, catch_up):
     [
         (AxisType.Explicit, P("data"), P("data")),
         (AxisType.Explicit, P(), P("data")),
-        (AxisType.Auto, P("data"), P("data")),
+        pytest.param(AxisType.Auto, P("data"), P("data"), marks=pytest.mark.soak),
     ],
     ids=["explicit", "replicated", "automatic"],
 )
