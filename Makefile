@@ -12,7 +12,7 @@ PAPERS = reddi_2018 step_bound defects kingma_ba_2015 loshchilov_hutter_2019 liu
 STAMP = $(VENV)/installed-$(1)$(if $(ACCELERATOR),-$(ACCELERATOR))
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test check check-native check-ahead ptx lint soak mutants bench experiments playground scale \
+.PHONY: help mnist test check check-native check-ahead ptx lint soak mutants clients bench experiments playground scale \
   docs wheel format clean
 
 help: ## list the targets
@@ -60,6 +60,10 @@ mutants: $(call STAMP,mutants) ## small faults, one at a time: do the tests find
 	$(RUN) -m tests.mutants --kernel
 	$(RUN) -m tests.mutants --again
 	$(RUN) -m tests.mutants.report
+
+clients: $(call STAMP,clients) ## programs of others with jadam's Adam, each in its own environment; AGAIN=1
+	$(RUN) -m experiments.clients $(if $(AGAIN),--again)
+	$(RUN) -m docs.tables
 
 bench: $(call STAMP,bench) ## accuracy and speed beside optax, torch and others, as tables and JSON
 	$(RUN) -m experiments.bench

@@ -1,8 +1,8 @@
 """Writes the tables of docs/pages/numbers.md and of the README from the committed results.
 
 `python -m docs.tables` does it, and `make docs` before it builds. Nothing is measured here: the
-JSON files come from `make bench` and `python -m experiments.lowmem`. That the tables are theirs is
-held by tests/test_readme.py.
+JSON files come from `make bench`, `make clients` and `python -m experiments.lowmem`. That the
+tables are theirs is held by tests/test_readme.py.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.bench import accuracy, publish, speed
 from experiments.bench.device import tables as device
+from experiments.clients import table as clients
 from experiments.common import report
 from experiments.lowmem import report as lowmem
 from experiments.lowmem.long import report as long
@@ -165,12 +166,16 @@ def blocks() -> dict[tuple[str, Path], str]:
         ),
         "long": long.markdown(trained),
     }
+    others = report.NUMBERS.with_name("clients.md")
+    programs = clients.committed()
     settings = report.NUMBERS.with_name("settings.md")
     written = {(name, report.NUMBERS): table for name, table in tables.items()}
     return written | {
         ("bytes", settings): advice(small["memory"], losses),
         ("costs", ROOT / "README.md"): costs(on_most, small["memory"], losses),
         ("costs on a GPU", ROOT / "README.md"): costs_on_gpu(on_gpu),
+        ("clients", others): clients.markdown(programs),
+        ("optax's tests", others): clients.markdown_of_tests(programs),
         ("gpu", report.NUMBERS): costs_on_gpu(on_gpu),
     }
 

@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jadam import _math
 from jadam._masters import Weights
 from jadam._members import Rule
-from jadam._storage import Storage, storage_of
+from jadam._storage import Codes, Storage, is_cut, placed_like, storage_of, uncut
 from jadam._types import Count, Number, Scalar
 
 
@@ -75,6 +76,8 @@ def leaf_step(
     def leaf(
         g: Any, p: Any, options: Options, stored: Sequence[Any], extra: tuple[Any, ...] = ()
     ) -> Stepped:
+        if Codes.holds(stored) and is_cut(g):
+            return _gathered(leaf, g, p, options, stored, extra)
         g, weights, start = jnp.asarray(g), options.weights, p
         if weights is not None:
             g, p = g.astype(jnp.float32), weights.load(jnp.asarray(start), extra)
@@ -100,6 +103,21 @@ def leaf_step(
         return Stepped(moved, kept, extra)
 
     return leaf
+
+
+def _gathered(
+    leaf: Callable[..., Stepped],
+    g: Any,
+    p: Any,
+    options: Options,
+    stored: Sequence[Any],
+    extra: tuple[Any, ...],
+) -> Stepped:
+    """The step of a leaf whose blocks are cut, and its results where its arrays lay."""
+    g_whole, p_whole, *others = jax.tree.map(uncut, (g, p, stored, extra))
+    stepped = leaf(g_whole, p_whole, options, *others)
+    places = Stepped(p if options.to_params else g, tuple(stored), extra[: len(stepped.extra)])
+    return jax.tree.map(placed_like, stepped, places)
 
 
 def _add(p: Number, update: Number) -> Number:

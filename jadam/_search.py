@@ -11,7 +11,7 @@ from jaxtyping import Array, Shaped
 from jadam import _math, _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
 from jadam._state import AmsgradState, CorrectedAmsgradState, RowsState
-from jadam._storage import Storage, storage_of
+from jadam._storage import Codes, Storage, storage_of, tops_shape
 from jadam._traced import is_tracer
 from jadam._types import PyTree
 
@@ -118,7 +118,7 @@ def _found(where: str, node: State, adamax: bool) -> Found:
     rows = zip(*map(jax.tree.leaves, trees), strict=True)
     parameters = [
         Parameter(where, path, dict(zip(names, row, strict=True)), storage_of(member.moments, row))
-        for path, row in zip(paths, rows, strict=True)
+        for path, row in zip(paths, map(_as_needed, rows), strict=True)
     ]
     for parameter in parameters:
         shapes = parameter.storage.shapes(parameter.shape)
@@ -128,6 +128,15 @@ def _found(where: str, node: State, adamax: bool) -> Found:
                     f"{parameter.where(name)}: expected shape {shape}, got {np.shape(x)}"
                 )
     return Found(where, node, member, parameters)
+
+
+def _as_needed(row: Sequence[Any]) -> Sequence[Any]:
+    """A parameter's arrays; of tops that `jadam.sharding.divisible` made longer those of blocks."""
+    if not Codes.holds(row):
+        return row
+    tops = tops_shape(np.shape(row[0]))
+    longer = [np.shape(x)[:-1] == tops[:-1] and Codes.holds([x]) for x in row]
+    return [x[..., : tops[-1]] if cut else x for x, cut in zip(row, longer, strict=True)]
 
 
 def with_moments(tree: PyTree, moments: Iterator[Sequence[Any]]) -> PyTree:

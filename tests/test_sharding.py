@@ -1,5 +1,6 @@
 """Where the state lies: memory per device, equal bits, and the collectives of the compiled step."""
 
+import itertools
 import json
 import re
 from functools import partial
@@ -19,7 +20,7 @@ import jadam
 from experiments.common.report import readme_block
 from experiments.scale import __main__ as scale
 from experiments.scale import tpu
-from jadam.sharding import divided, state_shardings, step_in_parts, streamed
+from jadam.sharding import divided, divisible, state_shardings, step_in_parts, streamed
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 SIXTEEN_BITS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -326,6 +327,151 @@ def test_a_leaf_of_the_state_belongs_to_the_longest_path():
     tx = optax.scale_by_factored_rms()
     factored = state_shardings(tx, shape_of(256, 256), P("data"), mesh=mesh)
     assert all(s.spec == P() for s in jax.tree.leaves(factored))
+
+
+# Blocks that are cut
+
+
+FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4"}
+CUT = [
+    # The kernel, XLA's form, explicit axes; 64, 192 and 100 of a block's 128 columns a device.
+    (jadam.adam(1e-3, **EIGHT_BITS), AxisType.Auto, 512, 8),
+    (jadam.adam(1e-3, **FOUR_BITS, kernel="xla"), AxisType.Auto, 512, 8),
+    (jadam.adam(1e-3, **EIGHT_BITS, kernel="xla"), AxisType.Explicit, 384, 2),
+    (jadam.adam(1e-3, **FOUR_BITS, kernel="xla"), AxisType.Auto, 100, 4),
+]
+
+
+def columns(mesh: Any, n: int) -> list[Any]:
+    """Parameters and gradients, divided along the last axis."""
+    rng, lies = np.random.default_rng(0), NamedSharding(mesh, P(None, "data"))
+    return [
+        {"w": jax.device_put(rng.standard_normal((64, n)).astype(np.float32), lies)}
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize(("tx", "kind", "n", "parts"), CUT)
+def test_blocks_that_are_cut(tx, kind, n, parts):
+    """Where devices divide a block the step runs, with one device's bits.
+
+    A reduction of jadam's own is none that XLA has over devices, and uneven parts are none that JAX
+    has words for: both failed to compile. Explicit axes were refused.
+    """
+
+    def step(params, state, grads):
+        return tx.step(grads, state, params)
+
+    mesh = mesh_of((parts,), kind=kind)
+    params, *gradients = columns(mesh, n)
+    alone, *others = jax.tree.map(np.asarray, [params, *gradients])
+    expected = trained(jax.jit(step), alone, tx.init(alone), others)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+        got = trained(jax.jit(step), params, state, gradients)
+    assert_equal(got, expected)
+    assert got[1][0].mu["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
+
+
+def laid_by_optax(tx: Any, mesh: Any) -> tuple[Any, Any]:
+    """optax.tree.map_params: each leaf of the state gets the sharding of its parameter."""
+    params, *_ = columns(mesh, 512)
+    lies = jax.tree.map(lambda p: p.sharding, params)
+    state = jax.eval_shape(tx.init, params)
+    shardings = optax.tree.map_params(
+        tx, lambda _, s: s, state, lies, transform_non_params=lambda _: NamedSharding(mesh, P())
+    )
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    return jax.jit(tx.update)(params, state, params)
+
+
+def laid_by_linen(tx: Any, mesh: Any) -> tuple[Any, Any]:
+    """A state in boxes with logical axes, as MaxText has it."""
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    model = nn.Dense(512, kernel_init=init, use_bias=False)
+
+    def create() -> Any:
+        params = model.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+        return params, tx.init(params)
+
+    specs = nn.get_partition_spec(jax.eval_shape(create))
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, [("embed", None), ("mlp", "data")])
+    params, state = jax.jit(create, out_shardings=shardings)()
+    return jax.jit(tx.update)(params, state, params)
+
+
+def laid_by_nnx(tx: Any, mesh: Any) -> tuple[Any, Any]:
+    """nnx.Optimizer, which lays its variables by the metadata of the parameters."""
+    with jax.set_mesh(mesh):
+        names = annotated(nnx.with_partitioning, (None, "data"))
+        model = nnx.Linear(64, 512, use_bias=False, rngs=nnx.Rngs(0), **names)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(
+            model, optimizer
+        )
+        return model, nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("laid", "kind", "options"),
+    [
+        (laid_by_optax, AxisType.Auto, EIGHT_BITS),
+        (laid_by_linen, AxisType.Auto, FOUR_BITS),
+        (laid_by_nnx, AxisType.Explicit, EIGHT_BITS),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in itertools.product(
+                (laid_by_optax, laid_by_linen, laid_by_nnx),
+                (AxisType.Auto, AxisType.Explicit),
+                (EIGHT_BITS, FOUR_BITS),
+            )
+        ),
+    ],
+)
+def test_a_state_that_a_program_lays_like_its_parameters(laid, kind, options):
+    """4 tops a row over 8 devices: the program runs as it is, around `divisible`."""
+    tx, mesh = jadam.adam(1e-3, **options), mesh_of(kind=kind)
+    with pytest.raises(ValueError, match=r"divi"):
+        laid(tx, mesh)
+    _, state = laid(divisible(tx, 8), mesh)
+    *_, codes, tops = (x for x in jax.tree.leaves(state) if x.ndim == 2)
+    assert (codes.shape, tops.shape) == ((64, 512), (64, 8))
+    assert codes.addressable_shards[0].data.shape == (64, 64)
+
+
+def test_longer_tops_change_no_bit():
+    """Around a chain, of leaves of any width and of what is no code; tools read it as it is."""
+    tx = optax.chain(optax.clip(1.0), jadam.adam(1e-2, **EIGHT_BITS))
+    wrapped = divisible(tx, 8)
+    rng, params = np.random.default_rng(0), {"few": (64, 96), "b": (512,), "odd": (50, 1000)}
+    params = {k: jnp.asarray(rng.standard_normal(n), jnp.float32) for k, n in params.items()}
+    step, longer = (jax.jit(partial(one_step, each)) for each in (tx, wrapped))
+    expected = trained(step, params, tx.init(params), [params] * 2)
+    got = trained(longer, params, wrapped.init(params), [params] * 2)
+    assert_equal(got[0], expected[0])
+    tops, right = (state[1][0].nu for _, state in (got, expected))
+    assert {k: x.shape[-1] for k, x in tops.items()} == {"few": 8, "b": 512, "odd": 8}
+    assert_equal(tops["few"][:, :1], right["few"])
+    assert_equal(tops["odd"], right["odd"])
+    assert_equal(jadam.moments(got[1])[1][0], jadam.moments(expected[1])[1][0])
+
+
+def test_longer_tops_around_16_bit_weights():
+    """`step`, and where `state_shardings` lays it: along the rows with the parameter."""
+    tx = jadam.compensated_weights(jadam.adamw(1e-3, **EIGHT_BITS))
+    wrapped = divisible(tx, 8)
+    params = {"w": jnp.ones((64, 512), jnp.bfloat16)}
+    got, state = jax.jit(wrapped.step)(params, wrapped.init(params), params)
+    expected, _ = jax.jit(tx.step)(params, tx.init(params), params)
+    assert_equal(got, expected)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, wrapped.init(params))
+    mesh = AbstractMesh((8,), ("data",))
+    for spec, there in ((P("data"), P("data")), (P(None, "data"), P())):
+        lies = state_shardings(wrapped, params, spec, mesh=mesh)
+        assert optax.tree.get(lies, "nu")["w"].spec == there
+    with pytest.raises(ValueError, match=r"^parts: expected a number >= 1, got 0"):
+        divisible(tx, 0)
 
 
 # Flax

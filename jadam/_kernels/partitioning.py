@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jadam._kernels.jax_internals import custom_partitioning
-from jadam._storage import BLOCK
+from jadam._storage import BLOCK, uncut_lanes
 
 # The operands are 4 that all leaves share, the last of them to be divided as rows are, then the
 # gradient, the moments and, where it is needed, the parameter with what belongs to it.
@@ -36,8 +36,11 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
         return mesh, functools.partial(call, plan), [like_m] * (1 + plan.moments + kept), places
 
     def sharding_rule(plan: Any, mesh: Any, operands: Any, results: Any) -> Any:
-        """The axes of a leaf in their order; a code's top lies where its block lies."""
-        del mesh, results
+        """The axes of a leaf in their order; a code's top lies where its block lies.
+
+        Not where a block may be cut: tops would be divided in a way that JAX has no words for.
+        """
+        del results
         (options,) = plan.options
         shapes = [tuple(x.shape) for x in operands[_SHARED:]]
         whole, tops = shapes[0], shapes[1 : 1 + plan.moments]
@@ -45,7 +48,8 @@ def partitioned(call: Callable[..., Any]) -> Callable[..., Any]:
         blocks = axes
         if any(shape != whole for shape in tops):
             blocks = [*axes[:-1], "blocks"]
-            if whole[-1] % BLOCK == 0 and whole[-1] > BLOCK:  # one block has no axis of its own
+            # One block has no axis of its own.
+            if whole[-1] % BLOCK == 0 and whole[-1] > BLOCK == uncut_lanes(whole[-1], mesh):
                 axes, sizes = [*axes[:-1], "(blocks lanes)"], {"lanes": BLOCK}
         names = {whole: " ".join(axes), (): ""}
         leaf = [names.get(shape, " ".join(blocks)) for shape in shapes]

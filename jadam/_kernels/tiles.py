@@ -5,6 +5,8 @@ XLA:TPU does not see this, and copies a leaf into another layout to find the lar
 block. Where rows and columns are cut into tiles first, all stays where it is.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from jaxtyping import Array
 
 from jadam._leaf import Options, Stepped, leaf_step
 from jadam._members import Rule
-from jadam._storage import BLOCK, Codes
+from jadam._storage import BLOCK, Codes, Storage, block_max, storage_of
 from jadam._types import Count, Scalar, Shape
 
 _ROWS = 8
@@ -50,5 +52,13 @@ def step(
 
     # Without barriers XLA mixes both orders in its loops, and compiles ten times as long.
     g, p, stored, _ = lax.optimization_barrier(jax.tree.map(in_tiles, leaf))
-    stepped = leaf_step(rule, learning_rate, weight_decay, count)(g, p, options, stored)
+    step_of_tiles = leaf_step(rule, learning_rate, weight_decay, count, _of_whole_blocks)
+    stepped = step_of_tiles(g, p, options, stored)
     return jax.tree.map(in_rows, lax.optimization_barrier(stepped))
+
+
+def _of_whole_blocks(*moments_and_stored: Any) -> Storage:
+    """`storage_of` codes whose blocks no device divides."""
+    storage = storage_of(*moments_and_stored)
+    assert isinstance(storage, Codes)
+    return dataclasses.replace(storage, block_max=functools.partial(block_max, together=BLOCK))

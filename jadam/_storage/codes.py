@@ -30,16 +30,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from jadam._math import Equations, Relation, largest_gradient, limit_range
 from jadam._rounding import OTHER_STEP, STEP, weyl
 from jadam._state import Moment, Role
+from jadam._storage.blocks import BLOCK, block_max, tops_shape, uncut
 from jadam._storage.curve import Curve
 from jadam._storage.lattice import LATTICES, Lattice, floor
 from jadam._types import Count, Real, Shape
 
-BLOCK = 128
 MIN_SIZE = 4096
 _BYTE_LEVELS = 127  # the highest of the 8-bit codes for a further first moment
 _FARTHEST = 255  # parts of a level that a maximum is above its second moment
@@ -57,28 +57,6 @@ def suits(shape: Shape, dtype: jnp.dtype, min_size: int) -> bool:
     """
     real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
     return bool(real and shape and shape[-1] >= 32 and math.prod(shape) >= max(min_size, 1))
-
-
-def tops_shape(shape: Shape) -> Shape:
-    """One top for each block along the last axis."""
-    return (*shape[:-1], -(-shape[-1] // BLOCK))
-
-
-def block_max(
-    x: Shaped[Array, "*rows lanes"], seen: Callable[[Array], Array]
-) -> Shaped[Array, "*rows blocks"]:
-    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
-
-    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array.
-    """
-    n = x.shape[-1]
-    if n > BLOCK:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
-        x = x.reshape(*x.shape[:-1], -1, BLOCK)
-    else:
-        x = x[..., None, :]
-    zero = np.zeros((), x.dtype)
-    return lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
 
 
 @dataclass(frozen=True)
@@ -154,7 +132,7 @@ class Codes:
         arrays = {i: jnp.zeros_like(p, dtype=_BESIDE[role]) for i, role in self._beside.items()}
         arrays[self._first] = jnp.zeros_like(p, dtype=self.lattice.dtype)
         # Every 128th of zeros like p: a slice lies where the elements of p lie that it is cut from.
-        tops = lax.slice_in_dim(jnp.zeros_like(p, dtype=_TOPS), 0, None, BLOCK, -1)
+        tops = lax.slice_in_dim(uncut(jnp.zeros_like(p, dtype=_TOPS)), 0, None, BLOCK, -1)
         arrays[self._second] = tops
         return tuple(arrays[i] for i in self._places)
 

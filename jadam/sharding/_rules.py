@@ -28,8 +28,8 @@ def state_shardings(
     """The shardings of a transformation's state, for `jax.jit(tx.init, out_shardings=...)`.
 
     An update of gradients that lie likewise needs no communication, and its bits do not depend on
-    the number of devices. (Where a parameter's last axis is cut inside a block of 128, its 8-bit
-    codes do need some; on a mesh of explicit axes JAX refuses them.)
+    the number of devices. (Where a parameter's last axis is cut inside a block of 128, its codes
+    do need some: gradient and codes are gathered along that axis.)
 
     Args:
         tx: any optax transformation: jadam's, a chain, a wrapper.
@@ -242,15 +242,19 @@ def owner_of(path: Path, owners: Container[Path]) -> Path | None:
 
 
 def _like(shape: Shape, owner: Shape, sharding: Sharding) -> Sharding | None:
-    """A parameter's sharding for a leaf of its shape or of its blocks' tops, None for others."""
+    """A parameter's sharding for a leaf of its shape or of its blocks' tops, None for others.
+
+    Tops that are longer than they need to be (`divisible`) are whole along the last axis.
+    """
     if shape == owner:
         return sharding
-    if not owner or shape != _storage.tops_shape(owner):
+    tops = _storage.tops_shape(owner) if owner else ()
+    if not owner or shape[:-1] != tops[:-1] or shape[-1:] < tops[-1:]:
         return None
     if not _is_named(sharding):
         return sharding
     entries = _entries(owner, sharding)
-    if sharding.shard_shape(owner)[-1] % _storage.BLOCK:
+    if sharding.shard_shape(owner)[-1] % _storage.BLOCK or shape != tops:
         entries[-1] = ()
     return _with_entries(sharding, entries)
 

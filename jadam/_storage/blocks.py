@@ -1,0 +1,79 @@
+"""Blocks of 128 elements along a leaf's last axis, also where devices cut them."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from jadam._types import Shape
+
+BLOCK = 128
+
+
+def tops_shape(shape: Shape) -> Shape:
+    """One top for each block along the last axis."""
+    return (*shape[:-1], -(-shape[-1] // BLOCK))
+
+
+def block_max(
+    x: Shaped[Array, "*rows lanes"],
+    seen: Callable[[Array], Array],
+    together: int | None = None,
+) -> Shaped[Array, "*rows blocks"]:
+    """The largest seen(x) >= 0 of each block; seen(seen(x)) is seen(x).
+
+    `seen` is part of the reduction. Before it, XLA:CPU would store its result as a whole array. XLA
+    cannot reduce so over devices: what each has of a block comes first, and then a plain maximum.
+    `together` is how many lanes no device divides, where a kernel knows it.
+    """
+    n = x.shape[-1]
+    together = together or uncut_lanes(n, jax.typeof(x).sharding.mesh)
+    if n > BLOCK:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+    x = x.reshape(*tops_shape(x.shape), -1, together)
+    zero = np.zeros((), x.dtype)
+    largest = lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
+    return jnp.max(largest, axis=-1) if x.shape[-2] > 1 else largest.squeeze(-1)
+
+
+def uncut_lanes(n: int, mesh: Mesh | AbstractMesh) -> int:
+    """How many lanes of a block lie together however the mesh divides a last axis of n.
+
+    Where the mesh is not known while tracing, that is taken for a whole block.
+    """
+    pairs = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    sizes = [size for size, kind in pairs if kind == AxisType.Auto]
+    parts = {
+        math.prod(some)
+        for count in range(len(sizes) + 1)
+        for some in itertools.combinations(sizes, count)
+    }
+    return math.gcd(min(n, BLOCK), *(n // k for k in parts if n % k == 0 and n // k % BLOCK))
+
+
+def is_cut(x: Array) -> bool:
+    """Whether a mesh of explicit axes divides x inside of a block: JAX does not reshape it so."""
+    n = x.shape[-1] if x.ndim else 0
+    here = jax.typeof(x).sharding.shard_shape(x.shape)[-1] if n else 0
+    return here != n and here % BLOCK > 0
+
+
+def uncut(x: Array) -> Array:
+    """x with its last axis whole on each device if it is cut."""
+    if not is_cut(x):
+        return x
+    place = jax.typeof(x).sharding
+    spec = PartitionSpec(*place.spec[:-1], None)
+    return jax.sharding.reshard(x, NamedSharding(place.mesh, spec))
+
+
+def placed_like(x: Array, like: Array) -> Array:
+    """x divided as an array of its shape is."""
+    place = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == place else jax.sharding.reshard(x, place)
