@@ -17,7 +17,8 @@ from experiments.common.objectives import FUNCTIONS
 from experiments.playground import compute
 from experiments.playground.__main__ import Playground, main
 from experiments.playground.compute import MAX_STEPS, OPTIMIZERS, Setting, descend, inner
-from experiments.playground.page import Page, new_page
+from experiments.playground.figures import contours
+from experiments.playground.page import PICKED, PRESETS, Page, new_page
 
 # optax needs the promotion.
 pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
@@ -177,6 +178,29 @@ def test_a_function_brings_its_landscape_and_its_start(page):
     assert page.paths["Adam"].data["x"][0] == 1.23
 
 
+def test_a_preset_sets_all_that_it_needs(page):
+    """The function first, whose start belongs to it; what an earlier one moved goes back."""
+    first_of_all, *others = PRESETS.items()
+    for name, wanted in (*others, first_of_all):
+        page.presets.value = name
+        function = FUNCTIONS[wanted.get("function", "himmelblau")]
+        assert page.setting()[5:7] == function.start
+        assert page.start.data == {"x": [function.start[0]], "y": [function.start[1]]}
+        for key, widget in {**page.controls, "optimizers": page.optimizers}.items():
+            if key not in ("x", "y"):
+                first = PICKED if key == "optimizers" else page._first[key]
+                assert widget.value == wanted.get(key, first), (name, key)
+
+
+def test_the_bar_says_what_the_colours_stand_for(page):
+    """At the edges of bands, of the function that is shown."""
+    for name in ("beale", "sphere"):
+        page.controls["function"].value = name
+        labels = page.landscape._bar.major_label_overrides
+        levels = contours(name).fill_data.lower_levels
+        assert labels == {i: f"{levels[i]:.3g}" for i in (0, 3, 6, 9, 12)}
+
+
 def test_what_diverges_is_told(page):
     """The page goes on with what there is."""
     page.controls["function"].value = "rosenbrock"
@@ -247,6 +271,11 @@ def in_browser():
             yield browser.opened(chromium, url, 1280, 900)
 
 
+SGD = "path of SGD"
+HANDLES = ("Learning rate α", "b1", "b2", "eps", "Start x", "Start y", "Steps")
+HANDLES += ("Noise of the gradient (sd)", "Seed of the noise")
+
+
 def column(name, source="path of Adam"):
     """JavaScript for a column of a source, as a list."""
     return f"Array.from(Bokeh.documents[0].get_model_by_name('{source}').data.{name})"
@@ -275,6 +304,31 @@ def test_a_browser_draws_what_is_moved_and_picked(in_browser):
     page.get_by_text("2.625").wait_for()  # in the formula
     assert re.search(r"Computed in \d+ ms", page.get_by_text("Computed in").inner_text())
     assert complaints == []
+
+
+def test_handles_have_names_and_values(in_browser):
+    """For screen readers: what is written above a slider, and not its position."""
+    page, _ = in_browser
+    assert [page.get_by_role("slider", name=name, exact=True).count() for name in HANDLES] == [
+        1
+    ] * 9
+    b2 = page.get_by_role("slider", name="b2", exact=True)
+    assert b2.get_attribute("aria-valuetext") == "0.999"
+    b2.press("ArrowRight")
+    page.wait_for_function("handle => handle.ariaValueText === '0.99911'", arg=b2.element_handle())
+
+
+def test_the_address_keeps_what_is_set(in_browser):
+    """It has what was moved, and a page that is opened there begins so."""
+    page, _ = in_browser
+    page.get_by_role("slider", name="Steps", exact=True).press("Home")
+    page.wait_for_function("/[?&]steps=1(&|$)/.test(location.search)")
+    address = re.sub(r"\?.*", "?function=beale&learning_rate=-2&optimizers=SGD", page.url)
+    page.goto(address)
+    page.wait_for_function(f"window.Bokeh?.documents[0]?.is_idle && {column('x', SGD)}.length > 0")
+    assert page.evaluate(column("x")) == []
+    rate = page.get_by_role("slider", name="Learning rate α", exact=True)
+    page.wait_for_function("handle => handle.ariaValueText === '0.01'", arg=rate.element_handle())
 
 
 @pytest.mark.parametrize("width", [1280, 400])

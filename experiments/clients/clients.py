@@ -2,11 +2,11 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
-import jadam
-
 HERE = Path(__file__).parent
+VERSION = metadata.version("jadam")
 RESULTS = HERE / "results" / "clients.json"
 
 
@@ -133,12 +133,10 @@ CLIENTS = [
 def versions(client: Client) -> dict[str, str]:
     """Of what the table shows, from the pins, and jadam's."""
     pinned = dict(line.split("==") for line in client.pins.read_text().split() if "==" in line)
-    return {name: pinned[name] for name in (*client.shown, "jax", "optax")} | {
-        "jadam": jadam.__version__
-    }
+    return {name: pinned[name] for name in (*client.shown, "jax", "optax")} | {"jadam": VERSION}
 
 
 def key(client: Client) -> str:
     """What a recorded result is for: the pins, the program, and jadam's version."""
-    parts = (client.pins.read_bytes(), client.program.read_bytes(), jadam.__version__.encode())
+    parts = (client.pins.read_bytes(), client.program.read_bytes(), VERSION.encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 
 import numpy as np
 from bokeh.models import (
+    ColorBar,
     ColumnDataSource,
     ContourRenderer,
+    FixedTicker,
     GlyphRenderer,
     HoverTool,
     Legend,
     LegendItem,
+    LinearColorMapper,
     Range1d,
 )
 from bokeh.plotting import figure
@@ -33,7 +36,9 @@ STYLES = dict(
 _COORDINATES = {"x": BLUE, "y": RED}
 _TOOLS = "pan,wheel_zoom,reset"
 _BANDS = 14
-_PALE = [f"#{160 + 6 * i:02x}{172 + 5 * i:02x}{190 + 4 * i:02x}" for i in range(_BANDS)]
+_EDGES = list(range(0, _BANDS, 3))
+# The lower the lighter, as in the pictures of experiments/trajectories.
+_PALE = [f"#{255 - 6 * i:02x}{255 - 5 * i:02x}{255 - 4 * i:02x}" for i in range(_BANDS)]
 
 
 @functools.cache
@@ -126,9 +131,14 @@ def _draw_each(
 
 
 class Landscape:
-    """The paths over contours, with a star at each minimum and a dot where each path ends."""
+    """The paths over contours: from a square to a dot each, with a star at each minimum."""
 
-    def __init__(self, sources: Mapping[str, ColumnDataSource], ends: ColumnDataSource) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, ColumnDataSource],
+        start: ColumnDataSource,
+        ends: ColumnDataSource,
+    ) -> None:
         self.figure = _plot("Paths", "x", "y", tools=_TOOLS, x_range=Range1d(), y_range=Range1d())
         self.figure.grid.visible = False
         self.contours: ContourRenderer = self.figure.contour(
@@ -138,11 +148,34 @@ class Landscape:
             line_color="#8d97a8",
             line_width=0.5,
         )
+        # Bands of equal height; what they stand for is written at some of their edges.
+        self._bar = ColorBar(
+            color_mapper=LinearColorMapper(_PALE, low=0, high=_BANDS),
+            ticker=FixedTicker(ticks=_EDGES),
+            title="f(x, y)",
+            width=10,
+            padding=4,
+            bar_line_color="#8d97a8",
+            title_text_font_style="normal",
+            title_text_color=TEXT,
+            major_label_text_color=TEXT,
+        )
+        self.figure.add_layout(self._bar, "right")
         self._minima = ColumnDataSource({"x": [], "y": []})
         self.figure.scatter(
             "x", "y", source=self._minima, marker="star", size=13, color="#ffffff", line_color=TEXT
         )
         self.items = _draw_each(self.figure, sources, "x", "y")
+        self.figure.scatter(
+            "x",
+            "y",
+            source=start,
+            marker="square",
+            size=9,
+            color="#ffffff",
+            line_color=TEXT,
+            line_width=1.5,
+        )
         self.figure.scatter(
             "x", "y", source=ends, size=8, color="color", line_color="#ffffff", line_width=1
         )
@@ -151,6 +184,8 @@ class Landscape:
         """The landscape of another function."""
         f = FUNCTIONS[function]
         self.contours.set_data(contours(function))
+        lower = contours(function).fill_data.lower_levels
+        self._bar.major_label_overrides = {i: f"{lower[i]:.3g}" for i in _EDGES}
         self._minima.data = {"x": [x for x, _ in f.minima], "y": [y for _, y in f.minima]}
         for span, limits in zip((self.figure.x_range, self.figure.y_range), f.view, strict=True):
             _look_at(span, *limits)

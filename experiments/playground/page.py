@@ -3,11 +3,13 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import panel as pn
 from bokeh.events import Tap
 from bokeh.models import ColumnDataSource, CustomJSTickFormatter, Span, TickFormatter
+from panel.io.location import Location
 from panel.io.resources import LOCAL_DIST
 
 from experiments.common.objectives import FUNCTIONS
@@ -17,6 +19,22 @@ from .figures import STYLES, Landscape, Losses, inner_figures
 
 TEMPLATE = (Path(__file__).parent / "page.html").read_text()
 PICKED = ["Adam", "AMSGrad", "NAdam", "RMSProp"]
+# Positions of sliders, and what is picked, that differ from the start.
+PRESETS: dict[str, dict[str, Any]] = {
+    "As at the start": {},
+    "b2 = 0.99999: what the bias corrections are for": {
+        "b2": 5,
+        "optimizers": ["Adam", "RMSProp"],
+    },
+    "Ill-conditioned, b1 = 0.5: no overshooting": {"function": "ellipse", "b1": 0.3},
+    "Sphere, b1 = 0.99, b2 = 0.9: steps longer than α": {"function": "sphere", "b1": 2, "b2": 1},
+    "eps = 1: momentum where gradients are small": {"eps": 0, "optimizers": ["Adam", "Momentum"]},
+    "Rosenbrock: SGD diverges, Adam does not": {
+        "function": "rosenbrock",
+        "optimizers": ["Adam", "SGD"],
+    },
+    "Noise: who comes to rest": {"noise": 5, "steps": 1000, "optimizers": ["Adam", "SGD"]},
+}
 # jadam's in one column, optax's in the other.
 TWO_COLUMNS = """
 .bk-input-group { display: grid; grid-auto-flow: column; grid-template-rows: repeat(6, 26px); }
@@ -67,6 +85,8 @@ class Page:
         controls: the widgets, by the names of `Setting`'s fields.
         optimizers: the picker of optimizers.
         paths: the source of each optimizer's path.
+        presets: the picker of things to try.
+        start: the source of the first point.
         ends: the source of the last points.
         inner: the source of Adam's values.
         landscape: the figure of the paths.
@@ -100,6 +120,9 @@ class Page:
             stylesheets=[TWO_COLUMNS],
             sizing_mode="stretch_width",
         )
+        self.presets = pn.widgets.Select(
+            label="Things to try", options=list(PRESETS), sizing_mode="stretch_width"
+        )
         self.formula = pn.pane.HTML(sizing_mode="stretch_width")
         self.status = pn.pane.HTML(margin=0, sizing_mode="stretch_width")
 
@@ -109,9 +132,10 @@ class Page:
             )
             for name in OPTIMIZERS
         }
+        self.start = ColumnDataSource({"x": [], "y": []})
         self.ends = ColumnDataSource({"x": [], "y": [], "color": []})
         self.inner = ColumnDataSource(name="inner values")
-        self.landscape = Landscape(self.paths, self.ends)
+        self.landscape = Landscape(self.paths, self.start, self.ends)
         self.losses = Losses(self.paths)
         self._inner = inner_figures(self.inner)
         self._bounds = [
@@ -123,6 +147,8 @@ class Page:
         self.landscape.figure.on_event(Tap, self.start_at)
         self._show_function()
         self.draw()
+        self._first = {name: widget.value for name, widget in self.controls.items()}
+        self.presets.param.watch(self._show_preset, "value")
         self.controls["function"].param.watch(self._show_function, "value")
         for widget in (*self.controls.values(), self.optimizers):
             widget.param.watch(self._changed, "value")
@@ -152,6 +178,7 @@ class Page:
         for items in (self.landscape.items, self.losses.items):
             for item, name in zip(items, OPTIMIZERS, strict=True):
                 item.visible = name in descents
+        self.start.data = {"x": [setting.x], "y": [setting.y]}
         ends = np.array([d.points[-1] for d in descents.values()]).reshape(-1, 2)
         self.ends.data = {
             "x": ends[:, 0],
@@ -175,6 +202,27 @@ class Page:
         for axis, (start, end), value in zip("xy", function.view, function.start, strict=True):
             self.controls[axis].param.update(start=start, end=end, value=value)
 
+    def _show_preset(self, *_: object) -> None:
+        """All as at the start, but for what is to be tried."""
+        chosen = self._first | PRESETS[self.presets.value]
+        self.optimizers.value = chosen.pop("optimizers", PICKED)
+        function = chosen.pop("function")
+        self.controls["function"].value = function
+        start = dict(zip("xy", FUNCTIONS[function].start, strict=True))
+        for name, value in (chosen | start).items():
+            self.controls[name].value = value
+
+    def keep_in(self, location: Location) -> None:
+        """What is set goes into the page's address, and comes from it."""
+        for name, widget in self.controls.items():
+            location.sync(widget, {"value": name})
+        picked = location.query_params.get("optimizers")
+        if isinstance(picked, str):
+            self.optimizers.value = [name for name in OPTIMIZERS if name in picked.split(",")]
+        self.optimizers.param.watch(
+            lambda event: location.update_query(optimizers=",".join(event.new)), "value"
+        )
+
     def start_at(self, event: Tap) -> None:
         """Start where the contours were clicked."""
         for axis, value in (("x", event.x), ("y", event.y)):
@@ -184,6 +232,7 @@ class Page:
     def template(self) -> pn.Template:
         """All of it in its place."""
         controls = pn.Column(
+            self.presets,
             self.controls["function"],
             self.formula,
             self.optimizers,
@@ -195,7 +244,10 @@ class Page:
             name: pn.pane.Bokeh(figure, sizing_mode="stretch_both")
             for name, figure in figures.items()
         }
-        return pn.Template(TEMPLATE, items=items | {"controls": controls, "status": self.status})
+        items |= {"controls": controls, "status": self.status}
+        made = pn.Template(TEMPLATE, items=items)
+        made.location = True  # the page's address, with what is set
+        return made
 
 
 def new_page() -> pn.Template:
@@ -203,7 +255,10 @@ def new_page() -> pn.Template:
     # Panel would begin with its CDN and mend that when it sends the page, hence not in a session
     # whose page was sent long ago.
     pn.state.curdoc.template_variables["dist_url"] = LOCAL_DIST
-    return Page().template()
+    page = Page()
+    if pn.state.location is not None:
+        page.keep_in(pn.state.location)
+    return page.template()
 
 
 def _note(descents: Mapping[str, Descent]) -> str:

@@ -25,6 +25,7 @@ README = Path(__file__).parent / "README.md"
 SIZES = {1280: 1000, 400: 860}
 SLIDERS = ("learning_rate", "b1", "b2", "eps", "x", "y", "steps", "noise", "seed")
 MOVES = 10
+HEIGHT = "document.documentElement.scrollHeight"
 
 # From a key to the next frame after Adam's inner values, the last data, are there.
 WATCH = """() => {
@@ -80,7 +81,10 @@ def main(config: Screenshots) -> None:
     with serving() as url, chromium() as browser:
         for width, height in SIZES.items():
             page, complaints = opened(browser, url, width, height)
-            write_file(config.out / f"page-{width}.png", page.screenshot(full_page=True))
+            # In a window as high as the page: what sticks to its top would else be torn.
+            page.set_viewport_size({"width": width, "height": page.evaluate(HEIGHT)})
+            page.wait_for_timeout(1000)
+            write_file(config.out / f"page-{width}.png", page.screenshot())
             if complaints:
                 sys.exit(f"error: the page complains: {complaints}")
             page.close()

@@ -94,7 +94,7 @@ def claims(curves: Mapping[str, Float[np.ndarray, " epochs"]]) -> list[Claim]:
         if name != "Adam":
             found.append(
                 Claim(
-                    f"Adam converges better than {name}",
+                    f"Adam converges better than {name}: a lower cost in the last pass",
                     f"training cost of the last pass {adam[-1]:.4f} and {curve[-1]:.4f}; mean of "
                     f"all {adam.mean():.4f} and {curve.mean():.4f}",
                     bool(adam[-1] < curve[-1]),
