@@ -9,6 +9,7 @@ from jax import lax
 
 from jadam._kernels.choice import apart
 from jadam._rounding import as_layer
+from jadam._storage import placed_like
 from jadam._traced import ClosedJaxpr, in_order
 
 Stacks = dict[Any, Any]
@@ -28,12 +29,6 @@ def near(x: Any) -> Any:
 def back(x: Any, home: Any) -> Any:
     """The array in the memory where `home` lies."""
     return jax.device_put(x, jax.memory.Space.Host) if is_far(home) else x
-
-
-def _placed(x: Any, old: Any) -> Any:
-    """The array divided over devices as `old` is, which types of explicit axes have to say."""
-    place = jax.typeof(old).sharding
-    return jax.sharding.reshard(x, place) if place != jax.typeof(x).sharding else x
 
 
 def _as_it_lies(stack: Any) -> Any:
@@ -124,7 +119,7 @@ def over_layers(
         here = slices({name: x for name, x in own.items() if name not in ahead}, i)
         carry, new, y = body(carry, here | fetched, x)
         for name, slice_ in new.items():
-            slice_ = back(_placed(slice_, (here | fetched)[name]), own[name])
+            slice_ = back(placed_like(slice_, (here | fetched)[name]), own[name])
             own |= {name: lax.dynamic_update_slice_in_dim(own[name], slice_, i * rows, 0)}
         return (carry, coming, own), y
 
