@@ -1,5 +1,6 @@
 """jadam's states wherever they lie in a tree: found, taken apart by parameter, filled again."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -135,8 +136,14 @@ def _as_needed(row: Sequence[Any]) -> Sequence[Any]:
     if not Codes.holds(row):
         return row
     tops = tops_shape(np.shape(row[0]))
-    longer = [np.shape(x)[:-1] == tops[:-1] and Codes.holds([x]) for x in row]
-    return [x[..., : tops[-1]] if cut else x for x, cut in zip(row, longer, strict=True)]
+
+    def needed(x: Any) -> Any:
+        if not Codes.holds([x]) or np.shape(x) == tops:
+            return x
+        cut = functools.partial(jax.lax.slice_in_dim, start_index=0, limit_index=tops[-1], axis=-1)
+        return jax.eval_shape(cut, x) if isinstance(x, jax.ShapeDtypeStruct) else cut(x)
+
+    return [needed(x) for x in row]
 
 
 def with_moments(tree: PyTree, moments: Iterator[Sequence[Any]]) -> PyTree:

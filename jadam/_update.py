@@ -279,7 +279,8 @@ def _beside(x: Any, stored: Sequence[Any]) -> Any:
     place = jax.typeof(next(m for m in stored if m.shape == jnp.shape(x))).sharding
     if AxisType.Explicit not in place.mesh.axis_types:
         return x
-    is_whole = all(axis is None for axis in jax.typeof(x).sharding.spec)
+    spec = jax.typeof(x).sharding.spec
+    is_whole = not any(spec.partitions) and not spec.unreduced
     return jax.sharding.reshard(x, place) if is_whole else x
 
 

@@ -334,11 +334,12 @@ def test_a_leaf_of_the_state_belongs_to_the_longest_path():
 
 FOUR_BITS = {"mu_dtype": "int4", "nu_dtype": "uint4"}
 CUT = [
-    # The kernel, XLA's form, explicit axes; 64, 192 and 100 of a block's 128 columns a device.
+    # The kernel, XLA's form, explicit axes; 64, 192, 25 and 125 columns a device, 128 in a block.
     (jadam.adam(1e-3, **EIGHT_BITS), AxisType.Auto, 512, 8),
     (jadam.adam(1e-3, **FOUR_BITS, kernel="xla"), AxisType.Auto, 512, 8),
     (jadam.adam(1e-3, **EIGHT_BITS, kernel="xla"), AxisType.Explicit, 384, 2),
     (jadam.adam(1e-3, **FOUR_BITS, kernel="xla"), AxisType.Auto, 100, 4),
+    (jadam.adam(1e-3, **EIGHT_BITS, kernel="xla"), AxisType.Auto, 1000, 8),
 ]
 
 

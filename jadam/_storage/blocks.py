@@ -37,6 +37,8 @@ def block_max(
     if n > BLOCK:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
     x = x.reshape(*tops_shape(x.shape), -1, together)
+    if together == 1:  # XLA leaves out a reduction of one, and what it sees
+        return jnp.max(seen(x), axis=(-2, -1))
     zero = np.zeros((), x.dtype)
     largest = lax.reduce(x, zero, lambda a, b: lax.max(seen(a), seen(b)), (x.ndim - 1,))
     return jnp.max(largest, axis=-1) if x.shape[-2] > 1 else largest.squeeze(-1)
@@ -48,10 +50,10 @@ def uncut_lanes(n: int, mesh: Mesh | AbstractMesh) -> int:
     Where the mesh is not known while tracing, that is taken for a whole block.
     """
     pairs = zip(mesh.shape.values(), mesh.axis_types, strict=True)
-    sizes = [size for size, kind in pairs if kind == AxisType.Auto]
+    sizes = [size for size, kind in pairs if kind == AxisType.Auto and size > 1]
     parts = {
         math.prod(some)
-        for count in range(len(sizes) + 1)
+        for count in range(1, len(sizes) + 1)
         for some in itertools.combinations(sizes, count)
     }
     return math.gcd(min(n, BLOCK), *(n // k for k in parts if n % k == 0 and n // k % BLOCK))
@@ -59,9 +61,13 @@ def uncut_lanes(n: int, mesh: Mesh | AbstractMesh) -> int:
 
 def is_cut(x: Array) -> bool:
     """Whether a mesh of explicit axes divides x inside of a block: JAX does not reshape it so."""
-    n = x.shape[-1] if x.ndim else 0
-    here = jax.typeof(x).sharding.shard_shape(x.shape)[-1] if n else 0
-    return here != n and here % BLOCK > 0
+    place = jax.typeof(x).sharding
+    if not x.ndim or AxisType.Explicit not in place.mesh.axis_types:
+        return False
+    names = place.spec.partitions[-1] or ()
+    names = (names,) if isinstance(names, str) else names
+    parts = math.prod(place.mesh.shape[name] for name in names)
+    return parts > 1 and x.shape[-1] // parts % BLOCK > 0
 
 
 def uncut(x: Array) -> Array:
