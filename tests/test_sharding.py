@@ -458,6 +458,21 @@ def test_longer_tops_change_no_bit():
     assert_equal(jadam.moments(got[1])[1][0], jadam.moments(expected[1])[1][0])
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, lambda tx: divisible(tx, 8)], ids=["", "divisible"]
+)
+def test_codes_under_shard_map(wrap):
+    """Each device steps its rows by itself, with the bits of all together."""
+    tx = wrap(jadam.adam(1e-2, **EIGHT_BITS, kernel="xla"))
+    params = jnp.asarray(np.random.default_rng(0).standard_normal((64, 512)), jnp.float32)
+
+    def steps(params):
+        return one_step(tx, *one_step(tx, params, tx.init(params), params), -params)[0]
+
+    apart = jax.shard_map(steps, mesh=mesh_of(), in_specs=P("data"), out_specs=P("data"))
+    assert_equal(jax.jit(apart)(params), jax.jit(steps)(params))
+
+
 def test_longer_tops_around_16_bit_weights():
     """`step`, and where `state_shardings` lays it: along the rows with the parameter."""
     tx = jadam.compensated_weights(jadam.adamw(1e-3, **EIGHT_BITS))

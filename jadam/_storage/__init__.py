@@ -12,6 +12,7 @@ from jadam._storage.blocks import placed_like as placed_like
 from jadam._storage.blocks import tops_shape as tops_shape
 from jadam._storage.blocks import uncut as uncut
 from jadam._storage.blocks import uncut_lanes as uncut_lanes
+from jadam._storage.blocks import whole_rows as whole_rows
 from jadam._storage.choice import Storage as Storage
 from jadam._storage.choice import chooser as chooser
 from jadam._storage.choice import storage_of as storage_of

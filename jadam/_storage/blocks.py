@@ -59,24 +59,34 @@ def uncut_lanes(n: int, mesh: Mesh | AbstractMesh) -> int:
     return math.gcd(min(n, BLOCK), *(n // k for k in parts if n % k == 0 and n // k % BLOCK))
 
 
-def is_cut(x: Array) -> bool:
-    """Whether a mesh of explicit axes divides x inside of a block: JAX does not reshape it so."""
+def _parts(x: Array) -> int:
+    """Into how many parts explicit axes divide the last axis of x."""
     place = jax.typeof(x).sharding
     if not x.ndim or AxisType.Explicit not in place.mesh.axis_types:
-        return False
+        return 1
     names = place.spec.partitions[-1] or ()
     names = (names,) if isinstance(names, str) else names
-    parts = math.prod(place.mesh.shape[name] for name in names)
+    return math.prod(place.mesh.shape[name] for name in names)
+
+
+def is_cut(x: Array) -> bool:
+    """Whether explicit axes divide x inside of a block: JAX does not reshape it so."""
+    parts = _parts(x)
     return parts > 1 and x.shape[-1] // parts % BLOCK > 0
 
 
-def uncut(x: Array) -> Array:
-    """x with its last axis whole on each device if it is cut."""
-    if not is_cut(x):
+def whole_rows(x: Array) -> Array:
+    """x with its last axis whole on each device, where explicit axes divide it."""
+    if _parts(x) == 1:
         return x
     place = jax.typeof(x).sharding
-    spec = PartitionSpec(*place.spec[:-1], None)
+    spec = PartitionSpec(*place.spec.partitions[:-1], None, unreduced=place.spec.unreduced)
     return jax.sharding.reshard(x, NamedSharding(place.mesh, spec))
+
+
+def uncut(x: Array) -> Array:
+    """The same where they divide it inside of a block."""
+    return whole_rows(x) if is_cut(x) else x
 
 
 def placed_like(x: Array, like: Array) -> Array:

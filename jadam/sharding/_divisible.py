@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jadam import _validate
-from jadam._storage import placed_like, tops_shape
+from jadam._storage import Codes, placed_like, tops_shape, whole_rows
 from jadam._transform import FusedTransformation
 from jadam._types import PyTree, Shape
 from jadam.sharding._rules import owner_of
@@ -87,7 +86,7 @@ def _each(change: Callable[..., Any], state: PyTree, params: PyTree, parts: int)
 
     def at(path: Any, x: Any) -> Any:
         owner = owners.get(owner_of(path, owners), ())
-        if not owner or getattr(x, "dtype", None) != jnp.int16:
+        if not owner or not hasattr(x, "dtype") or not Codes.holds([x]):
             return x
         needed, step = tops_shape(owner)[-1], math.gcd(owner[-1], parts)
         longer = -(-needed // step) * step
@@ -105,8 +104,4 @@ def _longer(tops: Array, needed: int, longer: int) -> Array:
 def _shorter(tops: Array, needed: int, longer: int) -> Array:
     if tops.shape[-1] != longer:
         return tops
-    place = jax.typeof(tops).sharding
-    if place.shard_shape(tops.shape)[-1] != longer:  # along explicit axes
-        whole = NamedSharding(place.mesh, PartitionSpec(*place.spec[:-1], None))
-        tops = jax.sharding.reshard(tops, whole)
-    return tops[..., :needed]
+    return whole_rows(tops)[..., :needed]
