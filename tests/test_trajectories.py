@@ -266,6 +266,14 @@ def test_the_command_writes_everything(tmp_path, monkeypatch, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
+def test_the_quick_form_draws_adam_alone(tmp_path, capsys):
+    """What is seen in seconds; the comparison and the planes take a minute."""
+    assert run.main(run.Config(function="sphere", steps=20, quick=True, out=tmp_path)) is None
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {f"{name}.{kind}" for name in ("adam", "sphere") for kind in ("png", "svg")}
+    assert str(tmp_path) in capsys.readouterr().out
+
+
 def test_the_readme_says_what_was_measured():
     """Its tables are those of the committed JSON, and no chosen rate lies on the grid's edge."""
     results = json.loads((run.RESULTS / "trajectories.json").read_text())

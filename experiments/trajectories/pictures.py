@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from experiments.common.palette import BLUE, GREY, RED, SIX
 
@@ -30,19 +31,26 @@ FLOOR, CEILING = 1e-12, 1e3
 """Losses beyond are drawn at these limits: in float32 a loss comes to 0, without a logarithm."""
 
 
-def landscape(axes: Axes, problem: Problem, pixels: int = 400) -> None:
-    """The function as bands of equal loss, with a star at each minimum."""
+def landscape(axes: Axes, problem: Problem, pixels: int = 400) -> AxesImage:
+    """The function as bands of equal loss, the lower the lighter, with a star at each minimum."""
     (left, right), (bottom, top) = problem.view
     x, y = np.meshgrid(np.linspace(left, right, pixels), np.linspace(bottom, top, pixels))
-    height = np.log10(problem.function.value(x, y) + 1e-2)
-    low, high = height.min(), height.max()
-    bands = np.floor(11 * (height - low) / (high - low))
+    loss = problem.function.value(x, y)
+    # The bands are even in the logarithm, but for what is next to 0.
+    edges = np.geomspace(loss.min() + 1e-2, loss.max() + 1e-2, 12) - 1e-2
     # An image: contours as vectors would make an SVG of megabytes.
-    extent = (left, right, bottom, top)
-    axes.imshow(bands, PALE, origin="lower", extent=extent, aspect="auto")
+    image = axes.imshow(
+        loss,
+        PALE,
+        BoundaryNorm(edges, PALE.N),
+        origin="lower",
+        extent=(left, right, bottom, top),
+        aspect="auto",
+    )
     minima = np.transpose(problem.function.minima)
     axes.plot(*minima, "*", color="#555555", markersize=8, markeredgewidth=0)
     axes.set(xlim=(left, right), ylim=(bottom, top))
+    return image
 
 
 def visible(runs: Runs, problem: Problem) -> Float[np.ndarray, "n 2"]:
@@ -103,7 +111,11 @@ def adam_figure(problems: Sequence[Problem], runs: Sequence[Runs], learning_rate
     """Adam's path and loss on each function; of its runs [starts, steps+1] the first is bold."""
     figure, panels = pairs(len(problems), (2.5, 1.7))
     for (above, below), problem, of_problem in zip(panels, problems, runs, strict=True):
-        landscape(above, problem)
+        image = landscape(above, problem)
+        edges = image.norm.boundaries[::3]
+        bar = figure.colorbar(image, ax=above, pad=0.02, aspect=30, ticks=edges)
+        bar.ax.set_yticklabels([readable(x) if x > 1e-2 else "0" for x in edges], fontsize=7)
+        bar.minorticks_off()
         for i, run in reversed(list(enumerate(map(Runs, *of_problem)))):
             color, width = (BLUE, 1.6) if i == 0 else (GREY, 0.8)
             path(above, run, problem, color, linewidth=width, marker=".", markevery=10)

@@ -45,6 +45,8 @@ class Config:
     """Of Adam in its own pictures."""
     compare_steps: int = 1000
     """Of each run in the comparison and in the planes of hyperparameters."""
+    quick: bool = False
+    """Adam's own pictures alone, in some seconds."""
     out: Path = RUNS
     """The folder for pictures and figures."""
 
@@ -218,23 +220,31 @@ def markdown(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Runs, draws and writes everything; returns what is in the JSON file."""
+def draw_adam(config: Config, adam: Runs) -> None:
+    """Adam's own pictures."""
+    one_each = [Runs(*(x[None] for x in run)) for run in zip(*adam, strict=True)]
+    write(adam_figure(config.problems, one_each, config.learning_rate), config.out / "adam")
+    for each in config.problems:
+        if each.name == "sphere":
+            ring = around(each)
+            runs = adam_runs(ring, config.learning_rate, config.steps)
+            write(adam_figure(ring[:1], [runs], config.learning_rate), config.out / "sphere")
+
+
+def main(config: Config) -> dict[str, Any] | None:
+    """Runs, draws and writes everything; returns what is in the JSON file, if there is one."""
     problems, out = config.problems, config.out
     adam = adam_runs(problems, config.learning_rate, config.steps)
+    draw_adam(config, adam)
+    if config.quick:
+        print(f"pictures are in {out}")
+        return None
     choices = {
         name: choose(optimizer, problems, config.compare_steps)
         for name, optimizer in track(OPTIMIZERS.items(), "comparison", transient=True)
     }
     planes = scan_planes(problems, config.compare_steps)
 
-    one_each = [Runs(*(x[None] for x in run)) for run in zip(*adam, strict=True)]
-    write(adam_figure(problems, one_each, config.learning_rate), out / "adam")
-    for each in problems:
-        if each.name == "sphere":
-            ring = around(each)
-            runs = adam_runs(ring, config.learning_rate, config.steps)
-            write(adam_figure(ring[:1], [runs], config.learning_rate), out / "sphere")
     write(comparison_figure(problems, choices, config.compare_steps), out / "comparison")
     write(losses_figure(problems, choices, config.compare_steps), out / "losses")
     write(planes_figure(problems, planes, config.compare_steps), out / "planes")
