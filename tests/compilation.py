@@ -6,7 +6,10 @@ Most of the time of all tests goes into XLA and LLVM.
 import contextlib
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -50,6 +53,19 @@ def quickly() -> Iterator[None]:
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run_module(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m ...` from the repository, in a process that compiles as `quickly` does."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def environment() -> dict[str, str]:

@@ -79,16 +79,7 @@ def metrics(out):
 
 def ended_by(number, out, resume, *event):
     """What tests/mnist_run.py says until a signal ends it."""
-    arguments = map(str, (out, resume, number.name, *event))
-    command = [sys.executable, "-m", "tests.mnist_run", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=compilation.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = compilation.run_module("tests.mnist_run", out, resume, number.name, *event)
     assert done.returncode == -number, done.stderr
     return done.stderr
 
@@ -193,15 +184,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def damage():
     """What tests/mnist_damage.py finds, in a process in which Orbax leaves its threads behind."""
-    command = [sys.executable, "-m", "tests.mnist_damage"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=compilation.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = compilation.run_module("tests.mnist_damage")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

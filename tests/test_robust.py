@@ -4,9 +4,6 @@ import itertools
 import json
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import compilation
 import hypothesis.strategies as st
@@ -26,8 +23,6 @@ from experiments.common.report import write_file
 from tests.checkpoints.states import STATES, gradients, parameters
 from tests.checkpoints.training import train
 from tests.helpers import gradients_like, trees_of
-
-ROOT = Path(__file__).parents[1]
 
 
 def assert_identical(got, right):
@@ -86,18 +81,6 @@ def test_a_skip_copies_no_state():
 # A training that is killed, or that finds the disk full
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=compilation.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     with compilation.quickly():
@@ -108,7 +91,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("at", [5, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 9))])
 def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
     """kill -9 between steps or while a checkpoint is being written, then the same command again."""
-    done = run("tests.checkpoints.training", tmp_path, 9, "kill", at)
+    done = compilation.run_module("tests.checkpoints.training", tmp_path, 9, "kill", at)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_identical(train(tmp_path, 9), uninterrupted)
 
@@ -116,7 +99,7 @@ def test_a_killed_training_goes_on_bit_for_bit(at, tmp_path, uninterrupted):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, uninterrupted):
     """The training ends with the file and the reason, and goes on when there is room again."""
-    done = run("tests.checkpoints.training", tmp_path, 9, "full", 6)
+    done = compilation.run_module("tests.checkpoints.training", tmp_path, 9, "full", 6)
     assert done.returncode == 1
     assert f"{tmp_path}/" in done.stderr
     assert "File too large" in done.stderr
@@ -144,7 +127,7 @@ def test_a_full_disk_leaves_the_last_numbers(tmp_path):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    done = run("tests.checkpoints.damage")
+    done = compilation.run_module("tests.checkpoints.damage")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
