@@ -17,6 +17,7 @@ import tyro
 from uv import find_uv_bin
 
 from experiments.clients.clients import CLIENTS, HERE, RESULTS, Client, key, versions
+from experiments.common.report import write_file
 
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "clients"
@@ -117,7 +118,8 @@ def main(args: Args) -> None:
             "versions": versions(client),
             **results,
         }
-        RESULTS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(recorded, indent=1, sort_keys=True) + "\n"
+        write_file(RESULTS, text.encode())
         print(f"{where}: {time.monotonic() - began:.0f} s", flush=True)
 
 
