@@ -20,7 +20,7 @@ from jadam._leaf import Options, increment, leaf_step
 from jadam._masters import Weights
 from jadam._members import ADAM, NADAM, Member, Rule
 from jadam._state import AdamState, CorrectedAmsgradState
-from jadam._storage import chooser, storage_of
+from jadam._storage import chooser, placed_like, storage_of
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -276,12 +276,12 @@ def _beside(x: Any, stored: Sequence[Any]) -> Any:
     """
     if x is None:
         return None
-    place = jax.typeof(next(m for m in stored if m.shape == jnp.shape(x))).sharding
-    if AxisType.Explicit not in place.mesh.axis_types:
+    moment = next(m for m in stored if m.shape == jnp.shape(x))
+    if AxisType.Explicit not in jax.typeof(moment).sharding.mesh.axis_types:
         return x
     spec = jax.typeof(x).sharding.spec
     is_whole = not any(spec.partitions) and not spec.unreduced
-    return jax.sharding.reshard(x, place) if is_whole else x
+    return placed_like(x, moment) if is_whole else x
 
 
 def _through_kernel(*args: Any) -> list[Any]:

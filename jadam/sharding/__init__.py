@@ -4,9 +4,8 @@ And a step in which each device steps its own part.
 
 A leaf of the state belongs to the parameter whose path its own path ends with, and lies where that
 parameter lies: moments, codes, residuals and accumulated gradients along all axes, the tops of
-8-bit blocks too where no block is cut. (For programs that lay all like the parameters, whatever its
-shape, there is `divisible`.) What belongs to none, a count or a key, lies whole on each
-device.
+blocks too where no block is cut. (For programs that lay all like the parameters, whatever its
+shape, there is `divisible`.) What belongs to none, a count or a key, lies whole on each device.
 """
 
 from jadam.sharding._divisible import divisible
