@@ -48,6 +48,8 @@ LONG = {
     "bf16 moments": SETTINGS["bf16 moments"],
     STOCHASTIC: Setting("bfloat16", stochastic(adamw(**MOMENTS_8))),
     **{name: SETTINGS[name] for name in SETTINGS if "4-bit" in name},
+    "bf16 weights, compensated": SETTINGS["bf16 weights, compensated"],
+    "bf16 weights, stochastic": SETTINGS["bf16 weights, stochastic"],
 }
 """In the order of their importance: the time may end before the last."""
 # XLA may leave out a rounding to bfloat16 and back. Then a residual that is the difference between
