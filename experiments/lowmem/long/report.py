@@ -25,7 +25,7 @@ from experiments.common.report import table, update_readme
 from experiments.lowmem.report import HERE, LOOK, STYLES, mean, summarize
 from experiments.lowmem.settings import REFERENCE
 
-from .training import LONG, NEAREST, STOCHASTIC
+from .training import LONG, NEAREST, SLOWER, STOCHASTIC
 
 PICTURE = HERE / "results" / "long"
 README = HERE / "README.md"
@@ -42,9 +42,11 @@ LOSSES = ("validation loss", "training loss")
 WITH_REST = ("bf16 weights, compensated + 8-bit moments", "flashoptim-jax")
 """Settings that keep a residual of each weight."""
 POWER = 0.9
-COLORS = {name: color for name, (color, _) in STYLES.items()}
-COLORS |= {NEAREST: palette.ORANGE, STOCHASTIC: palette.PINK, "bf16 weights, plain": palette.GREY}
-COLORS |= {BOTH[1]: palette.BLACK}
+LINES = STYLES | {
+    NEAREST: (palette.ORANGE, "--"),
+    STOCHASTIC: (palette.PINK, "--"),
+    SLOWER: (palette.BLACK, ":"),
+}
 Rows = dict[str, list[dict[str, Any]]]
 """The runs of each setting."""
 
@@ -312,13 +314,14 @@ def draw(rows: Rows) -> Figure:
         return run["validation"]["loss"][1:]
 
     for name, row in rows.items():
-        style = {"color": COLORS[name], "linewidth": 1.3, "label": name}
-        style["linestyle"] = "--" if name == BOTH[1] else "-"
+        color, dashes = LINES[name]
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.3, "label": name}
         curves.plot(steps, np.mean([losses(run) for run in row], 0), **style)
         apart.plot(steps, np.mean(from_float32(rows, name, losses), 0), **style)
     curves.set(title="validation loss [nats a byte]", xlabel="step")
-    apart.set(title="validation loss minus the mean of its seed's float32 runs", xlabel="step")
-    curves.legend(frameon=False)
+    apart.set(title="the same minus the seed's float32 runs", xlabel="step")
+    handles, labels = curves.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     forest(validation, gaps(rows, LOSSES[0]), "validation loss at the end, minus float32's")
     forest(training, gaps(rows, LOSSES[1]), "training loss at the end, minus float32's")
     training.tick_params(labelleft=False)
@@ -328,14 +331,14 @@ def draw(rows: Rows) -> Figure:
 def forest(axis: Axes, found: dict[str, Gap], title: str) -> None:
     """Each setting's seeds as points, and the interval of its mean."""
     for place, (name, gap) in enumerate(reversed(found.items())):
-        color = COLORS.get(name, palette.BLACK)
+        color, _ = LINES.get(name, (palette.BLACK, ""))
         heights = np.full(len(gap.values), place - 0.2)
         axis.plot(gap.values, heights, ".", color=color, alpha=0.45, markersize=4)
         axis.errorbar(gap.mean, place, xerr=gap.half, fmt="o", color=color, capsize=3, markersize=4)
     axis.axvline(0, color=palette.BLACK, linewidth=1)
     axis.set_yticks(range(len(found)), list(reversed(found)))
     axis.set_ylim(-0.6, len(found) - 0.4)
-    axis.xaxis.set_major_locator(ticker.MultipleLocator(0.005))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6))
     axis.set(title=title, xlabel="nats a byte")
 
 
