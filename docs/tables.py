@@ -152,7 +152,7 @@ def blocks() -> dict[tuple[str, Path], str]:
     on_most, *_ = (x for x in times if x["instruction_set"] == "avx2")
     on_gpu = json.loads((publish.RESULTS / "device-speed.json").read_text())
     small = json.loads((lowmem.HERE / "results" / "lowmem.json").read_text())
-    trained = json.loads(long.RESULTS.read_text())
+    trained = long.committed()
     losses = long.measured(trained)
     tables = {
         "accuracy": accuracy.markdown(rows),

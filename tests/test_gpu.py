@@ -75,7 +75,7 @@ def test_the_ptx_is_made_of_the_source_that_is_there(tmp_path):
 # Bytes a thread, of a store of a register to memory and back. None but for what follows, in the
 # rare branches and between blocks: a register more would let a multiprocessor have room for fewer
 # thread blocks.
-SPILLED = {"jadam_floats": 64, "jadam_narrow_codes": 32}
+SPILLED = {"jadam_floats": 64, "jadam_narrow_codes": 32, "jadam_narrow_codes4": 32}
 
 
 @needs_ptxas
@@ -108,12 +108,14 @@ def test_kernels_says_what_a_gpu_lacks():
 
 
 CODES = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
+FEW_CODES = {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0}
 NARROW = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
 # The dtype of gradients and parameters, and the transformation: where there is no kernel it raises.
 STEPS = {
     "float32": ("float32", lambda: jadam.adam(1e-2, kernel="native")),
     "bfloat16": ("bfloat16", lambda: jadam.adam(1e-2, **NARROW, kernel="native")),
     "codes": ("float32", lambda: jadam.nadam(1e-2, **CODES, kernel="native")),
+    "few codes": ("float32", lambda: jadam.adam(1e-2, **FEW_CODES, kernel="native")),
     "compensated": (
         "bfloat16",
         lambda: jadam.compensated_weights(jadam.adamw(1e-2, **CODES, kernel="native")),

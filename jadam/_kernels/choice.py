@@ -101,7 +101,7 @@ ROWS = Kernel(
     ),
 )
 
-GPU = dataclasses.replace(CPU, platform="gpu", features=CPU.features - {"moments 4-bit codes"})
+GPU = dataclasses.replace(CPU, platform="gpu")
 
 
 def _lies_in_blocks(shape: Shape) -> bool:
@@ -279,9 +279,8 @@ def kernels() -> dict[str, str]:
     missed steps are summed, on one device and under `jax.shard_map`.
 
     On an NVIDIA GPU of compute capability 8.0 or later, with a driver for CUDA 12.1 or later, the
-    same features but 4-bit codes are a kernel in CUDA, which the driver compiles when it is first
-    used. Up to 256 leaves are one launch. XLA makes a kernel for each leaf, and two passes of
-    codes.
+    same features are a kernel in CUDA, which the driver compiles when it is first used. Up to 256
+    leaves are one launch. XLA makes a kernel for each leaf, and two passes of codes.
 
     On a TPU a kernel in Pallas takes leaves with moments of 4 to 16 bits and compensated weights,
     on one device and under `jax.shard_map(check_vma=False)`, as `jadam.sharding.step_in_parts`

@@ -826,11 +826,11 @@ struct Totals {
   Tally from_equations, between_sets;
 };
 
-// A thread block is 256 fibers, which take their time: a GPU has each seventh leaf, and no 4 bits.
+// A thread block is 256 fibers, which take their time: a GPU has each seventh leaf.
 constexpr int kTurnOfGpu = 7;
 
 void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& totals) {
-  if (totals.cases % kTurnOfGpu != 0 || c.kind == Kind::kFourBits) {
+  if (totals.cases % kTurnOfGpu != 0) {
     isas.erase(std::remove_if(isas.begin(), isas.end(), is_gpu), isas.end());
   }
   const Inputs in = make_inputs(c, is_special, uint64_t(++totals.cases));

@@ -116,8 +116,8 @@ int place() { return Warp::get().place(); }
 
 void run_on_gpu(const jadam::Leaf& leaf, jadam::Range range, const jadam::Numbers& numbers,
                 uint32_t count) {
-  constexpr Program kPrograms[] = {jadam_float32, jadam_floats, jadam_codes, jadam_narrow_floats,
-                                   jadam_narrow_codes};
+  constexpr Program kPrograms[] = {jadam_float32, jadam_floats, jadam_codes, jadam_codes4,
+                                   jadam_narrow_floats, jadam_narrow_codes, jadam_narrow_codes4};
   const int entry = jadam::entry_of(leaf);
   const jadam::Division& division = jadam::kEntries[entry].division;
   static jadam::Launch launch;

@@ -66,6 +66,7 @@ def publish_all(results: dict[str, Any]) -> None:
 def main(
     chips: tuple[Name, ...] = ("h100", "a100", "v5e", "v6e"),
     leaves: tuple[str, ...] = tuple(LEAVES),
+    programs: tuple[str, ...] = (),
     limit_s: float = 240.0,
     at_once: int = 1,
 ) -> None:
@@ -74,6 +75,7 @@ def main(
     Args:
         chips: which of them. What is known of the others stays.
         leaves: for which leaves, likewise.
+        programs: which of those that there are for the chip and the leaves, likewise; none: all.
         limit_s: after so many seconds a process is ended.
         at_once: how many processes there are. Times of compilation are those beside each other.
     """
@@ -85,8 +87,9 @@ def main(
             print(f"{CHIPS[chip].name}: {reason}")
             continue
         for those in leaves:
-            names = compiled_for(CHIPS[chip].platform, those)
-            found = known.setdefault(CHIPS[chip].name, {})[those] = {}
+            there = compiled_for(CHIPS[chip].platform, those)
+            names = [name for name in there if name in (programs or there)]
+            found = known.setdefault(CHIPS[chip].name, {}).setdefault(those, {})
 
             def measure(name: str, chip: str = chip, those: str = those) -> dict[str, Any]:
                 return figures_of(chip, those, name, limit_s)

@@ -112,9 +112,9 @@ def _bytes(array: Array) -> int:
 def _kernels_of_step(results: str, attributes: str) -> int:
     """How many kernels a call of jadam's library for GPUs launches.
 
-    It has one for float32 alone, for other floats, for codes, and two for weights of 16 bits; a
-    launch takes 256 leaves of one of them. A leaf's results are the parameter, m, v and, with
-    compensated weights, a residual.
+    It has one for float32 alone, for other floats, for codes of 8 and of 4 bits, and three for
+    weights of 16 bits; a launch takes 256 leaves of one of them. A leaf's results are the
+    parameter, m, v and, with compensated weights, a residual.
     """
     dtypes = iter(dtype for dtype, *_ in _ARRAY.findall(results))
     leaves: dict[tuple[bool, str], int] = {}
@@ -123,7 +123,7 @@ def _kernels_of_step(results: str, attributes: str) -> int:
         if weights in (1, 2):
             next(dtypes)
         floats = "float32" if (p, m, v) == ("f32",) * 3 else "floats"
-        kernel = (weights > 0, "codes" if m == "u16" else "floats" if weights else floats)
+        kernel = (weights > 0, m if m in ("u16", "u8") else "floats" if weights else floats)
         leaves[kernel] = leaves.get(kernel, 0) + 1
     return sum(math.ceil(n / LEAVES_IN_LAUNCH) for n in leaves.values())
 

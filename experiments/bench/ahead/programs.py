@@ -59,6 +59,11 @@ def compensated(**options: Any) -> Program:
     return fused(jadam.compensated_weights(jadam.adamw(**OPTIONS, **options)), BF16)
 
 
+def stochastic(**options: Any) -> Program:
+    """The same around weights in bfloat16, rounded randomly."""
+    return fused(jadam.stochastic_rounding(jadam.adamw(**OPTIONS, **options)), BF16)
+
+
 def flashoptim(dtype: Any, bits: int | None, *, fused: bool) -> Program:
     """flashoptim-jax's, by its kernel for GPUs or in XLA's operations."""
     from flashoptim_jax import flash_adamw
@@ -86,13 +91,12 @@ _OWN: dict[str, Callable[..., Program]] = {
     CODES: partial(adamw, **BITS_8),
     COMPENSATED: compensated,
     SMALLEST: partial(compensated, **BITS_8),
+    FEWER_CODES: partial(adamw, **BITS_4),
 }
 _FLASH = {FLASH: (jnp.float32, None), FLASH_BF16: (BF16, 24)}
 PROGRAMS: dict[str, Callable[[], Program]] = {
     OPTAX: lambda: in_two(optax.adamw(**OPTIONS)),
     **_OWN,
-    # On GPUs XLA's form, which compiles for minutes: not for all leaves.
-    FEWER_CODES: partial(adamw, **BITS_4),
     UPDATE: lambda: in_two(jadam.adamw(**OPTIONS, **BITS_8)),
     **{name + XLA: partial(make, kernel="xla") for name, make in _OWN.items()},
     CODES + DIVIDED: partial(over_chips, _OWN[CODES]),

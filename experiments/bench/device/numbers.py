@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from experiments.bench.ahead.programs import BITS_8, BITS_16, Program, fused, in_two
+from experiments.bench.ahead.programs import BITS_4, BITS_8, BITS_16, Program, fused, in_two
 from experiments.bench.device.in_jax import about
 from experiments.bench.device.rows import ABOUT, Order, attempt, end, order, say
 
@@ -83,6 +83,12 @@ CASES = {
     "nadam 8-bit": Case(jadam.nadam, BITS_8),
     "radam 8-bit": Case(jadam.radam, BITS_8),
     "stochastic bf16, 8-bit": Case(jadam.adamw, {**DECAYS, **BITS_8}, BF16, BF16, "stochastic"),
+    "adamw 4-bit": Case(jadam.adamw, {**DECAYS, **BITS_4}),
+    "nadam 4-bit": Case(jadam.nadam, BITS_4),
+    "5 bytes: stochastic bf16, 4-bit": Case(
+        jadam.adamw, {**DECAYS, **BITS_4}, BF16, BF16, "stochastic"
+    ),
+    "compensated int8, 4-bit": Case(jadam.adamw, {**DECAYS, **BITS_4}, BF16, BF16, "int8"),
     "adamw float32, update": Case(jadam.adamw, DECAYS, update=True, oracle={"kind": "adam"}),
     "adamw 8-bit, update": Case(jadam.adamw, {**DECAYS, **BITS_8}, update=True),
     "float32, no decay": Case(jadam.adam, {}, oracle={"kind": "adam"}),
@@ -110,16 +116,18 @@ LIMITS = {
     "p float32 by bfloat16": Limit(2.0**17),
     "moments float32": Limit(2),
     "moments bfloat16": NEIGHBOURS,
-    "codes of m": NEIGHBOURS,
-    "codes of v": NEIGHBOURS,
+    "8-bit codes of m": NEIGHBOURS,
+    "8-bit codes of v": NEIGHBOURS,
+    "4-bit codes of m": NEIGHBOURS,
+    "4-bit codes of v": NEIGHBOURS,
     "scales": Limit(0),
     "weights with int8": Limit(2, 1e-3),
     "weights with int16": Limit(4),
     "not finite": Limit(0),
     "oracle": Limit(4 * PLAIN_STEPS),
 }
-V_BITS = 9
-"""The lower bits of a code are v's, the upper ones m's."""
+V_BITS, SIZES = 9, 21
+"""Of 8 bits each, v's code is the lower bits and m's the upper; of 4 bits both are digits."""
 
 
 def ulps(found: Any, expected: Any, at_least: Any = 0.0) -> np.ndarray:
@@ -148,6 +156,14 @@ def _one(state: Any, kind: type) -> Any:
 
 SMALLEST = 2.0**-103
 """Its last place, in float32, is 2⁻¹²⁶."""
+
+
+def codes(both: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Those of m and of v in the integers that a state has of both."""
+    if dtype == jnp.uint16:
+        return both >> V_BITS, both & 2**V_BITS - 1
+    of_v = -(-both // SIZES)
+    return both - SIZES * of_v, of_v
 
 
 def terms_of(state: Any, grads: list[Any]) -> dict[str, list[np.ndarray]]:
@@ -187,11 +203,14 @@ def distances(
     for name in ("mu", "nu"):
         for a, b, term in zip(getattr(own, name), getattr(peer, name), terms[name], strict=True):
             x, y = (np.asarray(z) for z in (a, b))
-            if a.dtype == jnp.uint16:
-                x, y = x.astype(np.int64), y.astype(np.int64)
-                yield "codes of m", np.abs((x >> V_BITS) - (y >> V_BITS))
-                mask = 2**V_BITS - 1
-                yield "codes of v", np.abs((x & mask) - (y & mask))
+            if a.dtype in (jnp.uint16, jnp.uint8):
+                of_m, of_v = zip(*(codes(z.astype(np.int64), a.dtype) for z in (x, y)), strict=True)
+                bits = 4 * a.dtype.itemsize
+                apart_m, apart_v = (np.abs(np.subtract(*pair)) for pair in (of_m, of_v))
+                # A neighbour of v's code in 4 bits is twice v's root, and m's another share of it.
+                same_root = (apart_v == 0) | (bits == 8)
+                yield f"{bits}-bit codes of m", np.where(same_root, apart_m, 0)
+                yield f"{bits}-bit codes of v", apart_v
             elif a.dtype == jnp.int16:
                 yield "scales", np.abs(x.astype(np.int64) - y)
             else:

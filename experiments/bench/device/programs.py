@@ -12,6 +12,7 @@ import optax
 import jadam
 from experiments.bench.ahead.programs import (
     BF16,
+    BITS_4,
     BITS_8,
     BITS_16,
     OPTIONS,
@@ -20,6 +21,7 @@ from experiments.bench.ahead.programs import (
     compensated,
     flashoptim,
     in_two,
+    stochastic,
 )
 from experiments.bench.workloads import (
     GPT2,
@@ -39,7 +41,8 @@ def _flashoptim(dtype: Any, bits: int | None) -> Program:
 
 OPTAX, FLOAT32, CODES = "optax float32", "jadam float32", "jadam 8-bit moments"
 BF16_MOMENTS = "jadam bf16 weights and moments"
-COMPENSATED, SMALLEST = "jadam compensated bf16 weights", "jadam 7 bytes: compensated, 8-bit"
+COMPENSATED, SMALLER = "jadam compensated bf16 weights", "jadam 7 bytes: compensated, 8-bit"
+FEWER_CODES, SMALLEST = "jadam 4-bit moments", "jadam 5 bytes: stochastic, 4-bit"
 UPDATE = "jadam float32, update"
 FLASH, FLASH_BF16 = "flashoptim-jax 8-bit", "flashoptim-jax 8-bit, bf16 weights"
 XLA = ", XLA's form"
@@ -49,8 +52,11 @@ _OWN: dict[str, Callable[..., Program]] = {
     BF16_MOMENTS: partial(adamw, BF16, **BITS_16),
     CODES: partial(adamw, **BITS_8),
     COMPENSATED: compensated,
-    SMALLEST: partial(compensated, **BITS_8),
+    SMALLER: partial(compensated, **BITS_8),
+    FEWER_CODES: partial(adamw, **BITS_4),
+    SMALLEST: partial(stochastic, **BITS_4),
 }
+_CODES = (CODES, SMALLER, FEWER_CODES, SMALLEST)
 PROGRAMS: dict[str, Callable[[], Program]] = {
     **_OWN,
     UPDATE: lambda: in_two(jadam.adamw(**OPTIONS)),
@@ -77,7 +83,7 @@ TIMED: tuple[tuple[Workload, tuple[str, ...]], ...] = (
 TINY_TIMED: tuple[tuple[Workload, tuple[str, ...]], ...] = (
     (Workload("20 leaves of 64 x 64", ((64, 64),) * 20), (FLOAT32, SMALLEST, OPTAX)),
 )
-LATENCIES = (OPTAX, FLOAT32, CODES, SMALLEST)
+LATENCIES = (OPTAX, FLOAT32, CODES, SMALLER, SMALLEST)
 """Of these a user's first step is timed, on GPT-2."""
 MEMORY = LATENCIES
 
@@ -87,6 +93,6 @@ def why_not(name: str, leaves: int) -> str | None:
     if name in PEERS and importlib.util.find_spec("flashoptim_jax") is None:
         return "not installed"
     in_xla = name.endswith(XLA) or jadam.kernels()[jax.default_backend()].startswith("xla")
-    if in_xla and leaves > 20 and name.removesuffix(XLA) in (CODES, SMALLEST):
+    if in_xla and leaves > 20 and name.removesuffix(XLA) in _CODES:
         return "XLA's form of codes compiles for minutes"
     return None

@@ -1,12 +1,14 @@
-"""What the long trainings say: `python -m experiments.lowmem.long.report`, from results/long.json.
+"""What the long trainings say: `python -m experiments.lowmem.long.report`, from results/long*.json.
 
-Two float32 rows differ in nothing but roundings; so what parts them is chance, of which each row
-has its own draw. A comparison with one of them has that row's draw in every difference. So the
-settings are compared with the mean of both, and the size of chance is taken from all rows: what is
-left of a loss when its setting's mean and its seed's are taken away.
+Each file is what one command found: a study. Runs in float32, by jadam or by optax, in any study,
+differ in nothing but roundings; so what parts two of one seed is chance, of which each run has its
+own draw. A comparison with one row of them has that row's draw in every difference. So a loss is
+taken to be the sum of its setting's, its seed's and chance, with one setting for all of float32,
+and these are fitted to all runs by least squares. What is left says how large chance is.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,55 +20,100 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.common import palette, picture
+from experiments.common.intervals import interval
 from experiments.common.report import table, update_readme
 from experiments.lowmem.report import HERE, LOOK, STYLES, mean, summarize
 from experiments.lowmem.settings import REFERENCE
 
-from .training import LONG, NEAREST, STOCHASTIC
+from .training import LONG, NEAREST, SLOWER, STOCHASTIC
 
-RESULTS = HERE / "results" / "long.json"
+PICTURE = HERE / "results" / "long"
 README = HERE / "README.md"
 BOTH = (REFERENCE, "optax.adamw float32")
 """The same algorithm twice."""
 EIGHT_BITS = ("8-bit moments", "bf16 weights, compensated + 8-bit moments", STOCHASTIC)
-ALL_CODES = "the three rows of dithered 8-bit codes together"
+FOUR_BITS = tuple(name for name in LONG if "4-bit" in name)
+TOGETHER = {
+    "the three rows of dithered 8-bit codes together": EIGHT_BITS,
+    "the three rows of 4-bit codes together": FOUR_BITS,
+}
+ALL_CODES, _ = TOGETHER
 LOSSES = ("validation loss", "training loss")
 WITH_REST = ("bf16 weights, compensated + 8-bit moments", "flashoptim-jax")
 """Settings that keep a residual of each weight."""
 POWER = 0.9
-COLORS = {name: color for name, (color, _) in STYLES.items()}
-COLORS |= {NEAREST: palette.ORANGE, STOCHASTIC: palette.PINK, "bf16 weights, plain": palette.GREY}
-COLORS |= {BOTH[1]: palette.BLACK}
+LINES = STYLES | {
+    NEAREST: (palette.ORANGE, "--"),
+    STOCHASTIC: (palette.PINK, "--"),
+    SLOWER: (palette.BLACK, ":"),
+}
 Rows = dict[str, list[dict[str, Any]]]
+"""The runs of each setting."""
 
 
 class Gap(NamedTuple):
-    """A setting's loss minus the mean of both float32 rows, seed by seed.
+    """A setting's loss minus float32's.
 
     Attributes:
-        values: of each seed.
+        mean: as fitted.
+        values: of each run, from the mean of its seed's float32 runs.
         half: of the interval, from the chance of all rows; all gaps of a table are at once in their
             intervals in 95% of such studies (Bonferroni).
         found: the true difference that would have been told from 0 in nine studies of ten.
     """
 
+    mean: float
     values: np.ndarray
     half: float
     found: float
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
 
     @property
     def differs(self) -> bool:
         return abs(self.mean) > self.half
 
 
-def by_setting(results: dict[str, Any]) -> Rows:
+class Fit(NamedTuple):
+    """Losses as the sum of a setting's, a seed's and chance.
+
+    Attributes:
+        names: of the settings, all of float32 as one.
+        levels: the loss of each, but for a constant.
+        covariance: of the levels, for chance of size 1.
+        sd: the standard deviation of chance, by which two runs of one setting and seed are parted.
+        degrees: of freedom, by which it is known.
+    """
+
+    names: list[str]
+    levels: np.ndarray
+    covariance: np.ndarray
+    sd: float
+    degrees: int
+
+    def contrast(self, members: Sequence[str]) -> tuple[float, float]:
+        """The mean of some settings minus float32, and its standard error."""
+        weights = np.zeros(len(self.names))
+        weights[[self.names.index(name) for name in members]] = 1 / len(members)
+        weights[self.names.index(REFERENCE)] -= 1
+        return float(weights @ self.levels), self.sd * float(
+            np.sqrt(weights @ self.covariance @ weights)
+        )
+
+
+def committed() -> list[dict[str, Any]]:
+    """All results, which are of one config."""
+    found = [
+        json.loads(path.read_text())
+        for path in sorted(PICTURE.parent.glob("long*.json"), key=lambda path: path.stem)
+    ]
+    if any(study["config"] != found[0]["config"] for study in found):
+        raise ValueError("results/long*.json: expected one config, got several")
+    return found
+
+
+def by_setting(study: dict[str, Any]) -> Rows:
     """The runs of each setting, by seed."""
     rows: Rows = {name: [] for name in LONG}
-    for run in results["runs"]:
+    for run in study["runs"]:
         rows[run["setting"]].append(run)
     return {name: sorted(row, key=lambda run: run["seed"]) for name, row in rows.items() if row}
 
@@ -81,35 +128,60 @@ def valid(rows: Rows) -> Rows:
     return {name: row for name, row in rows.items() if not is_void(name, row)}
 
 
-def of_float32s(losses: dict[str, np.ndarray]) -> np.ndarray:
-    """The mean of both float32 rows, for each seed."""
-    return np.mean([losses[name] for name in BOTH], 0)
+def joined(each: Sequence[Rows]) -> Rows:
+    """The valid runs of several studies."""
+    kept = [valid(rows) for rows in each]
+    joint = {name: [run for rows in kept for run in rows.get(name, [])] for name in LONG}
+    return {name: row for name, row in joint.items() if row}
 
 
-def chance(losses: dict[str, np.ndarray]) -> tuple[float, int]:
-    """The standard deviation of one run about its setting and seed, and its degrees of freedom."""
-    y = np.stack(list(losses.values()))
-    rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
-    degrees = (y.shape[0] - 1) * (y.shape[1] - 1)
-    return float(np.sqrt((rest**2).sum() / degrees)), degrees
+def fit(rows: Rows, quantity: str) -> Fit:
+    """Of all runs, by least squares."""
+    runs = [(level_of(name), run) for name, row in rows.items() for run in row]
+    names = list(dict.fromkeys(name for name, _ in runs))
+    seeds = sorted({run["seed"] for _, run in runs})
+    design = np.zeros((len(runs), len(names) + len(seeds)))
+    for i, (name, run) in enumerate(runs):
+        design[i, [names.index(name), len(names) + seeds.index(run["seed"])]] = 1
+    losses = np.array([run["final"][quantity] for _, run in runs])
+    levels, _, rank, _ = np.linalg.lstsq(design, losses)
+    degrees = len(runs) - int(rank)
+    rest = losses - design @ levels
+    covariance = np.linalg.pinv(design.T @ design)[: len(names), : len(names)]
+    sd = float(np.sqrt((rest**2).sum() / degrees))
+    return Fit(names, levels[: len(names)], covariance, sd, degrees)
+
+
+def level_of(name: str) -> str:
+    """The setting as which it counts."""
+    return REFERENCE if name in BOTH else name
+
+
+def from_float32(
+    rows: Rows, name: str, quantity: Callable[[dict[str, Any]], Any]
+) -> list[np.ndarray]:
+    """Of each run of a setting a quantity, minus the mean of it in its seed's float32 runs."""
+    base: dict[int, list[np.ndarray]] = {}
+    for run in (run for both in BOTH for run in rows.get(both, [])):
+        base.setdefault(run["seed"], []).append(np.asarray(quantity(run)))
+    return [np.asarray(quantity(run)) - np.mean(base[run["seed"]], 0) for run in rows[name]]
 
 
 def gaps(rows: Rows, quantity: str) -> dict[str, Gap]:
-    """Of each valid setting but the float32 rows, and of the rows with 8-bit codes together."""
-    losses = {
-        name: np.array([run["final"][quantity] for run in row]) for name, row in valid(rows).items()
-    }
-    sd, degrees = chance(losses)
-    base, seeds = of_float32s(losses), len(next(iter(losses.values())))
-    compared = [name for name in losses if name not in BOTH]
-    groups = {name: [name] for name in compared} | {ALL_CODES: list(EIGHT_BITS)}
-    limit = stats.t.ppf(1 - 0.025 / len(groups), degrees)
+    """Of each setting but float32, and of the rows with codes of as many bits together."""
+    fitted = fit(rows, quantity)
+    groups = {name: (name,) for name in rows if name not in BOTH}
+    groups |= {name: these for name, these in TOGETHER.items() if set(these) <= set(rows)}
+    limit = stats.t.ppf(1 - 0.025 / len(groups), fitted.degrees)
     found = {}
     for name, members in groups.items():
-        error = sd * np.sqrt((1 / len(members) + 1 / len(BOTH)) / seeds)
-        values = np.mean([losses[member] for member in members], 0) - base
+        mean, error = fitted.contrast(members)
+        values = [
+            from_float32(rows, member, lambda run: run["final"][quantity]) for member in members
+        ]
         half = float(limit * error)
-        found[name] = Gap(values, half, half + float(stats.t.ppf(POWER, degrees) * error))
+        power = float(stats.t.ppf(POWER, fitted.degrees) * error)
+        found[name] = Gap(mean, np.mean(values, 0), half, half + power)
     return found
 
 
@@ -121,22 +193,16 @@ def between_float32s(rows: Rows, quantity: str) -> str:
 
 def loss_table(rows: Rows) -> str:
     """The losses after training, and their differences to float32."""
-    summary = summarize(rows)
     by_loss = {quantity: gaps(rows, quantity) for quantity in LOSSES}
-    header = ["setting", "seeds", "validation loss", "minus float32's", "training, minus float32's"]
+    header = ["setting", "runs", "validation loss", "minus float32's", "training, minus float32's"]
     lines = []
-    for name in (*rows, ALL_CODES):
-        if name in summary:
-            entry = summary[name]["quantities"]["validation loss"]
-            cells = [name, str(len(summary[name]["seeds"])), mean("validation loss", entry)]
-        else:
-            cells = [name, "", ""]
-        if name in BOTH:
-            lines.append([*cells, "", ""])
-        elif name in rows and is_void(name, rows[name]):
-            lines.append([name, cells[1], "void: its residuals never changed", "", ""])
-        else:
-            lines.append([*cells, *(gap_cell(by_loss[q][name]) for q in LOSSES)])
+    for name in (*rows, *TOGETHER):
+        cells = [name, "", ""]
+        if name in rows:
+            losses = [run["final"][LOSSES[0]] for run in rows[name]]
+            cells = [name, str(len(losses)), mean(LOSSES[0], interval(losses)._asdict())]
+        apart = [by_loss[q][name] for q in LOSSES if name in by_loss[q]]
+        lines.append([*cells, *(map(gap_cell, apart) if apart else ("", ""))])
     return table(header, lines)
 
 
@@ -165,9 +231,17 @@ def tuned(rows: Rows) -> Rows:
     }
 
 
-def tuning_table(rows: Rows) -> str:
-    """What of fine-tuning's updates reached the weights, and what the loss says."""
-    summary = summarize(tuned(valid(rows)))
+def tuning_table(each: Sequence[Rows]) -> str:
+    """What of fine-tuning's updates reached the weights, and what the loss says.
+
+    A study has its own weights to start from, so a setting is compared with its study's float32.
+    """
+    summaries = [summarize(tuned(valid(rows))) for rows in each]
+    summary = {
+        name: next(found[name] for found in summaries if name in found)
+        for name in LONG
+        if any(name in found for found in summaries)
+    }
     header = [
         *("setting", "weights that a step changes", "with what is kept beside them"),
         *("of float32's way", "validation loss minus float32's"),
@@ -187,43 +261,40 @@ def tuning_table(rows: Rows) -> str:
     return table(header, lines)
 
 
-def measured(results: dict[str, Any]) -> dict[str, str]:
+def measured(studies: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Each setting's validation loss minus float32's, for the tables of others."""
-    found = gaps(by_setting(results), LOSSES[0])
+    found = gaps(joined([by_setting(study) for study in studies]), LOSSES[0])
     cells = {name: f"{gap.mean:+.4f} ± {gap.half:.4f}" for name, gap in found.items()}
     return cells | dict.fromkeys(BOTH, "the reference")
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(studies: Sequence[dict[str, Any]]) -> str:
     """Both tables, and what would have been found."""
-    rows = by_setting(results)
+    each, config = [by_setting(study) for study in studies], studies[0]["config"]
+    rows = joined(each)
     validation, training = (gaps(rows, quantity) for quantity in LOSSES)
-    losses = {
-        name: np.array([run["final"]["validation loss"] for run in row])
-        for name, row in valid(rows).items()
-    }
-    sd, degrees = chance(losses)
+    fitted = fit(rows, LOSSES[0])
     one = validation[EIGHT_BITS[0]]
-    config = results["config"]
     start = [run["fine-tuning"]["validation loss"] for run in rows[REFERENCE]]
     before, after = np.mean([x[0] for x in start]), np.mean([x[-1] for x in start])
     return "\n\n".join(
         [
             f"**After {config['steps']:,} steps** [nats a byte]",
             loss_table(rows),
-            f"Chance parts two runs of one setting and seed by {sd:.4f} (standard deviation, "
-            f"{degrees} degrees of freedom). Where a difference has an interval, all of a column "
-            "are in theirs at once in 95% of such studies. A higher validation loss would have "
-            f"been found in nine studies of ten if it were {one.found:.4f} for a row, "
-            f"{validation[ALL_CODES].found:.4f} for the three rows of codes together "
-            f"({training[EIGHT_BITS[0]].found:.4f} and {training[ALL_CODES].found:.4f} of "
-            "training). A smaller one may be there. The two float32 rows compute the same but for "
-            "roundings; by their own pairs optax's validation loss minus jadam's would be "
-            f"{between_float32s(rows, 'validation loss')}, a difference where there is none to "
-            "find. So no row is judged by its own pairs with one float32 row.",
+            f"Chance parts two runs of one setting and seed by {fitted.sd:.4f} (standard "
+            f"deviation, {fitted.degrees} degrees of freedom). Where a difference has an interval, "
+            "all of a column are in theirs at once in 95% of such studies. A higher validation "
+            "loss would have been found in nine studies of ten if it were "
+            f"{one.found:.4f} for a row with eight runs, {validation[ALL_CODES].found:.4f} for "
+            f"three such rows together ({training[EIGHT_BITS[0]].found:.4f} and "
+            f"{training[ALL_CODES].found:.4f} of training). A smaller one may be there. jadam's "
+            "and optax's float32 compute the same but for roundings; by the pairs of the first "
+            "study alone optax's validation loss minus jadam's would be "
+            f"{between_float32s(each[0], LOSSES[0])}, a difference where there is none to find. So "
+            "no row is judged by its own pairs with one float32 row.",
             f"**After {config['fine_steps']} steps of fine-tuning**",
-            tuning_table(rows),
-            "All settings start from float32's trained weights, with a learning rate "
+            tuning_table(each),
+            "All settings start from their study's trained float32 weights, with a learning rate "
             f"{1 / config['fine_share']:.0f} times smaller than the highest of training; float32 "
             f"goes from {before:.4f} to {after:.4f}. These runs are too short to part by chance, "
             "which the row of optax shows; so the intervals are those of the pairs with jadam's "
@@ -235,23 +306,22 @@ def markdown(results: dict[str, Any]) -> str:
 @mpl.rc_context(LOOK)
 def draw(rows: Rows) -> Figure:
     """The validation losses over the steps, and the differences of both losses at the end."""
-    rows = valid(rows)
-    figure = Figure((12, 7.5), layout="constrained")
+    figure = Figure((12, 8.5), layout="constrained")
     (curves, apart), (validation, training) = figure.subplots(2, 2)
     steps = np.array(rows[REFERENCE][0]["validation"]["steps"])[1:]
-    losses = {
-        name: np.array([run["validation"]["loss"] for run in row])[:, 1:]
-        for name, row in rows.items()
-    }
-    base = of_float32s(losses)
-    for name, values in losses.items():
-        style = {"color": COLORS[name], "linewidth": 1.3, "label": name}
-        style["linestyle"] = "--" if name == BOTH[1] else "-"
-        curves.plot(steps, values.mean(0), **style)
-        apart.plot(steps, (values - base).mean(0), **style)
+
+    def losses(run: dict[str, Any]) -> list[float]:
+        return run["validation"]["loss"][1:]
+
+    for name, row in rows.items():
+        color, dashes = LINES[name]
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.3, "label": name}
+        curves.plot(steps, np.mean([losses(run) for run in row], 0), **style)
+        apart.plot(steps, np.mean(from_float32(rows, name, losses), 0), **style)
     curves.set(title="validation loss [nats a byte]", xlabel="step")
-    apart.set(title="validation loss minus the mean of both float32 rows", xlabel="step")
-    curves.legend(frameon=False)
+    apart.set(title="the same minus the seed's float32 runs", xlabel="step")
+    handles, labels = curves.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     forest(validation, gaps(rows, LOSSES[0]), "validation loss at the end, minus float32's")
     forest(training, gaps(rows, LOSSES[1]), "training loss at the end, minus float32's")
     training.tick_params(labelleft=False)
@@ -261,22 +331,22 @@ def draw(rows: Rows) -> Figure:
 def forest(axis: Axes, found: dict[str, Gap], title: str) -> None:
     """Each setting's seeds as points, and the interval of its mean."""
     for place, (name, gap) in enumerate(reversed(found.items())):
-        color = COLORS.get(name, palette.BLACK)
+        color, _ = LINES.get(name, (palette.BLACK, ""))
         heights = np.full(len(gap.values), place - 0.2)
         axis.plot(gap.values, heights, ".", color=color, alpha=0.45, markersize=4)
         axis.errorbar(gap.mean, place, xerr=gap.half, fmt="o", color=color, capsize=3, markersize=4)
     axis.axvline(0, color=palette.BLACK, linewidth=1)
     axis.set_yticks(range(len(found)), list(reversed(found)))
     axis.set_ylim(-0.6, len(found) - 0.4)
-    axis.xaxis.set_major_locator(ticker.MultipleLocator(0.005))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6))
     axis.set(title=title, xlabel="nats a byte")
 
 
 def main(readme: Path = README) -> None:
     """Writes the README's tables and the picture."""
-    results = json.loads(RESULTS.read_text())
-    block = markdown(results)
-    picture.write(draw(by_setting(results)), RESULTS.with_suffix(""), dpi=110)
+    studies = committed()
+    block = markdown(studies)
+    picture.write(draw(joined([by_setting(study) for study in studies])), PICTURE, dpi=110)
     update_readme("long", block, readme)
     print(block)
 

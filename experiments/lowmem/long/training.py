@@ -25,6 +25,8 @@ from experiments.lowmem.settings import (
     MOMENTS_8,
     REFERENCE,
     SETTINGS,
+    Before,
+    Build,
     Setting,
     adamw,
     in_dtype,
@@ -35,6 +37,21 @@ from . import nearest
 
 NEAREST = "8-bit moments to nearest"
 STOCHASTIC = "bf16 weights, stochastic + 8-bit moments"
+SLOWER = "float32, 0.8 of the learning rate"
+
+
+def slower(build: Build) -> Build:
+    """A control for codes of 4 bits, whose steps are shorter while the second moment changes."""
+
+    def slowed(
+        learning_rate: optax.ScalarOrSchedule, decay: float, before: Before
+    ) -> optax.GradientTransformation:
+        assert callable(learning_rate)
+        return build(lambda count: 0.8 * learning_rate(count), decay, before)
+
+    return slowed
+
+
 LONG = {
     REFERENCE: SETTINGS[REFERENCE],
     "bf16 weights, compensated + 8-bit moments": SETTINGS[
@@ -50,6 +67,7 @@ LONG = {
     **{name: SETTINGS[name] for name in SETTINGS if "4-bit" in name},
     "bf16 weights, compensated": SETTINGS["bf16 weights, compensated"],
     "bf16 weights, stochastic": SETTINGS["bf16 weights, stochastic"],
+    SLOWER: Setting("float32", slower(adamw())),
 }
 """In the order of their importance: the time may end before the last."""
 # XLA may leave out a rounding to bfloat16 and back. Then a residual that is the difference between

@@ -255,6 +255,9 @@ class Codec {
 #endif
   }
 
+  // The top of a block whose largest v is this.
+  JADAM_INLINE I32 top_above(F32 v) const { return biased_level(v, F32{}) - (kBias - 1); }
+
   // 2^(level/32)
   JADAM_INLINE F32 power_of_two(I32 level) const {
 #if defined(JADAM_HAS_EXP2)
@@ -289,6 +292,59 @@ class Codec {
   const Polynomial<7> exp2_;
   const Polynomial<10> log2_;
 #endif
+};
+
+// Codes of 4 bits each, lattice.FOUR_BITS: levels of v are powers of two, so exponents of floats. Its
+// functions are those of Codec. v's code is exact, since no power and no logarithm is approximated.
+class CoarseCodec {
+ public:
+  static constexpr int kHighest = 12, kSizes = 10, kSizeBase = 2 * kSizes + 1, kBiasOfRoot = 64;
+
+  explicit JADAM_INLINE CoarseCodec(const Numbers& s)
+      : before_a_(s.coarse_before_a),
+        before_end_(kSizes * s.coarse_before_s),
+        now_a_(s.coarse_now_a),
+        now_end_(kSizes * s.coarse_now_s) {}
+
+  JADAM_INLINE void decode(I32 both, I32 offset, F32& m, F32& v) const {
+    const F32 x = to_float_under_2_22(both);
+    // ⌈both/21⌉: half a unit keeps the product from where the next one begins.
+    const I32 code = floor_under_2_22((x + (kSizeBase - 0.5f)) * (1.0f / kSizeBase));
+    const F32 size = x - to_float_under_2_22(code) * kSizeBase + float(kSizes);
+    const F32 root = select(code != 0, power_of_two(code + offset), F32{});
+    m = root * quotient(before_a_ * size, before_end_ - abs(size));
+    v = root * root;
+  }
+
+  // `fed` is 1 where the gradient is not 0, and 0 elsewhere; `to_level` is that of a dither.
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, U32 to_level) const {
+    const I32 raised = bits<I32>((bits<U32>(v) + to_level) >> 24) - base;
+    return select(v > 0.0f, max(min(raised, I32{} + kHighest), fed), I32{});
+  }
+
+  // Of m over the root, r, the curve is y = end·r/(a + r), and end - y is end·a/(a + r).
+  JADAM_INLINE I32 encode_m(F32 m, I32 code, I32 offset, F32 dither) const {
+    const F32 r = abs(m) * power_of_two(-(code + offset)), sum = now_a_ + r;
+    const F32 y = quotient(now_end_ * r, sum);
+    const I32 below = floor_under_2_22(y);
+    const F32 lower = to_float_under_2_22(below);
+    const F32 chance = (y - lower) * (now_end_ - 1.0f - lower) * (sum * per_end_a_);
+    const I32 level = min(below + ones(chance + dither >= 1.0f), I32{} + kSizes);
+    // Of NaN, which has a code of its own, this is any number: it may wrap.
+    const U32 both = bits<U32>(code) * uint32_t(kSizeBase) + bits<U32>(copysign(level, m));
+    return max(bits<I32>(both - uint32_t(kSizes)), I32{});
+  }
+
+  // The top of a block whose largest v is this.
+  JADAM_INLINE I32 top_above(F32 v) const {
+    return bits<I32>((bits<U32>(v) + kHalfExponent) >> 24) - (kBiasOfRoot - 1);
+  }
+
+  static JADAM_INLINE F32 power_of_two(I32 level) { return bits<F32>((level + 127) << 23); }
+
+ private:
+  const float before_a_, before_end_, now_a_, now_end_;
+  const float per_end_a_ = 1.0f / (now_end_ * now_a_);
 };
 
 // ---- _masters.py

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "step.h"
+
 #if defined(__CUDACC__)
-#define JADAM_INLINE __host__ __device__ __forceinline__
+#define JADAM_INLINE JADAM_EVERYWHERE __forceinline__
 #else
 #define JADAM_INLINE inline __attribute__((always_inline))
 #endif
@@ -40,6 +42,7 @@ template <class T>
 JADAM_INLINE T select(Mask mask, T x, T y) {
   return mask ? x : y;
 }
+JADAM_INLINE I32 ones(Mask mask) { return mask; }
 JADAM_INLINE I32 copysign(I32 size, F32 sign) { return bits<I32>(sign) < 0 ? -size : size; }
 JADAM_INLINE I32 max(I32 x, I32 y) { return x > y ? x : y; }
 JADAM_INLINE I32 min(I32 x, I32 y) { return x < y ? x : y; }

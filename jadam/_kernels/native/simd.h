@@ -87,6 +87,9 @@ JADAM_INLINE F32 select(Mask mask, F32 x, F32 y) { return mask ? x : y; }
 JADAM_INLINE I32 select(Mask mask, I32 x, I32 y) { return mask ? x : y; }
 JADAM_INLINE U32 select(Mask mask, U32 x, U32 y) { return mask ? x : y; }
 
+// 1 where the mask is set, else 0.
+JADAM_INLINE I32 ones(Mask mask) { return -mask; }
+
 // `size` with the sign of `sign`, for size >= 0, and 0 where sign is +0.
 JADAM_INLINE I32 copysign(I32 size, F32 sign) {
 #if defined(__AVX512F__)

@@ -1,7 +1,16 @@
 // What the binding and the kernels of each instruction set share.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+
+// Of functions that run on a GPU too.
+#if defined(__CUDACC__)
+#define JADAM_EVERYWHERE __host__ __device__
+#else
+#define JADAM_EVERYWHERE
+#endif
 
 namespace jadam {
 
@@ -67,11 +76,24 @@ struct Dithers {
 // Added to the bits of v: an odd power of 2 has the level of the even one below it.
 constexpr uint32_t kHalfExponent = 0x800000;
 
+// What to add to a number's bits so that they carry over to the next level, a power of two of the
+// root, where a dither in [0, 1) rounds up: from that part of an octave on where the chance of the
+// upper level is 1 - dither.
+JADAM_EVERYWHERE inline uint32_t to_level(float dither) {
+  constexpr float kBend = 0.173f;  // lattice.FOUR_BITS.bend
+  const float chance = 1 - dither, linear = 1 - kBend;
+  const float part = 2 * chance / (linear + sqrtf(linear * linear + 4 * kBend * chance));
+  const float one = 1, from = exp2f(2 * part);
+  uint32_t bits_of_one, bits_of_from;
+  std::memcpy(&bits_of_one, &one, sizeof one);
+  std::memcpy(&bits_of_from, &from, sizeof from);
+  return kHalfExponent + (1u << 24) - (bits_of_from - bits_of_one);
+}
+
 enum class Float { kF32, kBF16 };
 inline int64_t size_of(Float dtype) { return dtype == Float::kF32 ? 4 : 2; }
 
-// How the moments lie as codes, if they do: v's array then has the tops of blocks. Kernels for GPUs
-// have no 4-bit ones.
+// How the moments lie as codes, if they do: v's array then has the tops of blocks.
 enum class Codes { kNone, kEightBits, kFourBits };
 
 // How a parameter lies between two steps: as it is, or in bfloat16 with a residual of 8 or 16 bits,

@@ -45,20 +45,6 @@ inline std::vector<InstructionSet> instruction_sets() {
   return found;
 }
 
-// What to add to a number's bits so that they carry over to the next level, a power of two of the
-// root, where a dither in [0, 1) rounds up: from that part of an octave on where the chance of the
-// upper level is 1 - dither.
-inline uint32_t to_level(float dither) {
-  constexpr float kBend = 0.173f;  // lattice.FOUR_BITS.bend
-  const float chance = 1 - dither, linear = 1 - kBend;
-  const float part = 2 * chance / (linear + std::sqrt(linear * linear + 4 * kBend * chance));
-  const float one = 1, from = std::exp2(2 * part);
-  uint32_t bits_of_one, bits_of_from;
-  std::memcpy(&bits_of_one, &one, sizeof one);
-  std::memcpy(&bits_of_from, &from, sizeof from);
-  return kHalfExponent + (1u << 24) - (bits_of_from - bits_of_one);
-}
-
 // _rounding.weyl of a block's lanes at step `count`.
 inline Dithers dithers_of(uint32_t count, uint32_t first_lane, bool has_four_bits) {
   Dithers dithers;

@@ -87,7 +87,6 @@ ffi::Error launch_leaves(CudaStream stream, ffi::RemainingArgs args, ffi::Remain
   const InContext in_context(driver, context);
   std::vector<Leaf> leaves_of[std::size(kEntries)];
   for (const Leaf& leaf : leaves) {
-    if (leaf.codes == Codes::kFourBits) return wrong("4-bit codes are not for GPUs");
     if (leaf.blocks() > int64_t(UINT32_MAX / 2)) return wrong("a leaf is too large");
     if (leaf.m != leaf.m_out || leaf.v != leaf.v_out || leaf.residual != leaf.residual_out) {
       return wrong("moments or a residual are not replaced where they are");

@@ -52,6 +52,63 @@ struct Weyl {
 // A dither as a number in [0, 1), to 23 bits.
 JADAM_INLINE F32 unit(U32 weyl) { return bits<F32>((weyl >> 9) | 0x3F800000u) - 1.0f; }
 
+// The codecs, with what a block's largest code of v is found by: `seen` has the order of the codes.
+// `DithersOfV` are those of a thread's numbers.
+
+// lattice.EIGHT_BITS
+class EightBits : public Codec {
+ public:
+  using Both = uint16_t;
+  static constexpr I32 kSeenOfNaN = kNaN, kOfNaN = 64 << 9 | kNaN;
+
+  using Codec::Codec;
+
+  static JADAM_INLINE I32 seen(I32 both) { return both & kNaN; }
+  static JADAM_INLINE I32 code_of(I32 seen) { return seen; }
+  static JADAM_INLINE I32 offset_of(I32 top) { return top - kTop; }
+  static JADAM_INLINE I32 base_of(I32 top) { return top - kTop + kBias; }
+
+  template <int kN>
+  struct DithersOfV {
+    explicit JADAM_INLINE DithersOfV(const Weyl<kN>& weyl) : weyl_(weyl) {}
+    JADAM_INLINE F32 operator[](int i) const { return unit(weyl_.of[i]); }
+
+   private:
+    const Weyl<kN>& weyl_;
+  };
+};
+
+// lattice.FOUR_BITS
+class FourBits : public CoarseCodec {
+ public:
+  using Both = uint8_t;
+  static constexpr I32 kSeenOfNaN = 255, kOfNaN = 255;
+
+  using CoarseCodec::CoarseCodec;
+
+  static JADAM_INLINE I32 seen(I32 both) { return both; }
+  static JADAM_INLINE I32 code_of(I32 seen) { return (seen + kSizeBase - 1) / kSizeBase; }
+  static JADAM_INLINE I32 offset_of(I32 top) { return top - kHighest; }
+  static JADAM_INLINE I32 base_of(I32 top) { return top - kHighest + kBiasOfRoot; }
+
+  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, U32 to_level) const {
+    return CoarseCodec::encode_v(v, min(fed, 1), base, to_level);
+  }
+
+  // Made once: a thread's numbers have the same places in all blocks.
+  template <int kN>
+  struct DithersOfV {
+    explicit JADAM_INLINE DithersOfV(const Weyl<kN>& weyl) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) of_[i] = to_level(unit(weyl.of[i]));
+    }
+    JADAM_INLINE U32 operator[](int i) const { return of_[i]; }
+
+   private:
+    U32 of_[kN];
+  };
+};
+
 constexpr int32_t kSmallestUsual = 0x05800000;  // 2^-116
 constexpr int32_t kLargestG = 0x5F000000, kInfinity = 0x7F800000;  // 2^63 and infinity
 
@@ -87,51 +144,53 @@ JADAM_INLINE void step_floats(Block<kN>& b, const Numbers& s) {
 }
 
 // The same on moments as codes.
-template <int kN>
+template <class Codec, int kN>
 JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
-                             const Weyl<kN>& weyl) {
-  I32 code = 0, size = 0;
+                             const Weyl<kN>& weyl,
+                             const typename Codec::template DithersOfV<kN>& dithers) {
+  I32 seen = 0, size = 0;
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    code = max(code, b.codes[i] & kNaN);
+    seen = max(seen, Codec::seen(b.codes[i]));
     size = max(size, bits<I32>(abs(b.g[i])));
   }
-  code = group_max<kN>(code);
+  seen = group_max<kN>(seen);
   size = group_max<kN>(size);
   // The same in all threads of the group; those of a warp stay together for what follows.
-  const bool is_special = code == kNaN || size > kLargestG;
+  const bool is_special = seen == Codec::kSeenOfNaN || size > kLargestG;
   I32 fed[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     fed[i] = bits<I32>(abs(b.g[i]));
-    codec.decode(b.codes[i], b.top - kTop, b.m[i], b.v[i]);
+    codec.decode(b.codes[i], Codec::offset_of(b.top), b.m[i], b.v[i]);
   }
   if (__builtin_expect(any_of_warp(is_special), false)) {
     limit_gradients(b);
-    code = size = 0;
+    seen = size = 0;
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      const I32 own_code = b.codes[i] & kNaN, own_size = bits<I32>(abs(b.g[i]));
-      if (own_code == kNaN) b.v[i] = bits<F32>(0x7FC00000);
-      code = max(code, own_code == kNaN ? 0 : own_code);
+      const I32 own_seen = Codec::seen(b.codes[i]), own_size = bits<I32>(abs(b.g[i]));
+      if (own_seen == Codec::kSeenOfNaN) b.v[i] = bits<F32>(0x7FC00000);
+      seen = max(seen, own_seen == Codec::kSeenOfNaN ? 0 : own_seen);
       size = max(size, own_size < kInfinity ? own_size : 0);
     }
-    code = group_max<kN>(code);
+    seen = group_max<kN>(seen);
     size = group_max<kN>(size);
   }
-  const F32 root = select(code > 0, codec.power_of_two(code - kTop + b.top), 0.0f);
+  const I32 code = Codec::code_of(seen);
+  const F32 root = select(code > 0, codec.power_of_two(code + Codec::offset_of(b.top)), 0.0f);
   const F32 bound = second_moment(root * root, bits<F32>(size), s);
-  b.top = select(bound > 0.0f, codec.biased_level(bound, 0.0f) - (kBias - 1), 0);
+  b.top = select(bound > 0.0f, codec.top_above(bound), 0);
   step_limited(b, s);
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    const I32 of_v = codec.encode_v(b.v[i], fed[i], b.top - kTop + kBias, unit(weyl.of[i]));
-    b.codes[i] = codec.encode_m(b.m[i], of_v, b.top - kTop, unit(weyl.of[i] + kSalt));
+    const I32 of_v = codec.encode_v(b.v[i], fed[i], Codec::base_of(b.top), dithers[i]);
+    b.codes[i] = codec.encode_m(b.m[i], of_v, Codec::offset_of(b.top), unit(weyl.of[i] + kSalt));
   }
   if (__builtin_expect(is_special, false)) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      if (!is_finite(b.v[i])) b.codes[i] = (64 << 9) | kNaN;
+      if (!is_finite(b.v[i])) b.codes[i] = Codec::kOfNaN;
     }
   }
 }

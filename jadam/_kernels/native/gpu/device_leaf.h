@@ -15,13 +15,17 @@ struct Entry {
 constexpr Entry kEntries[] = {{"jadam_float32", kFloat32},
                               {"jadam_floats", kFloats},
                               {"jadam_codes", kCodes},
+                              {"jadam_codes4", kCodes4},
                               {"jadam_narrow_floats", kNarrowFloats},
-                              {"jadam_narrow_codes", kNarrowCodes}};
+                              {"jadam_narrow_codes", kNarrowCodes},
+                              {"jadam_narrow_codes4", kNarrowCodes4}};
 
 // Which of them has a leaf.
 inline int entry_of(const Leaf& leaf) {
-  if (leaf.weights != Weights::kPlain) return leaf.is_coded() ? 4 : 3;
-  if (leaf.is_coded()) return 2;
+  const int first = leaf.weights == Weights::kPlain ? 1 : 4;  // of those for such weights
+  if (leaf.codes == Codes::kFourBits) return first + 2;
+  if (leaf.codes == Codes::kEightBits) return first + 1;
+  if (leaf.weights != Weights::kPlain) return first;
   for (Float x : {leaf.g_dtype, leaf.p_dtype, leaf.m_dtype, leaf.v_dtype}) {
     if (x == Float::kBF16) return 1;
   }

@@ -1,6 +1,8 @@
 // One step of many leaves in one pass over memory. The threads of a warp, or of half of one, take a
 // block of 128 numbers at a time, four or eight each, those of an array in one access.
 
+#include <type_traits>
+
 #define JADAM_ISA gpu
 #include "block.h"
 #include "launch.h"
@@ -9,13 +11,28 @@ namespace jadam {
 namespace gpu {
 namespace {
 
-// What a kernel steps: moments as floats, all arrays float32 or not, or as codes; parameters that
-// are what they stand for, or weights that stand for more.
-enum class Kind { kFloat32, kFloats, kCodes, kNarrowFloats, kNarrowCodes };
-constexpr bool has_codes(Kind kind) { return kind == Kind::kCodes || kind == Kind::kNarrowCodes; }
-constexpr bool has_weights(Kind kind) {
-  return kind == Kind::kNarrowFloats || kind == Kind::kNarrowCodes;
+// What a kernel steps: moments as floats, all arrays float32 or not, or as codes of 8 or 4 bits each;
+// parameters that are what they stand for, or weights that stand for more.
+enum class Kind {
+  kFloat32,
+  kFloats,
+  kCodes,
+  kCodes4,
+  kNarrowFloats,
+  kNarrowCodes,
+  kNarrowCodes4,
+};
+constexpr bool has_4_bits(Kind kind) {
+  return kind == Kind::kCodes4 || kind == Kind::kNarrowCodes4;
 }
+constexpr bool has_codes(Kind kind) {
+  return kind == Kind::kCodes || kind == Kind::kNarrowCodes || has_4_bits(kind);
+}
+constexpr bool has_weights(Kind kind) { return kind >= Kind::kNarrowFloats; }
+template <Kind kKind>
+using CodecOf = std::conditional_t<has_4_bits(kKind), FourBits, EightBits>;
+template <Kind kKind>
+using BothOf = typename CodecOf<kKind>::Both;
 
 // The options of a leaf that the choice of its kernel leaves open.
 template <Kind kKind>
@@ -134,7 +151,7 @@ struct Lying {
     const uint32_t options = options_of<kKind>(leaf);
     g = load_floats<Access>(leaf.g, options & kNarrowG, at);
     if constexpr (has_codes(kKind)) {
-      m = Access::template load<uint16_t>(leaf.m, at);
+      m = Access::template load<BothOf<kKind>>(leaf.m, at);
       top = block < leaf.blocks ? static_cast<const int16_t*>(leaf.v)[block] : int16_t(0);
     } else {
       m = load_floats<Access>(leaf.m, options & kNarrowM, at);
@@ -157,7 +174,7 @@ struct Lying {
                                         uint32_t block) const {
     const uint32_t options = options_of<kKind>(leaf);
     if constexpr (has_codes(kKind)) {
-      Access::template store<uint16_t>(m, leaf.m, at);
+      Access::template store<BothOf<kKind>>(m, leaf.m, at);
       const bool is_first = threadIdx.x % (kBlock / kN) == 0;
       if (is_first && block < leaf.blocks) static_cast<int16_t*>(leaf.v)[block] = top;
     } else {
@@ -215,16 +232,26 @@ __device__ __forceinline__ Lot<kN> from_floats(const F32 (&x)[kN], bool is_narro
 }
 
 // Codes.
-template <int kN>
+template <class Both, int kN>
 __device__ __forceinline__ void to_codes(const Lot<kN>& x, I32 (&y)[kN]) {
+  constexpr int kInWord = 4 / sizeof(Both), kBits = 8 * sizeof(Both);
 #pragma unroll
-  for (int i = 0; i < kN; ++i) y[i] = x.words[i / 2] >> (16 * (i % 2)) & 0xFFFF;
+  for (int i = 0; i < kN; ++i) {
+    y[i] = x.words[i / kInWord] >> (kBits * (i % kInWord)) & ((1 << kBits) - 1);
+  }
 }
-template <int kN>
+template <class Both, int kN>
 __device__ __forceinline__ Lot<kN> from_codes(const I32 (&x)[kN]) {
   Lot<kN> y{};
 #pragma unroll
-  for (int i = 0; i < kN; i += 2) y.words[i / 2] = __byte_perm(x[i], x[i + 1], 0x5410);
+  for (int i = 0; i < kN; i += 2) {
+    if constexpr (sizeof(Both) == 2) {
+      y.words[i / 2] = __byte_perm(x[i], x[i + 1], 0x5410);
+    } else {
+      const uint32_t pair = __byte_perm(x[i], x[i + 1], 0x0040);
+      y.words[i / 4] = i % 4 == 0 ? pair : __byte_perm(y.words[i / 4], pair, 0x5410);
+    }
+  }
   return y;
 }
 
@@ -291,18 +318,19 @@ __device__ __forceinline__ void compensate(Block<kN>& b, Lot<kN>& residual, cons
 }
 
 template <int kN, Kind kKind>
-__device__ __forceinline__ void step(Lying<kN, kKind>& x, const DeviceLeaf& leaf,
-                                     const Numbers& s, const Codec& codec, const Weyl<kN>& weyl,
-                                     const U32 (&dither)[kN], uint32_t element) {
+__device__ __forceinline__ void step(
+    Lying<kN, kKind>& x, const DeviceLeaf& leaf, const Numbers& s, const CodecOf<kKind>& codec,
+    const Weyl<kN>& weyl, const typename CodecOf<kKind>::template DithersOfV<kN>& dithers_of_v,
+    const U32 (&dither)[kN], uint32_t element) {
   const uint32_t options = options_of<kKind>(leaf);
   Block<kN> b;
   to_floats(x.g, options & kNarrowG, b.g);
   to_floats(x.p, has_weights(kKind) || (options & kNarrowP), b.p);
   if constexpr (has_codes(kKind)) {
     b.top = x.top;
-    to_codes(x.m, b.codes);
-    step_codes(b, s, codec, weyl);
-    x.m = from_codes(b.codes);
+    to_codes<BothOf<kKind>>(x.m, b.codes);
+    step_codes(b, s, codec, weyl, dithers_of_v);
+    x.m = from_codes<BothOf<kKind>>(b.codes);
     x.top = int16_t(b.top);
   } else {
     to_floats(x.m, options & kNarrowM, b.m);
@@ -380,9 +408,10 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
   if (walk.block - ahead_of_warp >= end) return;
 
   const Numbers s = *launch.numbers;
-  const Codec codec(s);
+  const CodecOf<kKind> codec(s);
   const uint32_t lane = threadIdx.x % kGroup * kN;
   const Weyl<kN> weyl(*launch.first_lane + lane, *launch.count);
+  const typename CodecOf<kKind>::template DithersOfV<kN> dithers_of_v(weyl);
   U32 of_residual[kN] = {};
   if (has_weights(kKind) && leaf.weights == Weights::kCompensated8) {
     // Its own count, in the place of the step's.
@@ -412,7 +441,7 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
     return y;
   };
   const auto finish = [&](Fetched& y) {
-    step(y.x, leaf, s, codec, weyl, of_residual, uint32_t(y.at.first));
+    step(y.x, leaf, s, codec, weyl, dithers_of_v, of_residual, uint32_t(y.at.first));
     if (y.is_whole) {
       y.x.template store<Whole<kN>>(leaf, y.at, y.block);
     } else {
@@ -443,5 +472,7 @@ __device__ __forceinline__ void run(const Launch& launch, uint32_t blocks_in_chu
 JADAM_KERNEL(jadam_float32, kFloat32)
 JADAM_KERNEL(jadam_floats, kFloats)
 JADAM_KERNEL(jadam_codes, kCodes)
+JADAM_KERNEL(jadam_codes4, kCodes4)
 JADAM_KERNEL(jadam_narrow_floats, kNarrowFloats)
 JADAM_KERNEL(jadam_narrow_codes, kNarrowCodes)
+JADAM_KERNEL(jadam_narrow_codes4, kNarrowCodes4)

@@ -16,7 +16,8 @@ struct Division {
   bool ahead;       // a block is on its way while one is computed
 };
 constexpr Division kFloat32{4, 16, 4, false}, kFloats{4, 64, 3, true}, kCodes{8, 32, 2, true},
-    kNarrowFloats{4, 16, 3, false}, kNarrowCodes{8, 128, 2, true};
+    kCodes4{8, 32, 2, true}, kNarrowFloats{4, 16, 3, false}, kNarrowCodes{8, 128, 2, true},
+    kNarrowCodes4{8, 128, 2, true};
 
 // The options of a leaf, as bits.
 enum : uint32_t {
