@@ -89,13 +89,13 @@ class Part:
 
     def __init__(self, name: str, out: Path, about: dict[str, Any], add: bool) -> None:
         self.path = out / f"device-{name}.json"
-        self.about, self.rows = about, {}
+        self.about, self.rows, self.versions = about, {}, {}
         self._lock = threading.Lock()
         if add and self.path.exists():
             known = json.loads(self.path.read_text())
             if known.get("driver") != about["driver"]:
                 raise SystemExit(f"{self.path} is of another device or driver: {known['driver']}")
-            self.rows = known["rows"]
+            self.rows, self.versions = known["rows"], known["versions"]
             commits = dict.fromkeys((known.get("commit"), about.get("commit")))
             self.about = {**about, "commit": ", ".join(filter(None, commits))}
 
@@ -103,7 +103,9 @@ class Part:
         """Keeps a row, in the file too."""
         with self._lock:
             if key == ABOUT:
-                self.about = {**row, **self.about}
+                # Of a peer that is not measured again, the one that was there.
+                versions = {**self.versions, **row["versions"]}
+                self.about = {**row, **self.about, "versions": versions}
             else:
                 self.rows[key] = row
                 print(f"{key}: {json.dumps(row)[:160]}", flush=True)

@@ -114,6 +114,9 @@ LIMITS = {
     "p bfloat16": NEIGHBOURS,
     # An update has its gradient's dtype: its neighbour is 2¹⁶ float32 numbers away.
     "p float32 by bfloat16": Limit(2.0**17),
+    # It is 2⁻⁹ of itself off, beside half a distance of 2⁻⁸ of a normal parameter: of updates of
+    # 0.01 in the mean 0.01/4·E(1/|p|), for |p| over 0.01/4.
+    "p bfloat16 by bfloat16": Limit(1, 0.03),
     "moments float32": Limit(2),
     "moments bfloat16": NEIGHBOURS,
     "8-bit codes of m": NEIGHBOURS,
@@ -195,8 +198,10 @@ def distances(
     of the gradients.
     """
     (p, state), (q, other) = found, expected
+    weights = _one(state, jadam.CompensatedWeightsState)
+    own_weights = weights or _one(state, jadam.StochasticRoundingState)
     for a, b, size in zip(p, q, sizes, strict=True):
-        by = f" by {jnp.dtype(dtype)}" if dtype == BF16 and a.dtype == jnp.float32 else ""
+        by = f" by {jnp.dtype(dtype)}" if dtype == BF16 and not own_weights else ""
         yield f"p {a.dtype}{by}", ulps(a, b, size)
         yield "not finite", astray(a, b)
     own, peer = (_one(x, jadam.AdamState) for x in (state, other))
@@ -216,7 +221,6 @@ def distances(
             else:
                 yield f"moments {a.dtype}", ulps(a, b, term)
                 yield "not finite", astray(a, b)
-    weights = _one(state, jadam.CompensatedWeightsState)
     if weights is None:
         return
     masters = (jadam.master_weights(*pair) for pair in ((p, state), (q, other)))
