@@ -30,6 +30,8 @@ ON_GPU = {
     "flashoptim-jax, 8-bit": "flashoptim-jax 8-bit",
     "bfloat16 weights, compensated, `step`": "jadam compensated bf16 weights",
     "bfloat16 weights, compensated, 8-bit moments, `step`": "jadam 7 bytes: compensated, 8-bit",
+    "4-bit moments, `step`": "jadam 4-bit moments",
+    "bfloat16 weights, stochastic, 4-bit moments, `step`": "jadam 5 bytes: stochastic, 4-bit",
 }
 # What the README compares: its words, the study of memory's name, the name in the bench.
 COSTS = {
@@ -116,7 +118,7 @@ def costs(
     return (
         f"{table}\n\nBytes a parameter, and the time of a step of {WORKLOAD} on a CPU "
         f"({speed.where(times)}). The loss is that of validation after the long training of "
-        "a small language model, in nats a byte, minus the mean of jadam's and optax's float32, "
+        "a small language model, in nats a byte, minus float32's, "
         "with a 95% interval ([how](experiments/lowmem/README.md#long-trainings))."
     )
 
