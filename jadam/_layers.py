@@ -110,21 +110,22 @@ def over_layers(
             name: near(lax.dynamic_slice_in_dim(x, i * rows, rows)) for name, x in stacks.items()
         }
 
+    # A slice's number is counted by the loop, not read from an array: so XLA:GPU knows where a slice
+    # lies before it is computed on. It fetches each when it is needed, or gives a kernel its place.
     def step(state: Any, x: Any) -> Any:
-        carry, fetched, own = state
+        carry, i, fetched, own = state
         own = own if writes else {name: _as_it_lies(x) for name, x in own.items()}
-        i, _ = x
         following = jnp.where(i > 0, i - 1, i) if reverse else jnp.minimum(i + 1, length - 1)
         coming = slices(ahead, following)
         here = slices({name: x for name, x in own.items() if name not in ahead}, i)
-        carry, new, y = body(carry, here | fetched, x)
+        carry, new, y = body(carry, here | fetched, (i.astype(jnp.uint32), x))
         for name, slice_ in new.items():
             slice_ = back(placed_like(slice_, (here | fetched)[name]), own[name])
             own |= {name: lax.dynamic_update_slice_in_dim(own[name], slice_, i * rows, 0)}
-        return (carry, coming, own), y
+        return (carry, i - 1 if reverse else i + 1, coming, own), y
 
-    first = jnp.uint32(length - 1 if reverse else 0)
-    state = (carry, slices(ahead, first), stacks)
-    index = jnp.arange(length, dtype=jnp.uint32)
-    (carry, _, own), ys = lax.scan(step, state, (index, xs), reverse=reverse, unroll=unroll)
+    first = jnp.int32(length - 1 if reverse else 0)
+    state = (carry, first, slices(ahead, first), stacks)
+    options = {"length": length, "reverse": reverse, "unroll": unroll}
+    (carry, _, _, own), ys = lax.scan(step, state, xs, **options)
     return carry, own, ys
