@@ -304,7 +304,8 @@ def poison(compiled: Compiled, number: int, first: Any, clean: Any) -> None:
     spoiled, state, _ = compiled.along(
         params, compiled.tx.init(params), structure.unflatten(leaves)
     )
-    is_coded = bool(codes_in(program, state))
+    if is_coded := bool(codes_in(program, state)):
+        isolated(compiled, which, place, bad, structure.unflatten(leaves))
     for i, (x, y) in enumerate(zip(*map(jax.tree.leaves, (spoiled, clean[0])), strict=True)):
         x, y = np.array(x), np.array(y)
         if i == which:
@@ -313,6 +314,28 @@ def poison(compiled: Compiled, number: int, first: Any, clean: Any) -> None:
         # A finite gradient in its place may have raised the top of its block.
         is_right = np.all(np.isfinite(x)) if is_coded else x.tobytes() == y.tobytes()
         holds(is_right, "poison spread", leaf=i, from_leaf=which, place=place, step=step, bad=bad)
+
+
+def isolated(
+    compiled: Compiled, which: int, place: tuple[int, ...], bad: float, gradients: Any
+) -> None:
+    """An element that is bad from its first step on leaves its block as one without gradients does.
+
+    A block of codes has a top in common, which neither of the two may raise.
+    """
+    params, ends = compiled.program.parameters(), []
+    leaves, structure = jax.tree.flatten(gradients)
+    shape = leaves[which].shape[1:]
+    for start in (0.0, bad):
+        x = leaves[which].at[(slice(None), *place)].set(0).at[(0, *place)].set(start)
+        changed = structure.unflatten([*leaves[:which], x, *leaves[which + 1 :]])
+        end = compiled.along(params, compiled.tx.init(params), changed)[:2]
+        arrays = [np.array(x) for x in jax.tree.leaves(end)]
+        for x in arrays:
+            if x.shape == shape:  # no two leaves have the same
+                x[place] = 0
+        ends.append(arrays)
+    same_bits("poison spread", ends[1], ends[0])
 
 
 def resume(compiled: Compiled, number: int, middle: Any, last: Any, end: Any) -> None:
