@@ -217,7 +217,7 @@ def kernel(results: report.Results) -> None:
             edit,
             {
                 "found": done.returncode != 0,
-                "by": lines[-1] if done.returncode else None,
+                "by": (lines or [f"exit code {done.returncode}"])[-1] if done.returncode else None,
                 "seconds": round(time.monotonic() - began),
             },
         )
