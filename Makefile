@@ -51,7 +51,7 @@ check-ahead: $(call STAMP,dev) ## steps compiled ahead of time for TPUs and GPUs
 ptx: ## the CUDA kernels compiled, into jadam/_kernels/native/gpu/kernel.ptx: with nvcc 13.0
 	.ci/ptx.sh
 
-soak: $(call STAMP,test) ## the long forms of the tests, and 10,000 random programs: hours
+soak: $(call STAMP,test) ## the long forms of the tests, and 12,000 random programs: hours
 	$(RUN) -m pytest -m soak
 	$(RUN) -m tests.programs
 

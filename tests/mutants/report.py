@@ -71,15 +71,25 @@ class Results:
         self.write()
         print("found now" if found["found"] else "SURVIVED", record, flush=True)
 
-    def has_edit(self, edit: dict[str, str]) -> bool:
-        """Whether this edit of the kernel was tried."""
-        return any(all(x[key] == edit[key] for key in edit) for x in self.data["kernel"])
+    def edited(self, edit: dict[str, str]) -> dict[str, Any] | None:
+        """What became of an edit of the kernel, if it was tried."""
+        tried = self.data["kernel"]
+        return next((x for x in tried if all(x[key] == edit[key] for key in edit)), None)
 
-    def add_edit(self, record: dict[str, object]) -> None:
+    def wants(self, edit: dict[str, str]) -> bool:
+        """Whether this edit of the kernel was not tried yet, or survived and is not equivalent."""
+        record = self.edited(edit)
+        is_same = (edit["file"], edit["was"], edit["is"]) in equivalent()
+        return record is None or not (record["found"] or record.get("found_now") or is_same)
+
+    def add_edit(self, edit: dict[str, str], found: dict[str, object]) -> None:
         """Keeps what became of an edit of the kernel."""
-        self.data["kernel"].append(record)
+        if (record := self.edited(edit)) is not None:
+            self.now(record, found)
+            return
+        self.data["kernel"].append(edit | found)
         self.write()
-        print("kernel", "found" if record["found"] else "SURVIVED", record, flush=True)
+        print("kernel", "found" if found["found"] else "SURVIVED", edit, found, flush=True)
 
 
 def table(data: dict[str, Any]) -> str:

@@ -29,10 +29,11 @@ PATH = Path(__file__).parent / "results.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
-    parser.add_argument("--programs", type=int, default=10_000)
+    parser.add_argument("--programs", type=int, default=12_000)
     parser.add_argument(
         "--sequences", type=int, default=100, help="of gradients, of each configuration"
     )
+    parser.add_argument("--first", type=int, default=0, help="the configuration to begin with")
     parser.add_argument("--out", type=Path, default=PATH)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     options = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     if options.out.exists():
         report |= json.loads(options.out.read_text())
     done = report["configurations"]
-    for seed in range(options.programs // options.sequences):
+    for seed in range(options.first, options.programs // options.sequences):
         if str(seed) in done:
             continue
         if time.monotonic() - began > 60 * options.minutes:

@@ -38,7 +38,11 @@ STORAGES: dict[str, dict[str, Any]] = {
     "float16 m": {"mu_dtype": "float16"},
     "params": {"mu_dtype": "params"},
     "8 bits": {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0},
+    "4 bits": {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0},
 }
+FIRST_OF_4_BITS = 100
+"""Seeds from here on draw 4 bits. Those below draw what they drew before there were any, so that
+their results, which are kept, go on counting."""
 DTYPES = [  # of parameters and of gradients
     *[("float32", "float32")] * 5,
     *[("bfloat16", "bfloat16"), ("bfloat16", "float32")] * 2,
@@ -209,8 +213,15 @@ def draw(seed: int) -> Program:
     member = rng.choice(list(MEMBERS) if kernel == "xla" else of_kernel)
     if member.startswith("radam") and "float16" in dtypes:
         dtypes = ("float32", "float32")  # its first steps, as large as gradients, leave the range
-    storage = rng.choice(list(STORAGES) + ["8 bits"] * 3)
+    older = [name for name in STORAGES if name != "4 bits"]
+    storage = rng.choice(older + ["8 bits"] * 3)
     shapes = tuple(rng.sample(SHAPES, rng.randint(1, 3)))
+    if seed >= FIRST_OF_4_BITS:
+        storage = "4 bits"
+        if dtypes[0] in ("complex64", "float64"):  # never in codes
+            dtypes = ("float32", "float32")
+        if not any(shape and shape[-1] >= 32 for shape in shapes):  # nor these
+            shapes = (*shapes, (5, 40))
     if not any(np.prod(shape) for shape in shapes):
         shapes = (*shapes, (5, 40))
     return Program(

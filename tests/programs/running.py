@@ -18,8 +18,10 @@ from flax import serialization
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jadam._storage.lattice import EIGHT_BITS, FOUR_BITS, Lattice
 from tests.programs.drawing import OF_16_BITS, Program
 
+LATTICES = {"8 bits": EIGHT_BITS, "4 bits": FOUR_BITS}
 HALF = 100  # steps
 ORBAX_EVERY = 20  # sequences
 
@@ -47,7 +49,24 @@ def moved(p: jax.Array, update: jax.Array) -> jax.Array:
     return (p.astype(wide) + update.astype(wide)).astype(p.dtype)
 
 
+def codes_in(program: Program, state: Any) -> list[jax.Array]:
+    """The arrays of codes in a state, each of v and m together."""
+    lattice = LATTICES.get(program.storage)
+    return [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if lattice is not None
+        and x.dtype == lattice.dtype
+        and any(getattr(key, "name", None) == "mu" for key in path)
+    ]
+
+
 # The kernel beside XLA's form
+
+
+def units_allowed(program: Program) -> int:
+    """Units in the last place, of what `units_apart` says."""
+    return 8 if program.storage in LATTICES else 3
 
 
 def units_apart(
@@ -55,7 +74,7 @@ def units_apart(
 ) -> jax.Array:
     """The distance of two updates, as a share of what the documentation allows.
 
-    3 units in the last place, and 8 from 8-bit moments, of a learning rate, of the update or of
+    3 units in the last place, and 8 from moments in codes, of a learning rate, of the update or of
     what it is without its gradient, `of_m`, whichever is longest. One of the update's own dtype.
     RAdam's first steps are m̂, in which gradients cancel.
     """
@@ -65,7 +84,7 @@ def units_apart(
     size = jnp.maximum(jnp.maximum(jnp.abs(y), jnp.abs(of_m)), program.learning_rate)
     if program.member.startswith("radam"):
         size = jnp.maximum(size, program.learning_rate * jnp.minimum(jnp.abs(g), 2.0**63))
-    unit = (8 if program.storage == "8 bits" else 3) * 2.0**-23 + (eps if eps > 1e-3 else 0)
+    unit = units_allowed(program) * 2.0**-23 + (eps if eps > 1e-3 else 0)
     return jnp.max(jnp.abs(x - y) / (unit * size), initial=0.0)
 
 
@@ -74,23 +93,25 @@ def parameters_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
     return list(zip(*map(jax.tree.leaves, (state[0].mu, state[0].nu)), strict=True))
 
 
-def codes_apart(x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+def codes_apart(lattice: Lattice, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
     """Of two parameters in codes: how many levels v and m are apart, and how many elements differ.
 
     v's level is counted from 1: where a block's tops are neighbours, so are the codes of equal
     values. Code 0 is the neighbour of code 1, or 2 where the tops differ: of v under 2⁻¹²⁶, which
     one form flushes to 0 before a sum and the other after it. Nor is code 1 counted, on which lies
-    all that is below its block's range.
+    all that is below its block's range. Where levels are octaves, m beside a neighbouring one is
+    twice or half as large, and not compared.
     """
 
     def parts(both: jax.Array, tops: jax.Array) -> tuple[jax.Array, ...]:
-        code, m = (both & 511).astype(jnp.int32), (both >> 9).astype(jnp.int32)
+        code, m = lattice.code_of(both), lattice.size_of(both)
         return code, code + jnp.repeat(tops.astype(jnp.int32), 128, axis=-1)[..., : m.shape[-1]], m
 
     (code, level, m), (other_code, other_level, other_m) = parts(*x), parts(*y)
     either, both = jnp.minimum(code, other_code) == 0, jnp.maximum(code, other_code)
     v_apart = jnp.where(either, (both + 1) // 2, jnp.abs(level - other_level))
-    m_apart = jnp.where(both == 0, 0, jnp.abs(m - other_m))
+    is_compared = (both > 0) & ((v_apart == 0) | (not lattice.is_coarse))
+    m_apart = jnp.where(is_compared, jnp.abs(m - other_m), 0)
     apart = jnp.maximum(v_apart, m_apart)
     return jnp.max(apart, initial=0).astype(jnp.float32), jnp.sum(
         (apart > 0) & (jnp.minimum(code, other_code) > 2)
@@ -136,8 +157,9 @@ class Compiled:
     def measured(self, seen: Any) -> None:
         """Keeps the largest distance of float32 updates."""
         if jnp.finfo(self.program.dtypes[1]).bits >= 32:
-            allowed = 8 if self.program.storage == "8 bits" else 3
-            largest = allowed * max(float(jnp.max(share)) for share in seen["updates"])
+            largest = units_allowed(self.program) * max(
+                float(jnp.max(share)) for share in seen["updates"]
+            )
             self.units = max(round(largest, 2), self.units or 0.0)
 
     def _along(self, params: Any, state: Any, gradients: Any) -> tuple[Any, Any, Any]:
@@ -156,8 +178,9 @@ class Compiled:
                 shares, differ = [], 0
                 pairs = zip(*map(parameters_of, (after, expected)), strict=True)
                 for x, y in pairs:
-                    if x[0].dtype == jnp.uint16:
-                        found = [codes_apart(x, y)]
+                    lattice = LATTICES.get(self.program.storage)
+                    if lattice is not None and x[0].dtype == lattice.dtype:
+                        found = [codes_apart(lattice, x, y)]
                     else:
                         found = [floats_apart(*each) for each in zip(x, y, strict=True)]
                     shares += [share for share, _ in found]
@@ -200,7 +223,7 @@ def check(compiled: Compiled, number: int) -> None:
     avals = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     holds(avals(middle[:2]) == avals((params, state)), "shapes and dtypes changed")
     for at, (new_params, new_state, seen) in enumerate((middle, end)):
-        check_finite(new_params, new_state, at)
+        check_finite(program, new_params, new_state, at)
         check_bound(program, seen, at)
         if compiled.compares:
             check_kernel(new_state, seen, at)
@@ -212,14 +235,15 @@ def check(compiled: Compiled, number: int) -> None:
         WAYS[way](compiled, *middle[:2], g)
 
 
-def check_finite(params: Any, state: Any, half: int) -> None:
+def check_finite(program: Program, params: Any, state: Any, half: int) -> None:
     """Finite gradients give finite parameters and states."""
     for path, x in jax.tree_util.tree_leaves_with_path((params, state)):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             where = jax.tree_util.keystr(path)
             holds(bool(jnp.all(jnp.isfinite(x))), "not finite", leaf=where, half=half)
-        if x.dtype == jnp.uint16:
-            holds(bool(jnp.all((x & 511) != 511)), "NaN in codes", half=half)
+    for x in codes_in(program, state):
+        lattice = LATTICES[program.storage]
+        holds(bool(jnp.all(lattice.code_of(x) != lattice.nan)), "NaN in codes", half=half)
 
 
 def check_bound(program: Program, seen: Any, half: int) -> None:
@@ -280,7 +304,8 @@ def poison(compiled: Compiled, number: int, first: Any, clean: Any) -> None:
     spoiled, state, _ = compiled.along(
         params, compiled.tx.init(params), structure.unflatten(leaves)
     )
-    is_coded = any(x.dtype == jnp.uint16 for x in jax.tree.leaves(state))
+    if is_coded := bool(codes_in(program, state)):
+        isolated(compiled, which, place, bad, structure.unflatten(leaves))
     for i, (x, y) in enumerate(zip(*map(jax.tree.leaves, (spoiled, clean[0])), strict=True)):
         x, y = np.array(x), np.array(y)
         if i == which:
@@ -289,6 +314,28 @@ def poison(compiled: Compiled, number: int, first: Any, clean: Any) -> None:
         # A finite gradient in its place may have raised the top of its block.
         is_right = np.all(np.isfinite(x)) if is_coded else x.tobytes() == y.tobytes()
         holds(is_right, "poison spread", leaf=i, from_leaf=which, place=place, step=step, bad=bad)
+
+
+def isolated(
+    compiled: Compiled, which: int, place: tuple[int, ...], bad: float, gradients: Any
+) -> None:
+    """An element that is bad from its first step on leaves its block as one without gradients does.
+
+    A block of codes has a top in common, which neither of the two may raise.
+    """
+    params, ends = compiled.program.parameters(), []
+    leaves, structure = jax.tree.flatten(gradients)
+    shape = leaves[which].shape[1:]
+    for start in (0.0, bad):
+        x = leaves[which].at[(slice(None), *place)].set(0).at[(0, *place)].set(start)
+        changed = structure.unflatten([*leaves[:which], x, *leaves[which + 1 :]])
+        end = compiled.along(params, compiled.tx.init(params), changed)[:2]
+        arrays = [np.array(x) for x in jax.tree.leaves(end)]
+        for x in arrays:
+            if x.shape == shape:  # no two leaves have the same
+                x[place] = 0
+        ends.append(arrays)
+    same_bits("poison spread", ends[1], ends[0])
 
 
 def resume(compiled: Compiled, number: int, middle: Any, last: Any, end: Any) -> None:
