@@ -110,8 +110,8 @@ def over_layers(
             name: near(lax.dynamic_slice_in_dim(x, i * rows, rows)) for name, x in stacks.items()
         }
 
-    # A slice's number is counted by the loop, not read from an array: so XLA:GPU knows where a slice
-    # lies before it is computed on. It fetches each when it is needed, or gives a kernel its place.
+    # A slice's number is counted by the loop, not read from an array: so XLA:GPU knows where a
+    # slice lies. It fetches each when it is needed, or gives a kernel its place.
     def step(state: Any, x: Any) -> Any:
         carry, i, fetched, own = state
         own = own if writes else {name: _as_it_lies(x) for name, x in own.items()}
