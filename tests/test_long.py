@@ -157,14 +157,12 @@ def test_a_difference_is_found_where_it_is_larger_than_chance():
     """The size of chance is known here: 0.01. Seeds that are 1 apart hide nothing."""
     differences = dict.fromkeys(LONG, 0.0) | {"bf16 weights, plain": 0.05, "bf16 moments": 0.002}
     rows = made_up(differences, 0.01)
-    losses = {
-        name: np.array([x["final"]["validation loss"] for x in r]) for name, r in rows.items()
-    }
-    sd, degrees = report.chance(losses)
-    assert degrees == (len(LONG) - 1) * 7
-    assert sd == pytest.approx(0.01, rel=0.2)  # 56 degrees of freedom: 9% in sd
+    fitted = report.fit(rows, "validation loss")
+    # All of float32 is one setting; of the others and of the eight seeds a number each.
+    assert fitted.degrees == 8 * len(LONG) - (len(LONG) - 1) - 7
+    assert fitted.sd == pytest.approx(0.01, rel=0.2)  # over 100 degrees of freedom: 7% in sd
     found = report.gaps(rows, "validation loss")
-    assert set(found) == set(LONG) - set(report.BOTH) | {report.ALL_CODES}
+    assert set(found) == set(LONG) - set(report.BOTH) | set(report.TOGETHER)
     assert found["bf16 weights, plain"].differs
     assert not found["bf16 moments"].differs
     # Three rows together say more than one. What nine studies of ten find is past the interval.
@@ -178,4 +176,16 @@ def test_a_row_whose_residuals_never_change_is_void():
     for run in rows["flashoptim-jax"]:
         run["fine-tuning"]["moved with rest"] = 0.1
     assert set(rows) - set(report.valid(rows)) == {"flashoptim-jax"}
-    assert "flashoptim-jax" not in report.gaps(rows, "validation loss")
+    assert "flashoptim-jax" not in report.joined([rows])
+
+
+def test_studies_are_joined_run_by_run():
+    """A row that is void in one study stays in another, and float32 counts from both."""
+    first, second = (made_up(dict.fromkeys(LONG, 0.0), 0.01) for _ in range(2))
+    for run in first["flashoptim-jax"]:
+        run["fine-tuning"]["moved with rest"] = 0.1
+    joint = report.joined([first, {name: second[name] for name in ("float32", "flashoptim-jax")}])
+    assert len(joint["float32"]) == 16
+    assert joint["flashoptim-jax"] == second["flashoptim-jax"]
+    once, twice = (report.gaps(rows, "validation loss") for rows in (second, joint))
+    assert twice["8-bit moments"].half < once["8-bit moments"].half
