@@ -40,7 +40,7 @@ def test_the_ptx_has_what_the_library_asks_a_driver_for():
     """Each kernel by its name, for compute capability 8.0 and drivers since CUDA 12.1."""
     header, text = (FOLDER / "device_leaf.h").read_text(), PTX.read_text()
     asked = re.findall(r'\{"(\w+)", k\w+\}', header)
-    assert len(asked) == 5
+    assert len(asked) == 7
     assert sorted(asked) == sorted(entries(text))
     assert re.findall(r"^\.version (.*)", text, re.MULTILINE) == ["8.1"]
     assert re.findall(r"^\.target (.*)", text, re.MULTILINE) == ["sm_80"]

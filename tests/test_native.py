@@ -806,7 +806,7 @@ def test_the_kernel_has_pythons_constants():
     assert _rounding._LANES == codes.BLOCK
     # 16 levels of the root an octave of v: in `kBias` and in the shifts of Codec::biased_level.
     assert lattice.EIGHT_BITS.per_octave == 32
-    assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["work.h"]
+    assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["step.h"]
     # The integer of a coarse NaN is the largest, that of a fine one has m's code 0.
     for name, of in (("EightBits", lattice.EIGHT_BITS), ("FourBits", lattice.FOUR_BITS)):
         text = re.search(rf"class {name}\b.*?kOfNaN = ([^;]+);", SOURCES["codecs.h"], re.DOTALL)[1]
