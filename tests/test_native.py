@@ -808,8 +808,9 @@ def test_the_kernel_has_pythons_constants():
     assert lattice.EIGHT_BITS.per_octave == 32
     assert f"kBend = {lattice.FOUR_BITS.bend}f" in SOURCES["step.h"]
     # The integer of a coarse NaN is the largest, that of a fine one has m's code 0.
-    for name, of in (("EightBits", lattice.EIGHT_BITS), ("FourBits", lattice.FOUR_BITS)):
-        text = re.search(rf"class {name}\b.*?kOfNaN = ([^;]+);", SOURCES["codecs.h"], re.DOTALL)[1]
+    for name, of in (("Codec", lattice.EIGHT_BITS), ("CoarseCodec", lattice.FOUR_BITS)):
+        pattern = rf"class {name}\b.*?kOfNaN = ([^;]+);"
+        text = re.search(pattern, SOURCES["equations.h"], re.DOTALL)[1]
         value = eval(text, {"kNaN": lattice.EIGHT_BITS.nan})
         assert value == int(of.both_of(jnp.int32(of.nan), jnp.int32(0)))
     largest = _math.largest_gradient(jnp.dtype(jnp.float32))

@@ -39,7 +39,7 @@ TOGETHER = {
 }
 ALL_CODES, _ = TOGETHER
 LOSSES = ("validation loss", "training loss")
-WITH_REST = ("bf16 weights, compensated + 8-bit moments", "flashoptim-jax")
+WITH_REST = (*(name for name in LONG if "compensated" in name), "flashoptim-jax")
 """Settings that keep a residual of each weight."""
 POWER = 0.9
 LINES = STYLES | {

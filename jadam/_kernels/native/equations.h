@@ -190,6 +190,13 @@ struct Polynomial {
 // where they cost one instruction, or by polynomials.
 class Codec {
  public:
+  using Both = uint16_t;
+  static constexpr int32_t kOfNaN = 64 << 9 | kNaN;
+
+  // What a block's top adds to a level of v: to the level itself, and to the biased one.
+  static JADAM_INLINE int32_t offset_of(int32_t top) { return top - kTop; }
+  static JADAM_INLINE int32_t base_of(int32_t top) { return top - kTop + kBias; }
+
 #if defined(JADAM_HAS_EXP2)
   explicit JADAM_INLINE Codec(const Numbers& s) : s_(s) {}
 #else
@@ -298,7 +305,12 @@ class Codec {
 // functions are those of Codec. v's code is exact, since no power and no logarithm is approximated.
 class CoarseCodec {
  public:
+  using Both = uint8_t;
   static constexpr int kHighest = 12, kSizes = 10, kSizeBase = 2 * kSizes + 1, kBiasOfRoot = 64;
+  static constexpr int32_t kOfNaN = 255;
+
+  static JADAM_INLINE int32_t offset_of(int32_t top) { return top - kHighest; }
+  static JADAM_INLINE int32_t base_of(int32_t top) { return top - kHighest + kBiasOfRoot; }
 
   explicit JADAM_INLINE CoarseCodec(const Numbers& s)
       : before_a_(s.coarse_before_a),

@@ -11,9 +11,7 @@ namespace {
 // lattice.EIGHT_BITS
 class EightBits : public Codec {
  public:
-  using Both = uint16_t;
   static constexpr int kHighest = kTop;  // of a number
-  static constexpr int32_t kOfNaN = 64 << 9 | kNaN;
 
   using Codec::Codec;
 
@@ -33,10 +31,6 @@ class EightBits : public Codec {
     return largest(found);
   }
 
-  // What a block's top adds to a level, as the functions of Codec take it.
-  static int32_t offset_of(int32_t top) { return top - kTop; }
-  static int32_t base_of(int32_t top) { return top - kTop + kBias; }
-
   JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, const Dithers& dithers, int64_t lane) const {
     return Codec::encode_v(v, fed, base, load_vector<F32>(dithers.unit[0] + lane));
   }
@@ -45,9 +39,6 @@ class EightBits : public Codec {
 // lattice.FOUR_BITS
 class FourBits : public CoarseCodec {
  public:
-  using Both = uint8_t;
-  static constexpr int32_t kOfNaN = 255;
-
   JADAM_INLINE FourBits(const Numbers& s, const Tables&) : CoarseCodec(s) {}
 
   static JADAM_INLINE I32 load_both(const Both* p) { return load_u8(p); }
@@ -63,9 +54,6 @@ class FourBits : public CoarseCodec {
     }
     return (found + kSizeBase - 1) / kSizeBase;
   }
-
-  static int32_t offset_of(int32_t top) { return top - kHighest; }
-  static int32_t base_of(int32_t top) { return top - kHighest + kBiasOfRoot; }
 
   JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, const Dithers& dithers, int64_t lane) const {
     return CoarseCodec::encode_v(v, fed, base, load_vector<U32>(dithers.to_level + lane));

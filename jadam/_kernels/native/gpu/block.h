@@ -58,15 +58,12 @@ JADAM_INLINE F32 unit(U32 weyl) { return bits<F32>((weyl >> 9) | 0x3F800000u) - 
 // lattice.EIGHT_BITS
 class EightBits : public Codec {
  public:
-  using Both = uint16_t;
-  static constexpr I32 kSeenOfNaN = kNaN, kOfNaN = 64 << 9 | kNaN;
+  static constexpr I32 kSeenOfNaN = kNaN;
 
   using Codec::Codec;
 
   static JADAM_INLINE I32 seen(I32 both) { return both & kNaN; }
   static JADAM_INLINE I32 code_of(I32 seen) { return seen; }
-  static JADAM_INLINE I32 offset_of(I32 top) { return top - kTop; }
-  static JADAM_INLINE I32 base_of(I32 top) { return top - kTop + kBias; }
 
   template <int kN>
   struct DithersOfV {
@@ -81,15 +78,12 @@ class EightBits : public Codec {
 // lattice.FOUR_BITS
 class FourBits : public CoarseCodec {
  public:
-  using Both = uint8_t;
-  static constexpr I32 kSeenOfNaN = 255, kOfNaN = 255;
+  static constexpr I32 kSeenOfNaN = kOfNaN;
 
   using CoarseCodec::CoarseCodec;
 
   static JADAM_INLINE I32 seen(I32 both) { return both; }
   static JADAM_INLINE I32 code_of(I32 seen) { return (seen + kSizeBase - 1) / kSizeBase; }
-  static JADAM_INLINE I32 offset_of(I32 top) { return top - kHighest; }
-  static JADAM_INLINE I32 base_of(I32 top) { return top - kHighest + kBiasOfRoot; }
 
   JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, U32 to_level) const {
     return CoarseCodec::encode_v(v, min(fed, 1), base, to_level);
