@@ -54,12 +54,14 @@ class Setting(NamedTuple):
     tx: Any
     released: bool = False
     on_host: bool = False
+    stacked: bool = True
 
 
 SETTINGS = {
     "optax.adamw float32": Setting(jnp.float32, optax.adamw(1e-3)),
     "flashoptim-jax": Setting(jnp.bfloat16, None),
     "float32": Setting(jnp.float32, FLOAT32),
+    "float32, layers not stacked": Setting(jnp.float32, FLOAT32, stacked=False),
     "float32, released": Setting(jnp.float32, FLOAT32, released=True),
     "compensated + 8-bit": Setting(jnp.bfloat16, FIVE_BYTES),
     "compensated + 8-bit, released": Setting(jnp.bfloat16, FIVE_BYTES, released=True),
@@ -84,6 +86,12 @@ def parameters(model: Model, dtype: Any) -> dict[str, Any]:
     return {"words": jax.ShapeDtypeStruct((model.words, width), dtype), "layers": stack}
 
 
+def unstacked(tree: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The parameters with a leaf for each layer's part of a stack."""
+    parts = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in tree["layers"].items()}
+    return tree | {"layers": [parts] * layers}
+
+
 def layer(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
     p = jax.tree.map(lambda p: p.astype(jnp.bfloat16), p)
     width, columns = p["qkv"].shape
@@ -99,7 +107,12 @@ def layer(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
 
 
 def from_words(params: dict[str, Any], x: jax.Array, text: jax.Array) -> jax.Array:
-    x, _ = jadam.release.scan(jax.checkpoint(layer), x, params["layers"])
+    layers, again = params["layers"], jax.checkpoint(layer)
+    if isinstance(layers, list):
+        for p in layers:
+            x, _ = again(x, p)
+    else:
+        x, _ = jadam.release.scan(again, x, layers)
     logits = (x @ params["words"].astype(jnp.bfloat16).T).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, text).mean()
 
@@ -151,6 +164,8 @@ def activations(model: Model, place: NamedSharding) -> float:
 def measured(model: Model, setting: Setting, place: NamedSharding) -> dict[str, float]:
     """Bytes a parameter: what lies there before and after the step, and the peak in it."""
     params, tx = parameters(model, setting.dtype), setting.tx
+    if not setting.stacked:
+        params = unstacked(params, model.layers)
     if tx is None:
         from flashoptim_jax import flash_adamw
 
