@@ -1,6 +1,6 @@
 """Trains and fine-tunes with each setting, long enough for what is lost to show.
 
-    python -m experiments.lowmem.long                       # a night on two cores
+    python -m experiments.lowmem.long                       # two nights on two cores
     python -m experiments.lowmem.long --seeds 8 --together 4 --minutes 6    # on a GPU
     python -m experiments.lowmem.long --tiny --seeds 1      # a rehearsal, in two minutes
 
