@@ -834,6 +834,20 @@ struct Totals {
 // A thread block is 256 fibers, which take their time: a GPU has each seventh leaf.
 constexpr int kTurnOfGpu = 7;
 
+// Outputs of moments in floats, every NaN the same one: which of two NaN an operation returns hangs on
+// the order in which the compiler puts its operands.
+Outputs with_one_nan(const Case& c, Outputs outputs) {
+  const auto unify = [&](std::vector<char>& numbers, Float dtype) {
+    for (int64_t i = 0; i < c.size(); ++i) {
+      if (std::isnan(read(numbers, dtype, i))) write(numbers, dtype, i, NAN);
+    }
+  };
+  unify(outputs.out, c.written());
+  unify(outputs.m, c.leaf.m_dtype);
+  unify(outputs.v, c.leaf.v_dtype);
+  return outputs;
+}
+
 void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& totals) {
   if (totals.cases % kTurnOfGpu != 0) {
     isas.erase(std::remove_if(isas.begin(), isas.end(), is_gpu), isas.end());
@@ -857,7 +871,7 @@ void check_case(const Case& c, bool is_special, std::vector<Isa> isas, Totals& t
     if (c.leaf.is_coded()) {
       count_codes(c, of_sets[0], of_sets[i], totals.between_sets);
     } else if (!is_gpu(isas[i]) && isas[i].kernel != jadam::baseline::run &&
-               !(of_sets[i] == of_sets[0])) {
+               !(with_one_nan(c, of_sets[i]) == with_one_nan(c, of_sets[0]))) {
       // Both fuse the same products; baseline fuses none, and a GPU others.
       fail(isas[i].name, c, std::string("other bits than ") + isas[0].name);
     }

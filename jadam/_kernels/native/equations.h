@@ -428,14 +428,21 @@ JADAM_INLINE I32 raised(I32 master, I32 sign, U32 dither) {
   return bits<I32>(bits<U32>(master) + up);
 }
 
+// Whether x and the update to `landed` are `landed` to the bit, and all are finite. The product is 0 or
+// NaN. Where a zero changes its sign they are not: the sum of both zeros is +0.
+JADAM_INLINE Mask is_exact(F32 master, F32 x, F32 landed) {
+  const F32 sum = master * 0.0f + (x + (landed - x));
+  return (bits<I32>(sum) == bits<I32>(landed)) & (sum == sum);
+}
+
 // The bfloat16 nearest to the master, and what it leaves above it. True where this is what x and the
-// update give: the numbers are finite and the sum of the two is exact. The product is 0 or NaN.
+// update give.
 template <class R>
 JADAM_INLINE Mask split_usual(F32 master, F32 x, U32 dither, F32& landed, I32& above) {
   const I32 b = bits<I32>(master), sign = b >> 31, to = raised<R>(b, sign, dither);
   landed = bits<F32>(to & ~0xFFFF);
   above = to ^ sign;
-  return master * 0.0f + ((x + (landed - x)) - landed) == 0.0f;
+  return is_exact(master, x, landed);
 }
 
 // The same wherever it is, with the update.
@@ -467,15 +474,18 @@ JADAM_INLINE void split(F32 master, F32 x, U32 dither, F32& update, F32& landed,
   }
 }
 
-// One of the two neighbours of the master.
+// One of the two neighbours of the master: the upper one where its lower 16 bits are above 16 random
+// ones.
 JADAM_INLINE F32 round_randomly(F32 master, U32 random) {
-  const F32 size = abs(master), s = at_least(power(master) * 0x1p-7f, all(0x1p-126f));
-  const F32 steps = size / s, below = to_float(truncate(steps));
+  const F32 carried = widened(carried_to_bf16(master, 0xFFFFu - (random >> 16)));
+  if (!any_careful(master, master)) return carried;
+  // The spacing ends at 2^-126: small numbers have more bits below it, and more random ones.
+  const F32 steps = abs(master) * 0x1p126f, below = to_float(truncate(steps));
   const F32 share = to_float(bits<I32>(random >> 8)) * 0x1p-24f;
-  const F32 rounded = (below + select(share < steps - below, all(1.0f), F32{})) * s;
-  const I32 with_sign = bits<I32>(rounded) | (bits<I32>(master) & kSign);
-  const Mask in_range = (bits<I32>(master) & ~kSign) <= (kLargest << 16);
-  return select(in_range, bits<F32>(with_sign), nearest_bf16(master));
+  const F32 small = (below + select(share < steps - below, all(1.0f), F32{})) * 0x1p-126f;
+  const U32 magnitude = bits<U32>(abs(master)), sign = bits<U32>(master) & 0x80000000u;
+  const F32 rounded = select(magnitude < kSmall, bits<F32>(bits<U32>(small) | sign), carried);
+  return select(magnitude > kMax, nearest_bf16(master), rounded);
 }
 
 // _masters.random_bits of these places.

@@ -205,16 +205,9 @@ JADAM_INLINE F32 sqrt(F32 x) {
 #endif
 }
 
-// x/y to about one ulp, for y that is neither tiny nor huge. An exact division is as fast with
-// AVX2, whose approximate one would give other bits on a processor of another maker.
-JADAM_INLINE F32 quotient(F32 x, F32 y) {
-#if defined(__AVX512F__)
-  const F32 inverse = F32(_mm512_rcp14_ps(__m512(y)));
-  return x * (inverse * (2.0f - y * inverse));
-#else
-  return x / y;
-#endif
-}
+// A GPU's may be approximate. Here that is not faster, and an approximate reciprocal gives other bits
+// on a processor of another maker.
+JADAM_INLINE F32 quotient(F32 x, F32 y) { return x / y; }
 
 // Tables of which each lane reads its own number.
 #if defined(__AVX512F__)

@@ -243,6 +243,10 @@ void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& 
                           const Member member = known_member;
                           const auto move = known_move;
                           for (int64_t i = 0; i < n; i += kLanes) {
+                            prefetch_ahead(g + i);
+                            prefetch_ahead(m + i);
+                            prefetch_ahead(v + i);
+                            if (move.p != nullptr) prefetch_ahead(move.p + i);
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
                             store_moments(m_out + i, v_out + i, m_, v_, dithers, i % kBlock, s.bound);
@@ -345,10 +349,11 @@ void expand(const BF16* p, const R* residual, int64_t n, float* master) {
 }
 
 // Float32 weights as they lie in memory: the parameter, or the update to it, and the residual.
-// `step(master, x, i, update, landed, above)` is that of the vector at i.
+// `step(master, x, i, update, landed, above)` is that of the vector at i. What the blocks after these
+// will need comes from memory meanwhile: their weights, and what of `g` is not null.
 template <class R, class Out, class Step>
 JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* residual, Out* out,
-                         const Step& step) {
+                         const BF16* g, const Step& step) {
   const auto vector = [&](int64_t i, const BF16* from, R* residual_out, Out* to) {
     F32 update, landed;
     I32 above;
@@ -361,7 +366,13 @@ JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* resid
     if (residual_out != nullptr) store_integers(residual_out, residual_of<R>(above));
   };
   const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) vector(i, p + i, shifted(residual, i), out + i);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const int64_t next = i + kGroup * kBlock;
+    prefetch(p + next);
+    if (residual != nullptr) prefetch(residual + next);
+    if (g != nullptr) prefetch(g + next);
+    vector(i, p + i, shifted(residual, i), out + i);
+  }
   if (whole == n) return;
   Padded<BF16> last;
   Padded<R> rest;
@@ -376,28 +387,31 @@ JADAM_INLINE void narrow(const float* master, const BF16* p, int64_t n, R* resid
 template <class Out>
 void narrow_leaf(const Leaf& leaf, const float* master, int64_t first, int64_t n, Out* out) {
   const BF16* p = static_cast<const BF16*>(leaf.p) + first;
+  const auto* g =
+      leaf.g_dtype == Float::kBF16 ? static_cast<const BF16*>(leaf.g) + first : nullptr;
   if (leaf.weights == Weights::kCompensated8) {
     const auto step = [&](F32 to, F32 x, int64_t i, F32& update, F32& landed, I32& above) {
       const uint32_t lane = (leaf.first_lane + uint32_t(i)) % kBlock;
       const U32 dither = load_vector<U32>(kLanesOfBlock.weyl + lane) + leaf.phase;
       split<int8_t>(to, x, dither, update, landed, above);
     };
-    narrow(master, p, n, static_cast<int8_t*>(leaf.residual_out) + first, out, step);
+    narrow(master, p, n, static_cast<int8_t*>(leaf.residual_out) + first, out, g, step);
   } else if (leaf.weights == Weights::kCompensated16) {
     const auto step = [](F32 to, F32 x, int64_t, F32& update, F32& landed, I32& above) {
       split<int16_t>(to, x, U32{}, update, landed, above);
     };
-    narrow(master, p, n, static_cast<int16_t*>(leaf.residual_out) + first, out, step);
+    narrow(master, p, n, static_cast<int16_t*>(leaf.residual_out) + first, out, g, step);
   } else {
     U32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = uint32_t(i);
     const auto step = [&](F32 to, F32 x, int64_t i, F32& update, F32& landed, I32& above) {
       const U32 random = random_bits(lane + uint32_t(first + i), leaf.words);
-      update = difference(round_randomly(to, random), x);
-      landed = nearest_bf16(x + update);
+      landed = round_randomly(to, random);
+      update = difference(landed, x);
+      if (__builtin_expect(any(!is_exact(to, x, landed)), false)) landed = nearest_bf16(x + update);
       above = I32{};
     };
-    narrow(master, p, n, static_cast<int8_t*>(nullptr), out, step);
+    narrow(master, p, n, static_cast<int8_t*>(nullptr), out, g, step);
   }
 }
 

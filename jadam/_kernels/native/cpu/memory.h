@@ -67,10 +67,22 @@ struct Move {
 
 // ---- the cache, the ends of rows
 
-// What a loop will need, into the cache: n numbers from p on, a line of 64 bytes each.
+// What a loop will need, into the cache: a line of 64 bytes, or all lines of n numbers.
+template <class T>
+JADAM_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 1);
+}
 template <class T>
 JADAM_INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) prefetch(p + i);
+}
+
+// The line that a loop which is at p will need. A processor sees by itself where a loop goes, but not
+// past the end of a page, and not as far as memory is away.
+constexpr int64_t kBytesAhead = 2048;
+template <class T>
+JADAM_INLINE void prefetch_ahead(const T* p) {
+  prefetch(p + kBytesAhead / int64_t(sizeof(T)));
 }
 
 template <class T>

@@ -141,12 +141,15 @@ class Work : public Jobs {
                             std::any_of(leaves_.begin(), leaves_.end(), [](const Leaf& leaf) {
                               return leaf.codes == Codes::kFourBits;
                             }))) {
-    int64_t in_job = kBlocksInJob;
+    int64_t all = 0;
+    for (const Leaf& leaf : leaves_) all += leaf.blocks();
+    const int64_t most = std::clamp(all / kJobs, kLeastInJob, kMostInJob);
+    int64_t in_job = most;
     for (int64_t i = 0; i < int64_t(leaves_.size()); ++i) {
       const int64_t blocks = leaves_[i].blocks();
-      for (int64_t begin = 0; begin < blocks; begin += kBlocksInJob) {
-        const int64_t end = std::min(begin + kBlocksInJob, blocks);
-        if (in_job + (end - begin) > kBlocksInJob) {
+      for (int64_t begin = 0; begin < blocks; begin += most) {
+        const int64_t end = std::min(begin + most, blocks);
+        if (in_job + (end - begin) > most) {
           starts_.push_back(int64_t(parts_.size()));
           in_job = 0;
         }
@@ -166,7 +169,9 @@ class Work : public Jobs {
     }
   }
 
-  static constexpr int64_t kBlocksInJob = 256;  // 32,768 numbers: longer than waking a thread
+  // Enough jobs for many threads, each longer than waking one, and if there is much to do long beside
+  // its end, where what is asked for ahead is another thread's. In blocks.
+  static constexpr int64_t kJobs = 64, kLeastInJob = 256, kMostInJob = 1024;
 
   const Kernel kernel_;
   const std::vector<Leaf> leaves_;
