@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -207,6 +208,21 @@ def test_a_worker_that_dies_takes_only_its_own_contenders():
         with pytest.raises(Exception, match="terminated abruptly"):
             workers.call("jax", os._exit, 1)
         assert workers.call("jax", math.sqrt, 4.0) == 2.0
+
+
+def test_a_worker_ends_with_its_parent_however_that_ended():
+    """A bench that was killed leaves no process that holds memory: what both print to closes."""
+    program = """
+import os, signal
+from experiments.bench.rounds import Workers
+if __name__ == "__main__":
+    print(Workers().call("other", os.getpid), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.strip().isdigit()
 
 
 @pytest.mark.parametrize(

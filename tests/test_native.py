@@ -190,7 +190,7 @@ def compare_unfused(x, y, start):
 def compare_moved(x, y, of_m, start, p, g_dtype, storage, is_fused):
     """Updates, or parameters that were at `start`, of a rate of 1e-2 and a decay of 0.1.
 
-    `of_m` is what comes of m without a gradient: Nesterov's sum of the two may be shorter than either.
+    `of_m` is what comes of m without a gradient: Nesterov's sum of both may be shorter than either.
     """
     unit_of_p = float(jnp.finfo(p.dtype).eps)
     x, y, of_m, p = (np.asarray(a, np.float64) for a in (x, y, of_m, p))
@@ -334,7 +334,7 @@ def test_special_weights_are_those_of_xla():
 @needs_kernel
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
 def test_the_sign_of_a_zero_does_not_hang_on_its_neighbours(dtype):
-    """+0 whose weight is just below it stays +0, as +0 + -0 is; special numbers beside it or not."""
+    """+0 whose weight is just below it stays +0, as +0 + -0 is, whatever is beside it."""
     tx = jadam.compensated_weights(jadam.adam(1e-3, kernel="native"), residual_dtype=dtype)
     for beside in (1.0, np.inf, 0.0):
         params = jnp.asarray(np.resize([0.0, beside], 256), jnp.bfloat16)

@@ -68,7 +68,7 @@ class Workers:
         if process not in self._pools:
             context = multiprocessing.get_context("spawn")
             self._pools[process] = ProcessPoolExecutor(
-                1, context, trials.force, (process.partition("jax ")[2],)
+                1, context, trials.begin, (process.partition("jax ")[2],)
             )
         try:
             return self._pools[process].submit(function, *arguments).result()

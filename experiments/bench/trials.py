@@ -4,8 +4,10 @@ The parent calls `build`, `turn` and `drop` in a worker process, one worker at a
 calls a worker waits on a pipe.
 """
 
+import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,6 +53,20 @@ PAUSE = 0.02
 
 
 XLAS_NAMES = {"avx2": "AVX2", "baseline": "SSE4_2"}
+
+
+def begin(instruction_set: str) -> None:
+    """What a worker does first: it ends with its parent, and keeps to an instruction set."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    force(instruction_set)
+
+
+def _end_with_parent() -> None:
+    """A worker of a parent that was killed would wait for ever, with all its arrays."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def force(instruction_set: str) -> None:

@@ -137,6 +137,7 @@ def versions(client: Client) -> dict[str, str]:
 
 
 def key(client: Client) -> str:
-    """What a recorded result is for: the pins, the program, and jadam's version."""
-    parts = (client.pins.read_bytes(), client.program.read_bytes(), VERSION.encode())
+    """What a recorded result is for: the pins, the program and its helpers, and jadam's version."""
+    files = (client.pins, client.program, HERE / "swap.py")
+    parts = (*(path.read_bytes() for path in files), VERSION.encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -65,6 +65,7 @@ def main() -> None:
             "kernel": program.kernel,
             "dtypes": " ".join(program.dtypes),
             "ways": list(program.ways),
+            "on": f"{processor()}, {jadam.kernels()['cpu'].split(':')[0]}",
             "sequences": found.ran,
             "failed": len(found.failures),
             "units of the kernel's updates": found.units,
