@@ -5,6 +5,7 @@ installed, they also go on where jadam stopped.
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -570,6 +571,18 @@ def test_what_is_not_torchs_is_refused_by_its_key(keys, value, message):
         migrate.from_torch(changed(torch_mapping(), keys, value), layer_state(), torch_name)
 
 
+def test_a_first_step_of_torch_makes_less_than_later_ones():
+    """After one step |m| is (1 - b1)/√(1 - b2) = 3.16 times √v. Ten times that is taken."""
+    like, group = jadam.adam(RATE).init(jnp.ones(1)), {"params": [0], "betas": (0.9, 0.999)}
+    for m, is_taken in ((31.0, True), (33.0, False)):
+        entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
+        mapping = {"state": {0: entry}, "param_groups": [{**group, "amsgrad": False}]}
+        with (
+            contextlib.nullcontext() if is_taken else pytest.raises(ValueError, match="31.6 times")
+        ):
+            migrate.from_torch(mapping, like, lambda _: 0)
+
+
 def test_what_gradients_have_made_is_taken():
     """NaN and infinity in all moments, a v that underflowed, moments at Adam's own bound."""
     largest = 7.26  # of √v after many steps, at the default b1 and b2
@@ -962,9 +975,11 @@ def test_what_the_other_storage_cannot_hold_is_refused():
     large = jadam.init(one)._replace(mu=jnp.array([1.0, 1e6]))
     codes = jadam.init(many, mu_dtype="int8", nu_dtype="uint8")
     beyond = jadam.init(many)._replace(nu=jnp.full((64, 64), 1e38))
+    far = beyond._replace(mu=jnp.full((64, 64), 1.2e19), nu=jnp.full((64, 64), 8e37))
     for state, like, message in [
         (large, half, "state.mu: expected numbers that float16 has, got 1000000"),
         (beyond, codes, "state.nu: expected at most 8.51e"),
+        (far, codes, "state.mu: expected at most 9.22e"),
         (
             jadam.init(jnp.ones(2, jnp.complex64)),
             jadam.init(one),

@@ -326,6 +326,25 @@ def test_an_absence_divides_by_no_root_of_zero(kernel):
     assert abs(found[0, 0] - start[0, 0]) > 1e-2
 
 
+@pytest.mark.parametrize("kernel", ["xla", "auto"])
+def test_an_absence_keeps_to_the_least_root(kernel):
+    """Without eps the root of v̂ is at least 2⁻⁵¹·⁵ in each missed step, by NumPy in float64."""
+    rows, absent = jadam.rows.lazy(jadam.adam(1.0, eps=0.0, kernel=kernel), catch_up="sum"), 40
+    gradients = np.array([1e-16, -2e-16, 3e-15, 1e-17])
+    table = jnp.zeros((2, 4))
+    state, scatter = rows.init(table), jax.jit(rows.scatter)
+    table, state = scatter(jnp.asarray(gradients[None], jnp.float32), jnp.array([0]), table, state)
+    for _ in range(absent):
+        table, state = scatter(jnp.zeros((1, 4)), jnp.array([1]), table, state)
+    found, _ = jax.jit(rows.flush)(table, state)
+    p, m, v = np.zeros(4), 0.1 * gradients, 0.001 * gradients**2
+    for t in range(1, absent + 2):
+        p -= m / (1 - 0.9**t) / np.maximum(np.sqrt(v / (1 - 0.999**t)), 2**-51.5)
+        m, v = 0.9 * m, 0.999 * v
+    # 1e-5 learning rates, as the docstring says, and the roundings of p.
+    np.testing.assert_allclose(found[0], p, rtol=2e-6, atol=1e-5)
+
+
 @pytest.mark.usefixtures("either_compilation")
 def test_a_gathered_row_is_the_flushed_one():
     """`gather` gives what dense has, `flush` changes nothing of it, also when made twice."""
