@@ -577,9 +577,8 @@ def test_a_first_step_of_torch_makes_less_than_later_ones():
     for m, is_taken in ((31.0, True), (33.0, False)):
         entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
         mapping = {"state": {0: entry}, "param_groups": [{**group, "amsgrad": False}]}
-        with (
-            contextlib.nullcontext() if is_taken else pytest.raises(ValueError, match="31.6 times")
-        ):
+        refused = pytest.raises(ValueError, match=r"at most 31\.6 times")
+        with contextlib.nullcontext() if is_taken else refused:
             migrate.from_torch(mapping, like, lambda _: 0)
 
 
