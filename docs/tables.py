@@ -120,7 +120,8 @@ def costs(
         f"{table}\n\nBytes a parameter, and the time of a step of {WORKLOAD} on each CPU measured "
         f"({'; '.join(map(speed.where, times))}). "
         "The loss is that of validation after the long training of a small language model, in nats "
-        "a byte, minus float32's, with a 95% interval ([how](experiments/lowmem/README.md#long-trainings))."
+        "a byte, minus float32's, with a 95% interval "
+        "([how](experiments/lowmem/README.md#long-trainings))."
     )
 
 
