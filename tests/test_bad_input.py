@@ -106,7 +106,7 @@ def test_a_schedule_that_returns_a_vector_or_nothing():
 
 @each_factory
 @pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
-@pytest.mark.parametrize("value", [jnp.int32, "complex64", "no dtype", 3])
+@pytest.mark.parametrize("value", [jnp.int32, bool, "complex64", "no dtype", 3])
 def test_a_storage_dtype_that_is_not_floating_point(factory, name, value):
     """A complex one is a first moment's of complex parameters, which optax takes too."""
     if (name, value) == ("mu_dtype", "complex64"):

@@ -1,5 +1,7 @@
 """The numerical contract of one step: exact against NumPy float64 written from the papers."""
 
+import decimal
+
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
@@ -179,6 +181,19 @@ def test_the_length_of_the_moving_average_does_not_cancel(b2, traced):
         # 1e-5 for the series in 1-b2 that ends after five terms when b2 is traced.
         tolerance = 2e-5 if traced else 64 * 2**-24
         assert value == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_length_of_the_moving_average_has_four_terms_of_its_series():
+    """In float64, by decimals of 50 digits: the next term is 2e-13 of t where the series ends."""
+    with jax.enable_x64(True):
+        decay = _math.Decay.of(0.999, jnp.dtype(jnp.float64))
+        for t in (1, 10, 100, 200, 249):
+            with decimal.localcontext(prec=50):
+                b2, steps = decimal.Decimal("0.999"), decimal.Decimal(t)
+                exact = 2 / (1 - b2) - 1 - 2 * steps * b2**t / (1 - b2**t)
+            length = float(_math.sma_length(decay, jnp.float64(t)))
+            # And the roundings of 2/(1-b2) and of 2/log b2, which are 2,000 each.
+            assert length == pytest.approx(float(exact), abs=2e-12 + 2e-13 * t)
 
 
 @pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999])

@@ -582,6 +582,14 @@ def test_a_first_step_of_torch_makes_less_than_later_ones():
             migrate.from_torch(mapping, like, lambda _: 0)
 
 
+def test_a_torch_state_of_no_parameters_has_made_no_step():
+    """There is no step to read, and nothing to divide."""
+    found = migrate.from_torch(
+        {"state": {}, "param_groups": []}, jadam.adam(RATE).init({}), lambda _: 0
+    )
+    assert found[0].count == 0
+
+
 def test_what_gradients_have_made_is_taken():
     """NaN and infinity in all moments, a v that underflowed, moments at Adam's own bound."""
     largest = 7.26  # of √v after many steps, at the default b1 and b2

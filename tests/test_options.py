@@ -136,6 +136,17 @@ def test_adamax_without_eps_where_no_gradient_has_come():
         np.testing.assert_allclose(moved, -0.1 / (1 - 0.9**4), rtol=1e-6)
 
 
+def test_adamax_without_eps_stands_still_where_u_has_died_before_m():
+    """A root of 0 says that no gradient comes any more: m is not divided by the smallest number."""
+    tx = jadam.adamax(1.0, b1=0.999, b2=0.1, eps=0.0)
+    state = tx.init(jnp.zeros(2))
+    for t in range(20):
+        moved, state = tx.update(jnp.full(2, 1e-30 if t == 0 else 0.0), state)
+    assert float(state[0].mu[0]) > 0
+    assert float(state[0].nu[0]) == 0
+    assert float(jnp.abs(moved).max()) <= 1e-30
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_to_16_bits_at_the_largest_number(dtype):
     """Finite stays finite up to float32's largest, and the largest number of the dtype stays."""

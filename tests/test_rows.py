@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+from jadam.rows import _fading
 
 CODES = {"mu_dtype": "int8", "nu_dtype": "uint8"}
 SIZE, WIDTH, BATCH, STEPS = 12, 5, 3, 320
@@ -324,6 +325,25 @@ def test_an_absence_divides_by_no_root_of_zero(kernel):
     np.testing.assert_array_equal(found[0, 1:3], start[0, 1:3])
     np.testing.assert_array_equal(found[2], 1)
     assert abs(found[0, 0] - start[0, 0]) > 1e-2
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 2])
+def test_an_absence_about_as_long_as_a_row_moves(beyond):
+    """One by one up to where m has ended, then at once: v fades and p decays in each of them."""
+    tx = jadam.adamw(0.1, b1=0.5, b2=0.9, weight_decay=0.1)
+    rows, table = jadam.rows.lazy(tx, catch_up="steps"), jnp.ones((1, 3))
+    absent = _fading.horizon(rows.plan.rule, jnp.float32) + beyond
+    state = rows.init(table)
+    table, state = rows.scatter(jnp.ones((1, 3)), jnp.array([0]), table, state)
+    moments = state.dense[0]._replace(count=state.dense[0].count + absent)
+    table, state = rows.flush(table, state._replace(dense=(moments, *state.dense[1:])))
+    p, m, v = 1.0, 0.5, 0.1
+    for t in range(1, absent + 2):
+        p -= 0.1 * (m / (1 - 0.5**t) / np.sqrt(v / (1 - 0.9**t)) + 0.1 * p)
+        m, v = 0.5 * m, 0.9 * v
+    # A step of decay is 1e-2. Each step rounds p and v.
+    np.testing.assert_allclose(table, p, rtol=1e-5)
+    np.testing.assert_allclose(state.dense[0].nu, v / 0.9, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["xla", "auto"])
