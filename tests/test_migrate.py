@@ -582,6 +582,19 @@ def test_a_first_step_of_torch_makes_less_than_later_ones():
             migrate.from_torch(mapping, like, lambda _: 0)
 
 
+def test_a_group_of_torch_without_amsgrad_is_none_with():
+    """The state has a maximum, and the group says that there is none."""
+    with pytest.raises(ValueError, match=pattern(f"{FIRST}['amsgrad']: expected True, since")):
+        migrate.from_torch(torch_mapping(), layer_state(jadam.amsgrad), torch_name)
+
+
+def test_codes_do_not_go_to_optax():
+    """optax has floats alone: what converts them is named."""
+    state = jadam.adam(RATE, mu_dtype="int8", nu_dtype="uint8").init(jnp.ones((64, 64)))
+    with pytest.raises(TypeError, match=r"mu: expected moments in floats, .*cast_like"):
+        migrate.to_optax(state)
+
+
 def test_a_torch_state_of_no_parameters_has_made_no_step():
     """There is no step to read, and nothing to divide."""
     found = migrate.from_torch(
