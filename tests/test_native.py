@@ -332,6 +332,20 @@ def test_special_weights_are_those_of_xla():
 
 
 @needs_kernel
+@pytest.mark.parametrize("storage", ["8 bits", "4 bits"])
+def test_the_code_of_zero_is_zero_beside_the_smallest_numbers(storage):
+    """Where a block's largest v is near 2⁻¹²⁶, and its range reaches below all floats."""
+    g = jnp.asarray(np.resize([1e-17, 0.0], 256), jnp.float32)
+    for name in instruction_sets():
+        use(name)
+        tx = jadam.adam(1.0, kernel="native", min_size=0, **STORAGE[storage])
+        _, state = jax.jit(tx.update)(g, tx.init(g))
+        codes = CODES[state[0].mu.dtype].code_of(state[0].mu)
+        assert np.all(np.asarray(codes[1::2]) == 0)
+        assert np.all(np.asarray(codes[::2]) > 0)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
 def test_the_sign_of_a_zero_does_not_hang_on_its_neighbours(dtype):
     """+0 whose weight is just below it stays +0, as +0 + -0 is, whatever is beside it."""

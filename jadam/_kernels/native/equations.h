@@ -231,11 +231,11 @@ class Codec {
     v = root * root;
   }
 
-  // The code of v after a step: base + code is its biased level. `fed` is more than 0 where the
-  // gradient is not 0, the dither is in [0, 1). Of NaN it is any number.
+  // The code of v after a step: base + code is its biased level. `fed` is 1 where the gradient is not
+  // 0, and 0 elsewhere; the dither is in [0, 1). Of NaN it is any number.
   JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, F32 dither) const {
     I32 raised = biased_level(v, dither) - base;
-    return max(min(raised, I32{} + kTop), min(min(bits<I32>(v), fed), I32{} + 1));
+    return select(v > 0.0f, max(min(raised, I32{} + kTop), fed), I32{});
   }
 
   // Both codes, with that of v.

@@ -85,10 +85,6 @@ class FourBits : public CoarseCodec {
   static JADAM_INLINE I32 seen(I32 both) { return both; }
   static JADAM_INLINE I32 code_of(I32 seen) { return (seen + kSizeBase - 1) / kSizeBase; }
 
-  JADAM_INLINE I32 encode_v(F32 v, I32 fed, I32 base, U32 to_level) const {
-    return CoarseCodec::encode_v(v, min(fed, 1), base, to_level);
-  }
-
   // Made once: a thread's numbers have the same places in all blocks.
   template <int kN>
   struct DithersOfV {
@@ -155,7 +151,7 @@ JADAM_INLINE void step_codes(Block<kN>& b, const Numbers& s, const Codec& codec,
   I32 fed[kN];
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    fed[i] = bits<I32>(abs(b.g[i]));
+    fed[i] = min(bits<I32>(abs(b.g[i])), 1);
     codec.decode(b.codes[i], Codec::offset_of(b.top), b.m[i], b.v[i]);
   }
   if (__builtin_expect(any_of_warp(is_special), false)) {
