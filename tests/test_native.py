@@ -332,6 +332,23 @@ def test_special_weights_are_those_of_xla():
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    ("dtype", "ends"), [(jnp.int8, (127, -128)), (jnp.int16, (2**15 - 1, -(2**15)))]
+)
+def test_weights_past_the_largest_bfloat16_are_brought_back(dtype, ends):
+    """Past the middle between it and infinity: the largest of its sign, the residual cut."""
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    for kernel in ("native", "xla"):
+        tx = jadam.adam(1e36, kernel=kernel)  # between half a unit of the largest and float32's end
+        tx = jadam.compensated_weights(tx, residual_dtype=dtype)
+        params = jnp.asarray(np.resize([largest, -largest], 256), jnp.bfloat16)
+        moved, state = jax.jit(tx.step)(-jnp.sign(params), tx.init(params), params)
+        np.testing.assert_array_equal(moved, params)
+        (residual,) = jax.tree.leaves(state.residual)
+        np.testing.assert_array_equal(residual, np.resize(ends, 256))
+
+
+@needs_kernel
 @pytest.mark.parametrize("storage", ["8 bits", "4 bits"])
 def test_the_code_of_zero_is_zero_beside_the_smallest_numbers(storage):
     """Where a block's largest v is near 2⁻¹²⁶, and its range reaches below all floats."""

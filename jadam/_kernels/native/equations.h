@@ -432,7 +432,7 @@ JADAM_INLINE I32 raised(I32 master, I32 sign, U32 dither) {
 // NaN. Where a zero changes its sign they are not: the sum of both zeros is +0.
 JADAM_INLINE Mask is_exact(F32 master, F32 x, F32 landed) {
   const F32 sum = master * 0.0f + (x + (landed - x));
-  return (bits<I32>(sum) == bits<I32>(landed)) & (sum == sum);
+  return (bits<I32>(sum) == bits<I32>(landed)) & is_finite(sum);
 }
 
 // The bfloat16 nearest to the master, and what it leaves above it. True where this is what x and the
