@@ -29,12 +29,13 @@ BOTH = {"8 bits": jnp.uint16, "4 bits": jnp.uint8}
 each_code = pytest.mark.parametrize("codes", CODES)
 
 
-@functools.partial(jax.jit, static_argnames=("codes", "b1", "b2", "eps"))
-def run(gradients, codes="8 bits", b1=0.9, b2=0.999, eps=0.0):
+@functools.partial(jax.jit, static_argnames=("codes", "b1", "b2", "eps", "kernel"))
+def run(gradients, codes="8 bits", b1=0.9, b2=0.999, eps=0.0, kernel="auto"):
     """The updates over lr along gradients [steps, ...], and the last state."""
+    rates = {"b1": b1, "b2": b2, "eps": eps}
 
     def step(state, g):
-        updates, state = jadam.update(g, state, learning_rate=1.0, b1=b1, b2=b2, eps=eps)
+        updates, state = jadam.update(g, state, learning_rate=1.0, kernel=kernel, **rates)
         return state, updates
 
     state, updates = jax.lax.scan(step, jadam.init(gradients[0], **CODES[codes]), gradients)
@@ -259,12 +260,13 @@ def test_the_family_follows_float64(case, codes):
 
 @pytest.mark.usefixtures("either_compilation")
 @each_code
-def test_the_mean_update_is_adams(codes):
+@pytest.mark.parametrize("kernel", ["auto", "xla"])
+def test_the_mean_update_is_adams(codes, kernel):
     """Codes are wrong by chance, not on average: stationary gradients, 3,000 steps."""
     rng = np.random.default_rng(3)
     gradients = (rng.standard_normal((3000, 4, 128)) + 0.1) * np.exp(rng.standard_normal((4, 128)))
     gradients = gradients.astype(np.float32)
-    updates, _ = run(jnp.asarray(gradients), codes, b2=0.95)
+    updates, _ = run(jnp.asarray(gradients), codes, b2=0.95, kernel=kernel)
     exact = -np.stack(list(reference.directions(gradients, b1=0.9, b2=0.95, eps=0.0)))
     gain = np.sum(np.asarray(updates, np.float64) * exact) / np.sum(exact**2)
     # The rounding of a coarse lattice that keeps the mean of log v is short by 8% here.
