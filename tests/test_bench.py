@@ -268,6 +268,7 @@ def rehearsed(folder, parts):
     return found, answer.stdout
 
 
+@pytest.mark.soak
 def test_the_command_for_a_gpu_is_rehearsed(tmp_path_factory):
     """On the day when a device is there, the parts run, rows have figures, tables are made."""
     folder = tmp_path_factory.mktemp("device")

@@ -19,7 +19,12 @@ from jadam._kernels import choice
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "jadam" / "_kernels" / "native" / "gpu"
 PTX = FOLDER / "kernel.ptx"
-ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+ARCHITECTURES = [
+    "sm_80",
+    "sm_90",
+    "sm_120",
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("sm_86", "sm_89", "sm_100")),
+]
 
 needs_kernel = pytest.mark.skipif(
     choice.why_not() is not None, reason=f"no kernel: {choice.why_not()}"

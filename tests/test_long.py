@@ -95,6 +95,7 @@ def alone(task):
         return Program("float32", task, 1)
 
 
+@pytest.mark.soak
 def test_seeds_at_once_are_each_as_alone(task, alone):
     """The same text, data and rates: vmap changes roundings alone, 1e-3 of a loss in 50 steps."""
     both = Program("float32", task, 2)
@@ -107,6 +108,7 @@ def test_seeds_at_once_are_each_as_alone(task, alone):
     assert found.validation[0, -1] < found.validation[0, 0] - 1
 
 
+@pytest.mark.soak
 def test_runs_are_files_that_are_not_run_again(task, alone, tmp_path):
     """A setting's run needs float32's weights; then both are in the one file, once."""
     config = {"steps": 50}

@@ -681,6 +681,31 @@ def test_torchs_count_is_exact(count):
     assert again.count == count
 
 
+def test_a_state_in_the_hosts_memory_is_migrated_as_any_other():
+    """Its moments are compared with each other, which the device's memory alone can do."""
+    state = jadam.init({"w": jnp.ones((2, 3))})
+    lies = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
+    near, far = (migrate.from_optax(x) for x in (state, jax.device_put(state, lies)))
+    assert_identical(near, far)
+
+
+def test_nadams_product_without_momentum():
+    """μ₁·…·μₜ is 1 before the first step, and 0 after it."""
+    like = jadam.nadam(RATE, b1=0.0).init(jnp.ones(2))
+    group = {"params": [0], "betas": (0.0, 0.999), "amsgrad": False, "momentum_decay": 0.004}
+
+    def arrive(t, product):
+        entry = {"step": float(t), "mu_product": np.float32(product)}
+        entry |= {"exp_avg": np.zeros(2), "exp_avg_sq": np.zeros(2)}
+        state_dict = {"state": {0: entry}, "param_groups": [group]}
+        return migrate.from_torch(state_dict, like, lambda _: 0)
+
+    for t, right, wrong in ((0, 1, 0), (3, 0, 1)):
+        assert optax.tree.get(arrive(t, right), "count") == t
+        with pytest.raises(ValueError, match=r"\['mu_product'\]: expected"):
+            arrive(t, wrong)
+
+
 @pytest.mark.parametrize(
     ("b1", "decay", "t"),
     [*((0.9, 0.004, t) for t in (1, 7, 100, 5000)), (0.999, 1.0, 50_000)],
@@ -722,6 +747,8 @@ def test_nadams_product_may_be_rounded_but_not_be_another(b1, decay, t, dtype):
 def test_what_is_not_kerass_is_refused_by_its_key(keys, value, message):
     """Each variable that is missing, not expected, of a wrong type or out of range."""
     migrate.from_keras(keras_mapping(), layer_state(), keras_name)
+    with pytest.raises(TypeError, match=r"expected the path of a variable, got \d+"):
+        migrate.from_keras(keras_mapping(), layer_state(), len)
     with pytest.raises((TypeError, ValueError), match=pattern(message)):
         migrate.from_keras(changed(keras_mapping(), keys, value), layer_state(), keras_name)
 

@@ -152,7 +152,7 @@ def test_the_step_bounds_claims_can_fail(steps):
 @pytest.fixture(scope="module")
 def panels():
     # optax does not run under the strict promotion of these tests.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), quickly():
         return defects.measure()
 
 

@@ -106,7 +106,7 @@ def exact_table(case, table, gradients, scheduled):
 
 HISTORIES = hypothesis.settings(max_examples=5)
 SUMMED = [
-    pytest.param("adam_eps_root", False, "xla", marks=pytest.mark.soak),
+    ("adam_eps_root", False, "xla"),
     pytest.param("adamw", False, "auto", marks=pytest.mark.soak),
     ("adamw", True, "auto"),
     ("adamw", True, "xla"),
@@ -609,6 +609,7 @@ def test_without_catching_up_it_is_torchs_sparse_adam():
 
 
 TABLE = np.ones((6, 4), np.float32)
+TREE = (jadam.AdamState(np.int32(0), {"w": TABLE}, {"w": TABLE}),)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -641,6 +642,33 @@ TABLE = np.ones((6, 4), np.float32)
             r"grads: expected shape \(2, 4\)",
         ),
         (
+            lambda: ROWS.scatter(TABLE[:2] * 1j, [0, 1], TABLE, ROWS.init(TABLE)),
+            TypeError,
+            "grads: expected a real dtype, got complex64",
+        ),
+        (
+            lambda: ROWS.gather(TABLE, ROWS.init(TABLE)._replace(dense=(1,)), [0]),
+            TypeError,
+            r"state\.dense: .*ScaleByAdamState first, got int",
+        ),
+        (
+            lambda: ROWS.gather(TABLE, ROWS.init(TABLE)._replace(dense=TREE), [0]),
+            TypeError,
+            r"state\.dense\[0\]\.mu: expected an array, .*, got dict",
+        ),
+        (
+            lambda: ROWS.gather(TABLE, ROWS.init(TABLE)._replace(last=np.zeros(5, int)), [0]),
+            ValueError,
+            r"state\.last: expected shape \(6,\) .*, got \(5,\)",
+        ),
+        (
+            lambda: jadam.rows.lazy(jadam.adam(1e-3, b1=0.98), catch_up="sum").flush(
+                TABLE, ROWS.init(TABLE)
+            ),
+            ValueError,
+            "catch_up: .*b1/√b2 up to 0.95; got 'sum' for adam in float32",
+        ),
+        (
             lambda: jadam.rows.lazy(jadam.adamax(1e-3), catch_up="sum").flush(
                 TABLE, jadam.rows.lazy(jadam.adamax(1e-3)).init(TABLE)
             ),
@@ -668,7 +696,7 @@ CODED = jadam.adam(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=0)
         (SPARSE, False),
         (jadam.adam(1e-3, kernel="xla"), True),
         pytest.param(IN_XLA, True, marks=pytest.mark.soak),
-        (CODED, True),
+        pytest.param(CODED, True, marks=pytest.mark.soak),
     ],
     ids=["kernel", "kernel, SparseAdam", "sum", "scheduled", "codes"],
 )

@@ -352,6 +352,7 @@ def columns(mesh: Any, n: int) -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize(("tx", "kind", "n", "parts"), CUT)
 def test_blocks_that_are_cut(tx, kind, n, parts):
     """Where devices divide a block the step runs, with one device's bits.
@@ -441,6 +442,7 @@ def test_a_state_that_a_program_lays_like_its_parameters(laid, kind, options):
     assert codes.addressable_shards[0].data.shape == (64, 64)
 
 
+@pytest.mark.usefixtures("either_compilation")
 def test_longer_tops_change_no_bit():
     """Around a chain, of leaves of any width and of what is no code; tools read it as it is."""
     tx = optax.chain(optax.clip(1.0), jadam.adam(1e-2, **EIGHT_BITS))
@@ -595,6 +597,9 @@ def test_a_step_in_parts_refuses_what_a_part_does_not_know():
         step_in_parts(eight_bits, params, specs, mesh=mesh)
     with pytest.raises(ValueError, match=r"^params\['b'\]: .* bfloat16"):
         step_in_parts(jadam.adam(1e-3, **SIXTEEN_BITS), params, specs, mesh=mesh)
+    two = {"a": NamedSharding(mesh, P()), "b": NamedSharding(mesh_of((2,)), P())}
+    with pytest.raises(ValueError, match=r"^shardings: expected all on one mesh, got \[.*,.*\]"):
+        step_in_parts(adam, params, two)
     step_in_parts(adam, params, specs, mesh=mesh)  # float32 may be cut anywhere
     with pytest.raises(TypeError, match=r"^params\['b'\]: "):
         step_in_parts(adam, {"b": jnp.ones((64, 512))})

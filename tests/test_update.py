@@ -1,6 +1,7 @@
 """The pure pair on trees: extreme gradients, dtypes, derivatives, and state that never drifts."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,15 @@ update = jax.jit(jadam.update)
 def avals(tree):
     """Shape, dtype and weak type of every leaf: what a recompilation or a scan looks at."""
     return jax.tree.map(jax.typeof, tree)
+
+
+@pytest.mark.parametrize("function", [jadam.update, jadam.step])
+def test_what_is_not_said_is_as_in_the_paper(function):
+    """Kingma & Ba's Algorithm 1: α = 0.001, β₁ = 0.9, β₂ = 0.999, ε = 1e-8; and nothing beside."""
+    said = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
+    said |= {"weight_decay": 0.0, "mask": None, "nesterov": False, "kernel": "auto"}
+    given = inspect.signature(function).parameters.values()
+    assert {x.name: x.default for x in given if x.kind is x.KEYWORD_ONLY} == said
 
 
 # Extreme gradients

@@ -1,6 +1,7 @@
 """Parameters in 16 bits: exact reconstruction, float32's trajectory, rounding without bias."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -388,8 +389,8 @@ def test_the_key_decides():
     p = {"a": jnp.ones(4096, BF16), "b": jnp.ones(4096, BF16)}
     g = jax.tree.map(lambda p: jnp.full(p.shape, -(2.0**-9), jnp.float32), p)
 
-    def draw(key, steps=1):
-        tx = stochastic_rounding(optax.identity(), key)
+    def draw(*key, steps=1):
+        tx = stochastic_rounding(optax.identity(), *key)
         state = tx.init(p)
         for _ in range(steps):
             updates, state = tx.update(g, state, p)
@@ -397,9 +398,10 @@ def test_the_key_decides():
 
     first = draw(0)
     jax.tree.map(same_bits, first, draw(0))
+    jax.tree.map(same_bits, first, draw())
     for other in (
         draw(1)["a"],
-        draw(0, 2)["a"],
+        draw(0, steps=2)["a"],
         first["b"],
         draw(jax.random.key(0, impl="rbg"))["a"],
     ):
@@ -677,6 +679,8 @@ def test_what_is_refused(wrap):
         tx.update({"a": jnp.ones(3, jnp.complex64), "b": p["b"]}, state, p)
     with pytest.raises(TypeError, match=r"^inner: expected an optax.GradientTransformation"):
         wrap(optax.sgd)
+    with pytest.raises(TypeError, match=r"^inner: expected an optax.GradientTransformation"):
+        wrap(types.SimpleNamespace(init=tx.init))
 
 
 @pytest.mark.usefixtures("quick_compilation")

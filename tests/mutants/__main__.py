@@ -6,45 +6,31 @@ Results go into results.json as they come, and a run goes on where the one befor
 """
 
 import argparse
-import ast
-import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import cosmic_ray.plugins
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.testing import run_tests
-from cosmic_ray.work_item import TestOutcome
-
-from tests.mutants import report
+from tests.mutants import forks, report
+from tests.mutants.faults import change, mutant, mutants
+from tests.mutants.lines import Lines
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "mutants"
 TREE = BUILD / "tree"
 SEED = 18
-TIMEOUT = 1800  # seconds, for what never ends
-
-# An operator becomes one that takes the same operands: any test finds a TypeError.
-KINDS = [
-    {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod"},
-    {"Pow", "Mul", "Add"},
-    {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"},
-    {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"},
-    {"Is", "IsNot"},
-]
-REPLACED = re.compile(r"core/Replace(?:Binary|Comparison)Operator_(\w+)_(\w+)")
 
 # Run by Python at its start, in the tests and in what they start: an editable installation would
 # give jadam from the repository and not from the copy.
@@ -88,114 +74,91 @@ def copy_tree() -> None:
         raise SystemExit(f"the copy is not what is imported: {path}, {kernel}")
 
 
-def mutants(code: str) -> Iterator[tuple[str, int]]:
-    """All mutants of a module: an operator of cosmic-ray, and where it acts."""
-    tree, lines, annotations = get_ast(code), code.splitlines(), annotated(code)
-    for name in sorted(cosmic_ray.plugins.operator_names()):
-        operator = cosmic_ray.plugins.get_operator(name)
-        replaced = REPLACED.fullmatch(name)
-        if operator.arguments() or name == "core/NoOp":
-            continue
-        if replaced and not any(set(replaced.groups()) <= kind for kind in KINDS):
-            continue
-        places = (
-            place for node in ast_nodes(tree) for place in operator().mutation_positions(node)
-        )
-        for occurrence, (start, _) in enumerate(places):
-            line, column = start
-            is_code = not any(first <= start < last for first, last in annotations)
-            # After a lone * arguments have names; nothing else may stand there.
-            if is_code and not lines[line - 1].startswith("*,", column):
-                yield name, occurrence
-
-
-def mutant(code: str, operator: str, occurrence: int) -> str:
-    """The module's text with one fault."""
-    return mutate_code(code, cosmic_ray.plugins.get_operator(operator)(), occurrence)
-
-
-def annotated(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where the annotations are, which say nothing at run time."""
-    nodes = [
-        found
-        for node in ast.walk(ast.parse(code))
-        for name in ("annotation", "returns")
-        if (found := getattr(node, name, None)) is not None
-    ]
-    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes]
-
-
-def change(code: str, mutated: str) -> dict[str, object]:
-    """The lines that differ."""
-    before, after = code.splitlines(), mutated.splitlines()
-    first = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), 0)
-    last = -next(
-        (i for i, (x, y) in enumerate(zip(before[::-1], after[::-1], strict=False)) if x != y), 0
-    )
-    return {
-        "line": first + 1,
-        "was": "\n".join(before[first : last or None]).strip(),
-        "is": "\n".join(after[first : last or None]).strip(),
-    }
-
-
-def tested(module: str, mutated: str, tests: list[str]) -> dict[str, object]:
-    """What the tests say of a module in the copy with another text."""
-    path, began = TREE / module, time.monotonic()
-    right = path.read_text()
-    path.write_text(mutated)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-    try:
-        with contextlib.chdir(TREE):
-            outcome, output = run_tests(" ".join([*command, *tests]), TIMEOUT)
-    finally:
-        path.write_text(right)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    by = failed[1] if failed else output.strip().splitlines()[-1:]
-    return {
-        "found": outcome is not TestOutcome.SURVIVED,
-        "by": None if outcome is TestOutcome.SURVIVED else by,
-        "seconds": round(time.monotonic() - began),
-    }
-
-
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def sample(modules: dict[str, list[str]], size: int, results: report.Results) -> None:
-    """The first `size` mutants of each module in an order drawn by the seed, in turns."""
-    drawn = {}
-    for module in modules:
-        code = (ROOT / module).read_text()
-        drawn[module] = list(mutants(code))
-        random.Random(f"{SEED} {module}").shuffle(drawn[module])
-        results.module(module, digest(code), len(drawn[module]))
-    for rank in range(size):
-        for module, tests in modules.items():
-            if rank >= len(drawn[module]) or results.has(module, rank):
-                continue
-            code = (TREE / module).read_text()
-            operator, occurrence = drawn[module][rank]
-            mutated = mutant(code, operator, occurrence)
-            what = {"operator": operator, "occurrence": occurrence, **change(code, mutated)}
-            results.add(module, rank, what | tested(module, mutated, tests))
+Fault = tuple[str, str, str, dict[str, Any]]  # module, its text, its text with the fault, record
 
 
-def again(modules: dict[str, list[str]], results: report.Results) -> None:
-    """Survivors that are not equivalent, with the tests as they are now."""
+def drawn(modules: Iterable[str], size: int, results: report.Results) -> Iterator[Fault]:
+    """The first `size` mutants of each in an order drawn by the seed, but for those tried."""
+    codes = {module: (TREE / module).read_text() for module in modules}
+    with ProcessPoolExecutor() as pool:
+        for (module, code), found in zip(
+            codes.items(), pool.map(mutants, codes.values()), strict=True
+        ):
+            random.Random(f"{SEED} {module}").shuffle(found)
+            results.module(module, digest(code), len(found))
+            for rank, (operator, occurrence, mutated) in enumerate(found[:size]):
+                if not results.has(module, rank):
+                    what = {"rank": rank, "operator": operator, "occurrence": occurrence}
+                    yield module, code, mutated, what | change(code, mutated)
+
+
+def survived(modules: Iterable[str], results: report.Results) -> Iterator[Fault]:
+    """The survivors that are not equivalent."""
     for module, record in results.survivors():
         if module in modules:
-            mutated = mutant((TREE / module).read_text(), record["operator"], record["occurrence"])
-            results.now(record, tested(module, mutated, modules[module]))
+            code = (TREE / module).read_text()
+            yield module, code, mutant(code, record["operator"], record["occurrence"]), record
 
 
-def baseline(modules: dict[str, list[str]]) -> None:
-    """Without a fault all tests pass; what they compile stays for the mutants."""
-    tests = dict.fromkeys(test for listed in modules.values() for test in listed)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    if subprocess.run(command, cwd=TREE).returncode:
-        raise SystemExit("the tests fail without any fault")
+def record_lines(files: list[str], late: set[str]) -> Lines:
+    """Runs the tests without a fault, where they or the package changed: which lines each runs."""
+    folder = BUILD / "lines"
+    folder.mkdir(exist_ok=True)
+    package = "".join(x.read_text() for x in sorted(TREE.glob("jadam/**/*.py")))
+
+    def recorded(name: str) -> Path:
+        path = folder / f"{digest(package + name + (TREE / name).read_text())}.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "tests.mutants.lines", name]
+        environment = {**os.environ, "MUTANTS_LINES": str(path)}
+        if not path.exists() and subprocess.run(command, cwd=TREE, env=environment).returncode:
+            raise SystemExit(f"{name} fails without any fault")
+        return path
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Lines.read(dict(zip(files, pool.map(recorded, files), strict=True)), late)
+
+
+def tested(
+    faults: list[Fault],
+    lines: Lines,
+    modules: dict[str, list[str]],
+    kills: dict[str, Counter[str]],
+    setup: dict[str, Any],
+) -> Iterator[tuple[Fault, dict[str, Any]]]:
+    """What the tests say of each fault: first of those in what runs at import."""
+    jobs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for key, (module, was, now, record) in enumerate(faults):
+        tests, at_import = lines.covering(module, was, record["line"])
+        at_import = at_import or forks.is_at_import(was, now)
+        if at_import and not tests:
+            tests = {x for x in lines.seconds if x.startswith(tuple(modules[module]))}
+        job = {"key": key, "module": module, "was": was, "now": now}
+        if tests:
+            jobs[not at_import].append(
+                job | {"tests": {x: lines.seconds[x] for x in sorted(tests)}}
+            )
+        else:
+            yield faults[key], {"found": False, "by": None, "ran": 0, "of": 0}
+    for warm, some in jobs.items():
+        command = [sys.executable, "-m", "tests.mutants.forks"]
+        with subprocess.Popen(
+            command, cwd=TREE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin
+            assert process.stdout
+            with process.stdin:
+                process.stdin.writelines(
+                    json.dumps(x) + "\n" for x in ({**setup, "warm": warm, "kills": kills}, *some)
+                )
+            for outcome in map(json.loads, process.stdout):
+                fault = faults[outcome.pop("key")]
+                kills[fault[0]].update([outcome["by"]] if outcome.get("found") else [])
+                yield fault, outcome
 
 
 def kernel(results: report.Results) -> None:
@@ -244,10 +207,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a module, instead of all")
     parser.add_argument("--kernel", action="store_true", help="the C++ alone")
     parser.add_argument("--again", action="store_true", help="the survivors alone")
-    parser.add_argument("--skip-baseline", action="store_true", help="the tests are known to pass")
+    parser.add_argument("--budget", type=float, default=30, help="CPU seconds for a mutant")
     options = parser.parse_args()
-    modules = tomllib.loads((HERE / "tests.toml").read_text())["modules"]
-    modules = {k: v for k, v in modules.items() if not options.only or k in options.only}
+    listed = tomllib.loads((HERE / "tests.toml").read_text())
+    modules = {k: v for k, v in listed["modules"].items() if not options.only or k in options.only}
     copy_tree()
     results = report.Results.read()
     if options.kernel:
@@ -255,12 +218,23 @@ def main() -> None:
             raise SystemExit("the program fails without any fault")
         kernel(results)
         return
-    if not options.skip_baseline:
-        baseline(modules)
-    if options.again:
-        again(modules, results)
-    else:
-        sample(modules, options.sample, results)
+    late = set(listed["late"])
+    lines = record_lines(sorted({x.split("::")[0] for v in modules.values() for x in v}), late)
+    chosen = (
+        survived(modules, results) if options.again else drawn(modules, options.sample, results)
+    )
+    # In turns, so that a run that is stopped has tried some of each.
+    faults = sorted(chosen, key=lambda fault: fault[3].get("rank", 0))
+    setup = {"budget": options.budget, "processes": os.cpu_count()}
+    setup["files"] = sorted({x.split("::")[0] for x in lines.seconds} - late)
+    kills = {module: results.kills(module) for module in modules}
+    for fault, outcome in tested(faults, lines, modules, kills, setup):
+        if "error" in outcome:
+            print(*fault[0::3], outcome, flush=True)
+        elif options.again:
+            results.now(fault[3], outcome)
+        else:
+            results.add(fault[0], fault[3].pop("rank"), fault[3] | outcome)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 """
 
 import json
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from experiments.common.report import processor, update_readme, write_json
+from experiments.common.report import processor, update_readme, write_file
 
 HERE = Path(__file__).parent
 PATH = HERE / "results.json"
@@ -37,8 +39,23 @@ class Results:
         return cls({"machine": processor(), **data})
 
     def write(self) -> None:
-        """All, whole or not at all."""
-        write_json(PATH, self.data)
+        """All, whole or not at all; a line for each mutant."""
+        records: list[str] = []
+
+        def short(record: dict[str, Any]) -> str:
+            records.append(json.dumps(record, ensure_ascii=False))
+            return f"record {len(records) - 1}"
+
+        shown = {
+            **self.data,
+            "modules": {
+                name: {**module, "tried": {k: short(x) for k, x in module["tried"].items()}}
+                for name, module in self.data["modules"].items()
+            },
+        }
+        text = json.dumps(shown, indent=1, ensure_ascii=False)
+        text = re.sub(r'"record (\d+)"', lambda found: records[int(found[1])], text)
+        write_file(PATH, text.encode() + b"\n")
 
     def module(self, name: str, digest: str, mutants: int) -> None:
         """Makes room for a module; records of another text of it go."""
@@ -56,6 +73,11 @@ class Results:
         self.write()
         print(module, rank, "found" if record["found"] else "SURVIVED", record, flush=True)
 
+    def kills(self, module: str) -> Counter[str]:
+        """How many of a module's faults each test was the first to find."""
+        tried = self.data["modules"].get(module, {"tried": {}})["tried"]
+        return Counter(x["by"] for x in tried.values() if isinstance(x["by"], str))
+
     def survivors(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Those that no test has found yet and that are not equivalent."""
         same = equivalent()
@@ -66,8 +88,11 @@ class Results:
                     yield module, record
 
     def now(self, record: dict[str, Any], found: dict[str, object]) -> None:
-        """Keeps what the tests of today say of a survivor."""
-        record |= {"found_now": found["found"], "by": found["by"]}
+        """Keeps what the tests of today say of a survivor, or what they had no time to say."""
+        if record.get("ran", 0) < record.get("of", 0):
+            record |= found
+        else:
+            record |= {"found_now": found["found"], "by": found["by"]}
         self.write()
         print("found now" if found["found"] else "SURVIVED", record, flush=True)
 
