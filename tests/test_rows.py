@@ -1,8 +1,10 @@
 """jadam.rows: a table by its touched rows is the table of the dense transformation."""
 
+import copy
 import functools
 import importlib.util
 import json
+import logging
 import re
 
 import hypothesis
@@ -681,6 +683,22 @@ def test_what_is_refused(call, error, message):
     """The argument's name, what was expected, and what came."""
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_outside_of_jit_each_call_is_one_program(caplog):
+    """Not an operation after another: each would be compiled, and many would copy the table."""
+    rows = jadam.rows.lazy(jadam.adamw(1e-3, weight_decay=0.1))
+    table, ids = jnp.asarray(TABLE), jnp.asarray([1, 2])
+    state = rows.init(table)
+    now = rows.gather(table, state, ids)  # finds out how steps are summed, once
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        table, state = rows.scatter(now, ids, table, state)
+        rows.flush(*rows.scatter(now, ids, table, state))
+    compiled = [x for x in caplog.messages if x.startswith("Finished XLA compilation of")]
+    assert len(compiled) == 2
+    # JAX's own account of what it compiles and keeps is not what a user passes on.
+    copy.deepcopy(rows).flush(table, state)
 
 
 SCHEDULED = jadam.adamw(SCHEDULE, weight_decay=0.1)

@@ -1,5 +1,6 @@
 """A dense transformation of the family, applied to a table by the rows that are touched."""
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Lazy:
         """
         self._check(table, state)
         ids = checked_ids(ids, len(table))
-        return lax.stop_gradient(gathered(self._gather, table, state, ids))
+        return lax.stop_gradient(self._run(gathered, self._gather, table, state, ids))
 
     def _gather(self, table: Table, state: RowsState, ids: Ids) -> RowsOf:
         if self._is_in_kernel(table, table, state):
@@ -126,7 +127,8 @@ class Lazy:
         """
         self._check(table, state)
         grads = _checked_grads(grads, np.shape(ids), table)
-        return stepped(self._scatter, table, state, checked_ids(ids, len(table)), grads)
+        ids = checked_ids(ids, len(table))
+        return self._run(stepped, self._scatter, table, state, ids, grads)
 
     def _scatter(
         self, table: Table, state: RowsState, ids: Ids, grads: RowsOf
@@ -197,7 +199,7 @@ class Lazy:
             ValueError: the state is not the table's.
         """
         self._check(table, state)
-        return stepped(self._flush, table, state) if self.catch_up else (table, state)
+        return self._run(stepped, self._flush, table, state) if self.catch_up else (table, state)
 
     def _flush(self, table: Table, state: RowsState) -> tuple[Table, RowsState]:
         moments = self._moments(state.dense, table)
@@ -212,6 +214,22 @@ class Lazy:
         last = jnp.zeros_like(state.last) + moments.count
         dense = (moments._replace(**_named(member, rows.stored)), *state.dense[1:])
         return rows.p, RowsState(dense, last, decayed)
+
+    def _run(self, over_devices: Callable[..., Any], local: Callable[..., Any], *args: Any) -> Any:
+        """`over_devices(local, *args)` in one program: that which is traced, or one of its own.
+
+        Operation by operation, each would be compiled by itself.
+        """
+        if any(is_tracer(x) for x in jax.tree.leaves(args)):
+            return over_devices(local, *args)
+        if local.__name__ not in self._programs:
+            self._programs[local.__name__] = jax.jit(functools.partial(over_devices, local))
+        return self._programs[local.__name__](*args)
+
+    @functools.cached_property
+    def _programs(self) -> dict[str, Callable[..., Any]]:
+        """What `_run` has compiled."""
+        return {}
 
     def _rule_at(self, count: Count) -> Rule:
         """The rule of the step after so many updates."""
@@ -316,7 +334,7 @@ class Lazy:
         return can and (self.catch_up == "sum" or (in_float32 and self.catch_up != "steps"))
 
     def _is_in_kernel(self, g: Any, table: Table, state: RowsState) -> bool:
-        """Whether the kernel takes the rows of a table. Outside of `jax.jit` it takes none."""
+        """Whether the kernel takes the rows of a table. Under `jax.disable_jit` it takes none."""
         if not is_tracer(table):
             return False
         rule = self.plan.rule
@@ -393,8 +411,8 @@ def lazy(tx: FusedTransformation, *, catch_up: CatchUp = True) -> Lazy:
             must not change between steps except by schedules; learning_rate·weight_decay is
             under 1. `ademamix` is refused: its slow average moves a row for ten thousands of steps.
             Its `kernel` is that of the rows too: float32 rows of `adam`, `nadam`, `radam` and
-            those with decay, where missed steps are summed or none are made, in a function under
-            `jax.jit` on CPUs. Else the touched rows are stepped in XLA.
+            those with decay, where missed steps are summed or none are made, on CPUs. Else the
+            touched rows are stepped in XLA.
         catch_up: True as above. "sum" or "steps" takes one of the two ways or raises. False is
             `torch.optim.SparseAdam`, another algorithm: the moments of a row stand still while it
             is not touched, and eps is added to √v before the bias correction. For `adam` alone.
