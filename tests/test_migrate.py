@@ -584,7 +584,8 @@ def test_a_first_step_of_torch_makes_less_than_later_ones():
 
 def test_a_group_of_torch_without_amsgrad_is_none_with():
     """The state has a maximum, and the group says that there is none."""
-    with pytest.raises(ValueError, match=pattern(f"{FIRST}['amsgrad']: expected True, .* has a nu_max")):
+    message = f"{FIRST}['amsgrad']: expected True, .* has a nu_max"
+    with pytest.raises(ValueError, match=pattern(message)):
         migrate.from_torch(torch_mapping(), layer_state(jadam.amsgrad), torch_name, maximum="raw")
 
 
