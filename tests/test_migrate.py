@@ -572,14 +572,28 @@ def test_what_is_not_torchs_is_refused_by_its_key(keys, value, message):
 
 
 def test_a_first_step_of_torch_makes_less_than_later_ones():
-    """After one step |m| is (1 - b1)/√(1 - b2) = 3.16 times √v. Ten times that is taken."""
+    """After one step |m| is (1 - b1)/√(1 - b2) = 3.16 times √v. Ten times that is taken.
+
+    A count that was set back to 0, with moments left, is as the first.
+    """
     like, group = jadam.adam(RATE).init(jnp.ones(1)), {"params": [0], "betas": (0.9, 0.999)}
-    for m, is_taken in ((31.0, True), (33.0, False)):
-        entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
+    for step, m, is_taken in ((1.0, 31.0, True), (1.0, 33.0, False), (0.0, 31.0, True)):
+        entry = {"step": step, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
         mapping = {"state": {0: entry}, "param_groups": [{**group, "amsgrad": False}]}
         refused = pytest.raises(ValueError, match=r"at most 31\.6 times")
         with contextlib.nullcontext() if is_taken else refused:
             migrate.from_torch(mapping, like, lambda _: 0)
+
+
+def test_the_norms_of_torchs_adamax_bound_the_first_moment():
+    """After one step |m| is 0.1 times u, itself and not its root. Ten times that is taken."""
+    like, group = jadam.adamax(RATE).init(jnp.ones(1)), {"params": [0], "betas": (0.9, 0.999)}
+    for m, is_taken in ((0.9e-6, True), (1.1e-6, False)):
+        entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_inf": np.full(1, 1e-6)}
+        mapping = {"state": {0: entry}, "param_groups": [group]}
+        refused = pytest.raises(ValueError, match=r"at most 1 times state_dict\['state'\]\[0\]")
+        with contextlib.nullcontext() if is_taken else refused:
+            migrate.from_torch(mapping, like, lambda _: 0, adamax=True)
 
 
 def test_a_group_of_torch_without_amsgrad_is_none_with():
@@ -1046,6 +1060,11 @@ def test_what_the_other_storage_cannot_hold_is_refused():
             jadam.init(one),
             jadam.amsgrad(RATE).init(one),
             "state: expected ['AmsgradState'] as in like, got ['ScaleByAdamState']",
+        ),
+        (
+            jadam.amsgrad(RATE).init(one),
+            jadam.init(one),
+            "state: expected ['ScaleByAdamState'] as in like",
         ),
         (
             jadam.init(one)._replace(nu=jnp.ones(3)),
