@@ -177,6 +177,24 @@ def test_the_first_codes_are_at_their_ends():
     assert diagnose(state, updates, params)["whole"]["m_end_share"] == 1
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_which_codes_are_the_outermost(bits):
+    """v's first and last, and m's last two on either side where v is a number: of all codes."""
+    both = np.arange(2**16 if bits == 8 else 2**8).reshape(-1, 128)
+    if bits == 8:  # bits of m and of v
+        m, v, sizes, top = (both >> 9) - 64, both & 511, 63, 510
+    else:  # digits to the base 21, and the last value is NaN
+        v = -(-both // 21)
+        m, sizes, top = both - 21 * v + 10, 10, 12
+    number = (v > 0) & (v <= top)
+    params, tops = jnp.ones(both.shape), jnp.zeros((both.shape[0], 1), jnp.int16)
+    state = jadam.AdamState(jnp.int32(9), jnp.asarray(both, f"uint{2 * bits}"), tops)
+    report = diagnose(state, params, params)["whole"]
+    assert report["m_end_share"] == np.mean(number & (np.abs(m) >= sizes - 1))
+    assert report["v_end_share"] == np.mean((v == 1) | (v == top))
+
+
 ADAM = jadam.adam(1e-2)
 PLACES = {
     "bare": jadam.scale_by_adam(),

@@ -523,7 +523,7 @@ TORCH_REFUSED = [
     (("param_groups", 0, "betas"), None, f"{FIRST}['betas']: expected a list, got NoneType"),
     (("param_groups", 0, "betas"), (0.9,), f"{FIRST}['betas']: expected 2, got 1"),
     (("param_groups", 0, "betas"), (0.9, 2.0), f"{FIRST}['betas'][1]: expected a number >= 0"),
-    (("param_groups", 0, "amsgrad"), True, f"{FIRST}['amsgrad']: expected False"),
+    (("param_groups", 0, "amsgrad"), True, f"{FIRST}['amsgrad']: expected False, .* has no nu_max"),
     (("param_groups", 0, "amsgrad"), "no", f"{FIRST}['amsgrad']: expected True or False"),
     (("param_groups", 0, "amsgrad"), GONE, f"{FIRST}: expected a group of Adam, as adamax=False"),
     (("param_groups", 0, "maximize"), True, f"{FIRST}['maximize']: expected False"),
@@ -572,20 +572,42 @@ def test_what_is_not_torchs_is_refused_by_its_key(keys, value, message):
 
 
 def test_a_first_step_of_torch_makes_less_than_later_ones():
-    """After one step |m| is (1 - b1)/√(1 - b2) = 3.16 times √v. Ten times that is taken."""
+    """After one step |m| is (1 - b1)/√(1 - b2) = 3.16 times √v. Ten times that is taken.
+
+    A count that was set back to 0, with moments left, is as the first.
+    """
     like, group = jadam.adam(RATE).init(jnp.ones(1)), {"params": [0], "betas": (0.9, 0.999)}
-    for m, is_taken in ((31.0, True), (33.0, False)):
-        entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
+    for step, m, is_taken in ((1.0, 31.0, True), (1.0, 33.0, False), (0.0, 31.0, True)):
+        entry = {"step": step, "exp_avg": np.array([m]), "exp_avg_sq": np.ones(1)}
         mapping = {"state": {0: entry}, "param_groups": [{**group, "amsgrad": False}]}
         refused = pytest.raises(ValueError, match=r"at most 31\.6 times")
         with contextlib.nullcontext() if is_taken else refused:
             migrate.from_torch(mapping, like, lambda _: 0)
 
 
+def test_the_norms_of_torchs_adamax_bound_the_first_moment():
+    """After one step |m| is 0.1 times u, itself and not its root. Ten times that is taken."""
+    like, group = jadam.adamax(RATE).init(jnp.ones(1)), {"params": [0], "betas": (0.9, 0.999)}
+    for m, is_taken in ((0.9e-6, True), (1.1e-6, False)):
+        entry = {"step": 1.0, "exp_avg": np.array([m]), "exp_inf": np.full(1, 1e-6)}
+        mapping = {"state": {0: entry}, "param_groups": [group]}
+        refused = pytest.raises(ValueError, match=r"at most 1 times state_dict\['state'\]\[0\]")
+        with contextlib.nullcontext() if is_taken else refused:
+            migrate.from_torch(mapping, like, lambda _: 0, adamax=True)
+
+
 def test_a_group_of_torch_without_amsgrad_is_none_with():
     """The state has a maximum, and the group says that there is none."""
-    with pytest.raises(ValueError, match=pattern(f"{FIRST}['amsgrad']: expected True, since")):
+    message = f"{FIRST}['amsgrad']: expected True, .* has a nu_max"
+    with pytest.raises(ValueError, match=pattern(message)):
         migrate.from_torch(torch_mapping(), layer_state(jadam.amsgrad), torch_name, maximum="raw")
+
+
+def test_a_group_of_torchs_adam_is_not_adamaxs():
+    """Its v would become u, which is a root."""
+    message = f"{FIRST}: expected a group of Adamax, as adamax=True says, got one of Adam"
+    with pytest.raises(ValueError, match=pattern(message)):
+        migrate.from_torch(torch_mapping(), layer_state(jadam.adamax), torch_name, adamax=True)
 
 
 def test_codes_do_not_go_to_optax():
@@ -638,7 +660,7 @@ def test_the_largest_ratio_is_attained():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": jnp.int32(-5)}, "state[0].count: expected a number >= 0, got -5"),
+        ({"count": jnp.int32(-1)}, "state[0].count: expected a number >= 0, got -1"),
         ({"nu": {"w": jnp.array([1.0, -1.0])}}, "state[0].nu['w']: expected numbers >= 0, got -1"),
         ({"mu": {"w": jnp.array([1e10, 1.0])}}, "state[0].mu['w']: .* 1e+10 beside 1e-10"),
         ({"mu": {"w": jnp.array([0.0, jnp.nan])}}, "state[0].mu['w']: .* nan beside 1.0"),
@@ -1037,7 +1059,12 @@ def test_what_the_other_storage_cannot_hold_is_refused():
         (
             jadam.init(one),
             jadam.amsgrad(RATE).init(one),
-            "state: expected ['AmsgradState'] as in like",
+            "state: expected ['AmsgradState'] as in like, got ['ScaleByAdamState']",
+        ),
+        (
+            jadam.amsgrad(RATE).init(one),
+            jadam.init(one),
+            "state: expected ['ScaleByAdamState'] as in like",
         ),
         (
             jadam.init(one)._replace(nu=jnp.ones(3)),
@@ -1074,6 +1101,21 @@ def test_a_first_moment_beyond_its_bound_is_not_cut(member):
         else:
             with pytest.raises(ValueError, match=r"^state\[0\].mu: expected a first moment"):
                 migrate.cast_like((full,), like[:1], adamax=adamax)
+
+
+@each_member
+def test_the_moments_of_the_largest_gradients_have_codes(member):
+    """2⁶³ and its square are what larger gradients count as: a state may have them for ever."""
+    adamax = member == "adamax"
+    like = jax.eval_shape(MEMBERS[member](RATE, **SMALL).init, jnp.ones((8, 200)))[:1]
+    state = MEMBERS[member](RATE).init(jnp.ones((8, 200)))[0]
+    state = jax.tree.map(lambda x: jnp.full_like(x, 2.0 ** (63 if adamax else 126)), state)
+    state = state._replace(count=jnp.int32(100_000), mu=jnp.full((8, 200), 2.0**63))
+    codes = migrate.cast_like((state,), like, adamax=adamax)
+    found = migrate.cast_like(codes, (state,), adamax=adamax)[0]
+    np.testing.assert_array_equal(found.nu, state.nu)
+    # A level of m at its end is 5% (test_floats_go_to_the_nearest_codes).
+    np.testing.assert_allclose(found.mu, state.mu, rtol=0.05)
 
 
 @each_member

@@ -119,7 +119,9 @@ def test_which_leaves_have_codes(shape, coded):
     assert (state.mu.dtype == jnp.uint16) == coded
     exact = jadam.init(jnp.ones((3, 40)), mu_dtype="int8", nu_dtype="uint8", min_size=120)
     fewer = jadam.init(jnp.ones((3, 40)), mu_dtype="int8", nu_dtype="uint8", min_size=121)
-    assert (exact.mu.dtype, fewer.mu.dtype) == (jnp.uint16, jnp.float32)
+    empty = jadam.init(jnp.ones((0, 40)), mu_dtype="int8", nu_dtype="uint8", min_size=0)
+    dtypes = [state.mu.dtype for state in (exact, fewer, empty)]
+    assert dtypes == [jnp.uint16, jnp.float32, jnp.float32]
 
 
 @pytest.mark.usefixtures("either_compilation")
