@@ -235,6 +235,10 @@ def test_complex64_moments_of_complex128_gradients_stay_within_their_bound(x64):
     m, v = np.asarray(state.mu, np.complex128), np.asarray(state.nu, np.float64)
     np.testing.assert_allclose(m, 0.1 * g, rtol=2.0**-22)
     assert np.all(np.abs(m) <= 0.1 / np.sqrt(0.001) * np.sqrt(v) * (1 + 2.0**-24 + 1e-12))
+    # m = g, v = |g|²/4 and a bound of 2·√v, without a rounding.
+    at_bound, start = jnp.asarray([3 + 4j]), jadam.init(jnp.zeros(1, jnp.complex64))
+    _, state = jadam.update(at_bound, start, b1=0.0, b2=0.75)
+    assert state.mu[0] == 3 + 4j
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -248,6 +252,34 @@ def test_gradients_through_complex64_moments_are_finite(x64):
 
     slope = jax.jit(jax.grad(moved))(jnp.asarray([0, 1 - 2j, 1e-3j]))
     assert np.all(np.isfinite(slope))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_float32_moment_of_float64_gradients_keeps_its_digits_at_its_bound(x64):
+    """Which the first step attains, for gradients of all sizes that float32 has.
+
+    2⁻²³: m is rounded to float32, and where that is past the bound cut and rounded again.
+    """
+    g = np.geomspace(1e-36, 1e36, 2001) * np.resize([1, -1], 2001)
+    _, state = jadam.update(jnp.asarray(g), jadam.init(jnp.asarray(g), mu_dtype="float32"))
+    assert (state.mu.dtype, state.nu.dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(state.mu.astype(float), 0.1 * g, rtol=2.0**-23)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_first_moment_may_be_rounded_up_to_its_bound():
+    """b1 = 0 and b2 = ¾: m = g and |m| <= 2·√v, here the bfloat16 above g.
+
+    So m is g in the mean over the lanes, whose dithers are even to 8/128 of the two's distance.
+    """
+    above = 1 + 2.0**-7
+    g = 1 + 2.0**-8
+    v = np.float32((above**2 - g**2) / 3)  # ¾·v + ¼·g² is ¼·above²
+    state = jadam.init(jnp.zeros(128), mu_dtype="bfloat16")._replace(nu=jnp.full(128, v))
+    grads = jnp.full(128, g, jnp.float32)
+    _, state = jadam.update(grads, state, b1=0.0, b2=0.75, kernel="xla")
+    assert set(np.asarray(state.mu, np.float64)) == {1.0, above}
+    assert abs(np.mean(np.asarray(state.mu, np.float64)) - g) <= 8 / 128 * 2.0**-7
 
 
 @pytest.mark.usefixtures("either_compilation")
@@ -273,14 +305,15 @@ def test_a_first_moment_in_float16_stays_within_what_a_warm_up_allows():
 def test_a_slow_moment_in_bfloat16_goes_on_moving_in_a_warm_up():
     """A step is a thousandth of it, where a bfloat16 is a hundredth: in the mean it is float64's.
 
-    1%: over 128 elements the dithers of some hundred steps nearly cancel.
+    1e-3: over 128 lanes the dithers of one step are even to 8/128 of a bfloat16, which is up to
+    2⁻⁷ of m; those of many steps cancel.
     """
     gradients = np.ones((1000, 128), np.float32)
     _, (state, *_) = directions(jadam.ademamix(1.0, warmup=500, mu_dtype="bfloat16"), gradients)
     member = reference.Member("ademamix", warmup=500)
     for _ in gradients:
         member(1.0)
-    assert np.mean(state.mu_slow.astype(float)) == pytest.approx(member.slow, rel=0.01)
+    assert np.mean(state.mu_slow.astype(float)) == pytest.approx(member.slow, rel=1e-3)
 
 
 # AMSGrad's maximum
