@@ -121,6 +121,19 @@ def test_the_dither_is_added_to_the_bits_that_are_cut(dtype, cut):
         expected = np.copysign(whole.view(np.float32), x)
         rounded = _rounding.round_dithered(jnp.asarray(x), jnp.dtype(dtype), jnp.int32(t))
         np.testing.assert_array_equal(rounded.astype(jnp.float32), expected)
+    for function, most in ((_rounding.round_to_zero, 0), (_rounding.round_from_zero, 2**cut - 1)):
+        whole = (bits + np.uint32(most)) >> cut << cut
+        expected = np.copysign(whole.view(np.float32), x)
+        rounded = function(jnp.asarray(x), jnp.dtype(dtype)).astype(jnp.float32)
+        np.testing.assert_array_equal(rounded, expected)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_grid_is_the_dtypes_down_to_float32s_smallest_number(dtype):
+    """At powers of two and between; at 0 and under float16's or float32's smallest it ends."""
+    x = np.asarray([0, *2.0 ** np.arange(-126, 16), *1.99 * 2.0 ** np.arange(-126, 15)], np.float32)
+    found = _rounding.grid(jnp.asarray(x), jnp.dtype(dtype))
+    np.testing.assert_array_equal(found, [grid(x, dtype) for x in x.astype(float)])
 
 
 def test_a_slice_of_a_stack_knows_its_place():
@@ -132,6 +145,8 @@ def test_a_slice_of_a_stack_knows_its_place():
             for size in (50, 2**31 + 5, 2**32 + 7):
                 assert int(_rounding.elements_before(size)) == index * size % 2**32
             part = _rounding.weyl((50,), jnp.int32(7))
+            row = _rounding.weyl((1, 300), jnp.int32(7))
         np.testing.assert_array_equal(part, whole[50 * index : 50 * index + 50])
+        np.testing.assert_array_equal(row[0], whole)
     assert not _rounding.is_slice()
     assert _rounding.elements_before(2**33) == 0

@@ -98,15 +98,17 @@ def test_no_gradients_give_nan_or_a_step_beyond_the_bound(member, storage):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_no_second_step_is_beyond_the_bound_down_to_the_least_root():
+@pytest.mark.parametrize("b2", [0.999, 0.9998])
+def test_no_second_step_is_beyond_the_bound_down_to_the_least_root(b2):
     """An m in bfloat16 is held to v wherever the direction is divided by v's own root.
 
-    That is from gradients of 3e-16 on, which are 1e-34 in the first v.
+    That is from gradients of 3e-16 on, which are 1e-34 or 2e-35 in the first v.
     """
-    gradients = reference.extremal_gradients(2)[:, None] * np.geomspace(1e-17, 1e-13, 1024)
-    tx = MEMBERS["adam"](1.0, eps=0.0, **STORAGES["bfloat16 m"])
+    gradients = reference.extremal_gradients(2, b2=b2)[:, None] * np.geomspace(1e-17, 1e-13, 1024)
+    tx = MEMBERS["adam"](1.0, b2=b2, eps=0.0, **STORAGES["bfloat16 m"])
     updates, _ = directions(tx, gradients.astype(np.float32))
-    largest, bounds = np.abs(updates).max(axis=1), [reference.step_bound(t) for t in (1, 2)]
+    largest = np.abs(updates).max(axis=1)
+    bounds = [reference.step_bound(t, b2=b2) for t in (1, 2)]
     assert np.all(largest <= np.array(bounds) * SLACK)
     assert np.all(largest >= np.array(bounds) * 0.999)
 
@@ -255,15 +257,38 @@ def test_gradients_through_complex64_moments_are_finite(x64):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_float32_moment_of_float64_gradients_keeps_its_digits_at_its_bound(x64):
-    """Which the first step attains, for gradients of all sizes that float32 has.
+@pytest.mark.parametrize(
+    ("mu_dtype", "nu_dtype", "largest"),
+    [("float32", "float64", 1e36), ("float64", "float32", 1e15)],
+)
+def test_a_moment_wider_than_the_other_keeps_its_digits_at_its_bound(
+    x64, mu_dtype, nu_dtype, largest
+):
+    """The first step attains (1-b1)/√(1-b2)·√v, for gradients of all sizes that both have.
 
-    2⁻²³: m is rounded to float32, and where that is past the bound cut and rounded again.
+    2⁻²³: a moment in float32 is rounded, and m cut to v and rounded again. 2⁻²⁴: only the latter.
     """
-    g = np.geomspace(1e-36, 1e36, 2001) * np.resize([1, -1], 2001)
-    _, state = jadam.update(jnp.asarray(g), jadam.init(jnp.asarray(g), mu_dtype="float32"))
-    assert (state.mu.dtype, state.nu.dtype) == (jnp.float32, jnp.float64)
-    np.testing.assert_allclose(state.mu.astype(float), 0.1 * g, rtol=2.0**-23)
+    g = np.geomspace(1 / largest, largest, 2001) * np.resize([1, -1], 2001)
+    state = jadam.init(jnp.asarray(g), mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    _, state = jadam.update(jnp.asarray(g), state)
+    assert (state.mu.dtype, state.nu.dtype) == (mu_dtype, nu_dtype)
+    m, v = (np.asarray(x, np.float64) for x in (state.mu, state.nu))
+    np.testing.assert_allclose(m, 0.1 * g, rtol=2.0**-23)
+    rounding = 2.0**-24 if mu_dtype == "float32" else 0
+    assert np.all(np.abs(m) <= 0.1 / np.sqrt(0.001) * np.sqrt(v) * (1 + rounding + 1e-12))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_first_moment_lives_where_v_has_lost_its_squares():
+    """(1-b2)·g² is under float32's numbers, so v stays 0, and does not say that m should.
+
+    At b1 = 0.998 in the mean over the lanes, whose dithers are even to 8/128 of a bfloat16.
+    """
+    gradients = np.full((2000, 128), 3.4e-18, np.float32)
+    _, (state, *_) = directions(MEMBERS["adam"](1.0, b1=0.998, **STORAGES["bfloat16 m"]), gradients)
+    np.testing.assert_array_equal(state.nu, 0)
+    expected = reference.bias(0.998, 2000) * 3.4e-18
+    assert np.mean(state.mu.astype(float)) == pytest.approx(expected, rel=1e-3, abs=0)
 
 
 @pytest.mark.usefixtures("quick_compilation")
