@@ -56,6 +56,13 @@ def test_a_decay_rate_that_bfloat16_rounds_to_one():
         jadam.adam(1e-3, b2=jnp.bfloat16(0.999))
 
 
+def test_a_decay_rate_that_was_not_rounded_to_one(x64):
+    """The hint at inject_hyperparams is for arrays of under 32 bits: these are 1 themselves."""
+    for dtype in ("float32", "float64"):
+        with pytest.raises(ValueError, match=rf"b2: expected .* < 1, got 1.0 in {dtype}$"):
+            jadam.adam(1e-3, b2=jnp.asarray(1.0, dtype))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_learning_rate_that_is_not_finite(value):
     """A negative one climbs, as in optax."""
@@ -130,8 +137,10 @@ def test_a_storage_dtype_that_is_not_floating_point(factory, name, value, came):
 def test_options_of_single_members():
     with pytest.raises(ValueError, match="maximum: expected one of 'raw', 'corrected', got 'hat'"):
         jadam.amsgrad(1e-3, maximum="hat")
-    with pytest.raises(ValueError, match=r"momentum_decay: expected a number > 0, got 0.0"):
-        jadam.nadam(1e-3, momentum_decay=0.0)
+    for value in (0.0, -1.0):
+        message = f"momentum_decay: expected a number > 0, got {value}"
+        with pytest.raises(ValueError, match=message):
+            jadam.nadam(1e-3, momentum_decay=value)
     with pytest.raises(ValueError, match=r"threshold: expected a number >= 4, got 3.0"):
         jadam.radam(1e-3, threshold=3.0)
     with pytest.raises(TypeError, match=r"momentum_decay: expected a real number"):

@@ -375,6 +375,17 @@ def test_blocks_that_are_cut(tx, kind, n, parts):
     assert got[1][0].mu["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
 
 
+def test_an_update_of_blocks_that_are_cut_lies_as_its_gradient():
+    """On explicit axes, also without parameters: and the state as it lay."""
+    mesh = mesh_of((2,), kind=AxisType.Explicit)
+    grads, *_ = columns(mesh, 384)
+    with jax.set_mesh(mesh):
+        state = jax.jit(partial(jadam.init, **EIGHT_BITS))(grads)
+        update = partial(jadam.update, kernel="xla")
+        types = jax.tree.map(jax.typeof, jax.eval_shape(update, grads, state))
+        assert types == jax.tree.map(jax.typeof, (grads, state))
+
+
 def laid_by_optax(tx: Any, mesh: Any) -> tuple[Any, Any]:
     """optax.tree.map_params: each leaf of the state gets the sharding of its parameter."""
     params, *_ = columns(mesh, 512)

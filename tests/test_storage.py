@@ -97,6 +97,22 @@ def test_no_gradients_give_nan_or_a_step_beyond_the_bound(member, storage):
         assert largest[-1] >= 0.97 * bound(member, STEPS)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("b2", [0.999, 0.9998])
+def test_no_second_step_is_beyond_the_bound_down_to_the_least_root(b2):
+    """An m in bfloat16 is held to v wherever the direction is divided by v's own root.
+
+    That is from gradients of 3e-16 on, which are 1e-34 or 2e-35 in the first v.
+    """
+    gradients = reference.extremal_gradients(2, b2=b2)[:, None] * np.geomspace(1e-17, 1e-13, 1024)
+    tx = MEMBERS["adam"](1.0, b2=b2, eps=0.0, **STORAGES["bfloat16 m"])
+    updates, _ = directions(tx, gradients.astype(np.float32))
+    largest = np.abs(updates).max(axis=1)
+    bounds = [reference.step_bound(t, b2=b2) for t in (1, 2)]
+    assert np.all(largest <= np.array(bounds) * SLACK)
+    assert np.all(largest >= np.array(bounds) * 0.999)
+
+
 @pytest.mark.usefixtures("either_compilation")
 @pytest.mark.parametrize("storage", ["bfloat16", "8 bits"])
 def test_a_bad_element_poisons_itself_alone(storage):
@@ -208,18 +224,122 @@ def test_complex64_moments_of_complex128_gradients_follow_float64(x64):
     assert (updates.dtype, state.mu.dtype) == (jnp.complex128, jnp.complex64)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_complex64_moments_of_complex128_gradients_stay_within_their_bound(x64):
+    """|m| is at most (1-b1)/√(1-b2)·√v, which the first step attains, as it is stored.
+
+    2⁻²⁴ of |m|: the last rounding of its two parts. 2⁻²²: this, v's rounding and the way back from
+    the bound.
+    """
+    rng = np.random.default_rng(0)
+    g = rng.standard_normal(4000) + 1j * rng.standard_normal(4000)
+    _, state = jadam.update(jnp.asarray(g), jadam.init(jnp.zeros(4000, jnp.complex64)))
+    m, v = np.asarray(state.mu, np.complex128), np.asarray(state.nu, np.float64)
+    np.testing.assert_allclose(m, 0.1 * g, rtol=2.0**-22)
+    assert np.all(np.abs(m) <= 0.1 / np.sqrt(0.001) * np.sqrt(v) * (1 + 2.0**-24 + 1e-12))
+    # m = g, v = |g|²/4 and a bound of 2·√v, without a rounding.
+    at_bound, start = jnp.asarray([3 + 4j]), jadam.init(jnp.zeros(1, jnp.complex64))
+    _, state = jadam.update(at_bound, start, b1=0.0, b2=0.75)
+    assert state.mu[0] == 3 + 4j
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_gradients_through_complex64_moments_are_finite(x64):
+    """Through two steps, the second from what the first has stored: also of zeros."""
+
+    def moved(g):
+        _, state = jadam.update(g, jadam.init(jnp.zeros(3, jnp.complex64)))
+        updates, _ = jadam.update(g, state, learning_rate=1.0)
+        return jnp.sum(updates.real)
+
+    slope = jax.jit(jax.grad(moved))(jnp.asarray([0, 1 - 2j, 1e-3j]))
+    assert np.all(np.isfinite(slope))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("mu_dtype", "nu_dtype", "largest"),
+    [("float32", "float64", 1e36), ("float64", "float32", 1e15)],
+)
+def test_a_moment_wider_than_the_other_keeps_its_digits_at_its_bound(
+    x64, mu_dtype, nu_dtype, largest
+):
+    """The first step attains (1-b1)/√(1-b2)·√v, for gradients of all sizes that both have.
+
+    2⁻²³: a moment in float32 is rounded, and m cut to v and rounded again. 2⁻²⁴: only the latter.
+    """
+    g = np.geomspace(1 / largest, largest, 2001) * np.resize([1, -1], 2001)
+    state = jadam.init(jnp.asarray(g), mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    _, state = jadam.update(jnp.asarray(g), state)
+    assert (state.mu.dtype, state.nu.dtype) == (mu_dtype, nu_dtype)
+    m, v = (np.asarray(x, np.float64) for x in (state.mu, state.nu))
+    np.testing.assert_allclose(m, 0.1 * g, rtol=2.0**-23)
+    rounding = 2.0**-24 if mu_dtype == "float32" else 0
+    assert np.all(np.abs(m) <= 0.1 / np.sqrt(0.001) * np.sqrt(v) * (1 + rounding + 1e-12))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_first_moment_lives_where_v_has_lost_its_squares():
+    """(1-b2)·g² is under float32's numbers, so v stays 0, and does not say that m should.
+
+    At b1 = 0.998, in the mean over the lanes to one bfloat16, 2⁻⁷ of m: the dithers of 2,000 steps
+    do not cancel wholly.
+    """
+    gradients = np.full((2000, 128), 3.4e-18, np.float32)
+    _, (state, *_) = directions(MEMBERS["adam"](1.0, b1=0.998, **STORAGES["bfloat16 m"]), gradients)
+    np.testing.assert_array_equal(state.nu, 0)
+    expected = reference.bias(0.998, 2000) * 3.4e-18
+    assert np.mean(state.mu.astype(float)) == pytest.approx(expected, rel=2.0**-7, abs=0)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_first_moment_may_be_rounded_up_to_its_bound():
+    """b1 = 0 and b2 = ¾: m = g and |m| <= 2·√v, here the bfloat16 above g.
+
+    So m is g in the mean over the lanes, whose dithers are even to 8/128 of the two's distance.
+    """
+    above = 1 + 2.0**-7
+    g = 1 + 2.0**-8
+    v = np.float32((above**2 - g**2) / 3)  # ¾·v + ¼·g² is ¼·above²
+    state = jadam.init(jnp.zeros(128), mu_dtype="bfloat16")._replace(nu=jnp.full(128, v))
+    grads = jnp.full(128, g, jnp.float32)
+    _, state = jadam.update(grads, state, b1=0.0, b2=0.75, kernel="xla")
+    assert set(np.asarray(state.mu, np.float64)) == {1.0, above}
+    assert abs(np.mean(np.asarray(state.mu, np.float64)) - g) <= 8 / 128 * 2.0**-7
+
+
 @pytest.mark.usefixtures("either_compilation")
 def test_a_first_moment_in_float16_stays_within_what_a_warm_up_allows():
     """AdEMAMix's slow moment of gradients under float16's numbers is not made large by rounding.
 
     6e-8, the smallest of float16, beside a root of 1e-8 was a step of 11 times the bound. While b3
-    grows no bound has a formula: it is kept to a unit in float16's last place.
+    grows no bound has a formula: it is kept to a unit in float16's last place, 2⁻¹⁰, over what
+    constant gradients give. 1e-5: float32's roundings of 100 steps.
     """
-    gradients = np.full((100, 128), 1e-8, np.float32)
+    gradients = np.tile(np.geomspace(1e-9, 1e-6, 128, dtype=np.float32), (100, 1))
     tx = jadam.ademamix(1.0, eps=0.0, warmup=40, b3=0.999, mu_dtype="float16")
-    updates, _ = directions(tx, gradients)
+    updates, (state, *_) = directions(tx, gradients)
     bounds = reference.ademamix_bounds(100, warmup=40, b3=0.999)
     assert np.all(np.abs(updates).max(axis=1) <= bounds * (1 + 2.0**-10 + 1e-5))
+    member = reference.Member("ademamix", warmup=40, b3=0.999)
+    for g in gradients:
+        member(g)
+    assert np.all(np.asarray(state.mu_slow, np.float64) <= member.slow * (1 + 2.0**-10 + 1e-5))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_slow_moment_in_bfloat16_goes_on_moving_in_a_warm_up():
+    """A step is a thousandth of it, where a bfloat16 is a hundredth: in the mean it is float64's.
+
+    1e-3: over 128 lanes the dithers of one step are even to 8/128 of a bfloat16, which is up to
+    2⁻⁷ of m; those of many steps cancel.
+    """
+    gradients = np.ones((1000, 128), np.float32)
+    _, (state, *_) = directions(jadam.ademamix(1.0, warmup=500, mu_dtype="bfloat16"), gradients)
+    member = reference.Member("ademamix", warmup=500)
+    for _ in gradients:
+        member(1.0)
+    assert np.mean(state.mu_slow.astype(float)) == pytest.approx(member.slow, rel=1e-3)
 
 
 # AMSGrad's maximum

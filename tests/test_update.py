@@ -24,12 +24,21 @@ def avals(tree):
 
 
 @pytest.mark.parametrize("function", [jadam.update, jadam.step])
-def test_what_is_not_said_is_as_in_the_paper(function):
-    """Kingma & Ba's Algorithm 1: α = 0.001, β₁ = 0.9, β₂ = 0.999, ε = 1e-8; and nothing beside."""
+def test_what_is_not_said_is_as_in_the_paper(x64, function):
+    """Kingma & Ba's Algorithm 1: α = 0.001, β₁ = 0.9, β₂ = 0.999, ε = 1e-8; and nothing beside.
+
+    1e-12: float64's roundings of three steps.
+    """
     said = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
     said |= {"weight_decay": 0.0, "mask": None, "nesterov": False, "kernel": "auto"}
     given = inspect.signature(function).parameters.values()
     assert {x.name: x.default for x in given if x.kind is x.KEYWORD_ONLY} == said
+    params, member = jnp.asarray([1.0, -2.0, 3.0]), reference.Member()
+    state = jadam.init(params)
+    for g in ([0.5, -3.0, 1e-8], [-0.25, -3.0, 1e-9], [2.0, 1.0, 0.0]):
+        moved, state = function(jnp.asarray(g), state, params)
+        expected = -1e-3 * member(g) + (params if function is jadam.step else 0)
+        np.testing.assert_allclose(moved, expected, rtol=1e-12)
 
 
 # Extreme gradients

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam import _masters
+from jadam import _masters, _rounding
 from jadam._weights import compensated_weights, master_weights, stochastic_rounding
 
 # optax.apply_updates adds float32 updates to bfloat16 parameters, which strict promotion refuses.
@@ -381,6 +381,56 @@ def test_random_bits_are_independent_in_every_direction():
     counts = np.bincount((draws >> 24).ravel(), minlength=256)
     chi2 = np.sum((counts - counts.mean()) ** 2 / counts.mean())
     assert abs(chi2 - 255) < 5 * 22.6
+
+
+def lowbias32(x):
+    """Wellons' hash of 32 bits, nullprogram.com/blog/2018/07/31."""
+    x = np.asarray(x, np.uint64)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor) % 2**32
+    return x ^ (x >> np.uint64(16))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_random_bits_are_a_hash_of_the_place_and_two_words():
+    """To the bit: in each element of a leaf, in a slice of a stack, and past 2³² elements."""
+    words = jnp.asarray([0x12345678, 0x9ABCDEF0], jnp.uint32)
+
+    def expected(place):
+        return lowbias32(lowbias32(place ^ 0x12345678) ^ 0x9ABCDEF0)
+
+    places = np.arange(3 * 5 * 7).reshape(3, 5, 7)
+    np.testing.assert_array_equal(_masters.random_bits(words, (3, 5, 7)), expected(places))
+    assert _masters.random_bits(words, ()) == expected(0)
+    for i in range(3):
+        with _rounding.as_layer(jnp.uint32(i)):
+            found = _masters.random_bits(words, (1, 5, 7))
+        np.testing.assert_array_equal(found, expected(places)[i : i + 1])
+    first = jax.jit(lambda words: _masters.random_bits(words, (4, 2**15, 2**16))[:, 0, :3])
+    # No array of 32 GiB is made.
+    assert first.lower(words).compile().memory_analysis().temp_size_in_bytes < 1000
+    rows = 2**31 * np.arange(4)[:, None] % 2**32
+    np.testing.assert_array_equal(first(words), expected(rows + np.arange(3)))
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 7), ("float16", 10)])
+def test_a_random_rounding_goes_up_by_chance(dtype, digits):
+    """|x| = (n + f)·s goes to n + 1 where 24 random bits, a number in [0, 1), are less than f.
+
+    So what the dtype has stays, with any bits.
+    """
+    rng = np.random.default_rng(0)
+    x = (rng.choice([-1, 1], 4000) * 2.0 ** rng.uniform(-13, 15, 4000)).astype(np.float32)
+    s = 2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - digits)
+    x[:1000] = np.round(x[:1000] / s[:1000]) * s[:1000]
+    bits = rng.integers(0, 2**32, 4000).astype(np.uint32)
+    bits[:500] = 0
+    n, f = np.divmod(np.abs(x.astype(float)) / s, 1)
+    near = np.clip(f * 2**24 + rng.integers(-1, 2, 4000), 0, 2**24 - 1)
+    bits[2000:] = near[2000:] * 2**8
+    expected = np.copysign((n + ((bits >> 8) / 2**24 < f)) * s, x)
+    found = _masters.round_randomly(jnp.asarray(x), jnp.dtype(dtype), jnp.asarray(bits))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("either_compilation")
