@@ -111,6 +111,18 @@ def test_the_numbers_are_those_of_the_definitions(case):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_each_bin_of_ratios_ends_at_its_edge():
+    """One |m̂|/√v̂ is below each edge and one above, and one is 2 itself, which is in its bin."""
+    # 1e-5: some roundings of the square of an edge.
+    ratios = jnp.asarray([2.0, *np.outer(EDGES, [1 - 1e-5, 1 + 1e-5]).ravel()], jnp.float32)
+    ones = jnp.ones_like(ratios)
+    state = jadam.AdamState(jnp.int32(10**6), ratios, ones)  # bias corrections of 1
+    histogram = diagnose(state, ones, ones)["whole"]["ratio_histogram"]
+    counts = np.array([1, 2, 2, 2, 2, 3, 1])
+    np.testing.assert_allclose(histogram, counts / counts.sum(), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_is_made_of_its_leaves():
     """Mean squares and shares are weighted by the leaves' sizes, an empty leaf by none."""
     params = tree_of_parameters()
