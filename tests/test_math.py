@@ -1,6 +1,7 @@
 """The numerical contract of one step: exact against NumPy float64 written from the papers."""
 
 import decimal
+import fractions
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -70,6 +71,19 @@ def test_bias_correction_is_exact_to_five_ulps(b):
     )
     # 4 ulps are those of XLA's expm1 on jax 0.10's CPU, 1 the rounding of t·log b.
     assert ulps(value, [reference.bias(b, x) for x in t]).max() <= 5
+
+
+def test_the_dither_of_a_step_is_within_half_a_unit():
+    """24 bits of Weyl's multiples of 2³²/φ: the midpoints of 2²⁴ parts of (-½, ½), exactly."""
+    golden = 0x9E3779B9
+    # The steps with the least and the largest multiples, mod 2³².
+    ends = np.arange(-256, 256) * pow(golden, -1, 2**32) % 2**32
+    counts = np.array([*range(20), 2**31 - 1, *ends[ends < 2**31]])
+    parts = counts * golden % 2**32 // 256
+    time = _math.Time.of(jnp.asarray(counts, jnp.int32), jnp.dtype(jnp.float32))
+    np.testing.assert_array_equal(np.float64(time.dither), (parts + 0.5) / 2**24 - 0.5)
+    assert {0, 2**24 - 1} <= set(parts)
+    np.testing.assert_array_equal(time.made, np.maximum(counts - 1, 0))
 
 
 @pytest.mark.parametrize("b2", B2)
@@ -194,6 +208,20 @@ def test_the_length_of_the_moving_average_has_four_terms_of_its_series():
             length = float(_math.sma_length(decay, jnp.float64(t)))
             # And the roundings of 2/(1-b2) and of 2/log b2, which are 2,000 each.
             assert length == pytest.approx(float(exact), abs=2e-12 + 2e-13 * t)
+
+
+def test_the_length_of_the_moving_average_has_five_terms_in_a_traced_decay():
+    """At t = 0 it is 2/d - 1 + 2/log(1-d) with d = 1-b2: Gregory's series of x/log(1+x) at -d."""
+    numbers = [fractions.Fraction(1)]
+    for n in range(1, 7):
+        numbers.append(-sum(g * (-1) ** (n - k) / (n - k + 1) for k, g in enumerate(numbers)))
+    assert numbers[2:4] == [fractions.Fraction(-1, 12), fractions.Fraction(1, 24)]
+    with jax.enable_x64(True):
+        b2 = jnp.float64(0.75)
+        found = _math.sma_length(_math.Decay.of(b2, jnp.dtype(jnp.float64)), jnp.float64(0))
+    expected = sum(2 * abs(numbers[n]) * fractions.Fraction(1, 4) ** (n - 1) for n in range(2, 7))
+    # Ten roundings.
+    assert float(found) == pytest.approx(float(expected), rel=1e-15)
 
 
 @pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999])
