@@ -165,6 +165,44 @@ def test_the_bound_is_attained_by_the_extremal_sequence(t):
     assert -run(gradients)[-1] == pytest.approx(reference.step_bound(t), rel=1e-5)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("b1", "b2"), [(0.9, 0.999), (0.0, 0.9), (0.9, 0.9), (0.99, 0.5), (0.99, 0.99**2)]
+)
+def test_how_large_first_moments_are_beside_second_ones(b1, b2):
+    """Of noise in the root mean square, and at most: sums of all weights, written out.
+
+    For Adam's v and AdaMax's u. Codes end at the bound, or at 200 times the noise.
+    """
+    steps = [0, 1, 2, 3, 100, 1000]
+    time = _math.Time.of(jnp.asarray(steps, jnp.int32), jnp.dtype(jnp.float64))
+    (by_root,), (by_norm,) = (
+        f(time, b1=b1, b2=b2) for f in (_math.moment_ratios, _math.norm_ratios)
+    )
+    for i, t in enumerate(max(t, 1) for t in steps):
+        past = np.arange(t)
+        variance = np.sum((1 - b1) ** 2 * b1 ** (2.0 * past))
+        largest = np.sum((1 - b1) ** 2 / (1 - b2) * (b1 * b1 / b2) ** past)
+        for found, noise, bound in (
+            (by_root, np.sqrt(variance / reference.bias(b2, t)), np.sqrt(largest)),
+            (by_norm, np.sqrt(variance) / 3, np.sum((1 - b1) * (b1 / b2) ** past)),
+        ):
+            assert found.noise[i] == pytest.approx(noise, rel=1e-12)
+            # A ρ of 1 is taken 1e-6 beside it; else roundings of powers up to 1e150.
+            is_one = b1 == b2 or b1 * b1 == b2
+            assert found.bound[i] == pytest.approx(bound, rel=1e-6 * t if is_one else 1e-11)
+            assert found.limit[i] == np.minimum(found.bound[i], 200 * found.noise[i])
+
+
+def test_the_bound_of_first_moments_ends_in_infinity():
+    """For b2 = 0 the second moment is the last gradient alone: never NaN, and codes have an end."""
+    time = _math.Time.of(jnp.arange(1, 5, dtype=jnp.int32), jnp.dtype(jnp.float32))
+    for ratios in (_math.moment_ratios, _math.norm_ratios):
+        (found,) = ratios(time, b1=0.5, b2=0.0)
+        np.testing.assert_array_equal(found.bound, [0.5, np.inf, np.inf, np.inf])
+        np.testing.assert_allclose(found.limit[1:], 200 * found.noise[1:], rtol=1e-6)
+
+
 @pytest.mark.parametrize("b1", [0.9, 0.99])
 @pytest.mark.parametrize("momentum_decay", [0.004, 1.0])
 def test_dozats_products_need_no_state(x64, b1, momentum_decay):
