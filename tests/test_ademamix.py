@@ -220,5 +220,10 @@ def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, war
         _, slow = jadam._math.ademamix_ratios(time, **options)
         # Powers of rates in float32 over thousands of steps.
         np.testing.assert_allclose(slow.limit, min(within, 4 * constant), rtol=2e-4)
+        # Noise as if b3 had always been what it is, or a mean of all gradients.
+        deviation = (1 - rates[-1]) * np.sqrt(np.sum(rates[-1] ** (2.0 * np.arange(t))))
+        deviation = max(deviation, (1 - np.prod(rates)) / np.sqrt(t))
+        noise = deviation / np.sqrt(reference.bias(b2, t))
+        np.testing.assert_allclose(slow.noise, noise, rtol=2e-4)
         cut.append(within > 4 * constant)
     assert any(cut) == (b3 == 0.9999), "both cases are met"

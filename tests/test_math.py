@@ -84,6 +84,29 @@ def test_the_dither_of_a_step_is_within_half_a_unit():
     np.testing.assert_array_equal(np.float64(time.dither), (parts + 0.5) / 2**24 - 0.5)
     assert {0, 2**24 - 1} <= set(parts)
     np.testing.assert_array_equal(time.made, np.maximum(counts - 1, 0))
+    for b2, complement in ((0.75, 0.25), (0.5, 0.5), (0.25, np.inf)):
+        found = _math.dither_of_v(_math.Decay.of(b2, jnp.dtype(jnp.float32)), time)
+        np.testing.assert_array_equal(found, np.float64(time.dither) / complement)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_decay_rate_is_taken_as_it_is_given(dtype):
+    """1 - b, log b and powers of a Python number from float64, of an array from its own value."""
+    for b in (0.0, 0.25, 0.9, 0.999):
+        given = b if dtype is None else jnp.asarray(b, dtype)
+        exact = float(given)
+        decay = _math.Decay.of(given, jnp.dtype(jnp.float32))
+        assert decay.rate == exact
+        # Half an ulp of a float32 near 1 for an array, and none for a number.
+        assert decay.complement == pytest.approx(1 - exact, rel=1e-15 if dtype is None else 1e-7)
+        if exact:
+            assert decay.log == pytest.approx(np.log(exact), rel=1e-15 if dtype is None else 1e-6)
+        steps = np.arange(5.0)
+        # Some ulps of exp; 0 has a finite logarithm, from which powers are 1e-7 at most.
+        close = {"rtol": 1e-6, "atol": 2e-7 if b == 0 else 0}
+        np.testing.assert_allclose(
+            decay.power(jnp.asarray(steps, "float32")), exact**steps, **close
+        )
 
 
 @pytest.mark.parametrize("b2", B2)
