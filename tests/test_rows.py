@@ -372,10 +372,14 @@ def test_an_absence_about_as_long_as_a_row_moves(beyond):
     np.testing.assert_allclose(state.dense[0].nu, v / 0.9, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "auto"])
-def test_an_absence_keeps_to_the_least_root(kernel):
-    """Without eps the root of v̂ is at least 2⁻⁵¹·⁵ in each missed step, by NumPy in float64."""
-    rows, absent = jadam.rows.lazy(jadam.adam(1.0, eps=0.0, kernel=kernel), catch_up="sum"), 40
+@pytest.mark.parametrize(("kernel", "eps_root"), [("xla", 0.0), ("auto", 0.0), ("xla", 1e-36)])
+def test_an_absence_keeps_to_the_least_root(kernel, eps_root):
+    """Without eps the root of v̂ is at least 2⁻⁵¹·⁵ in each missed step, by NumPy in float64.
+
+    Also with an eps_root that is far below.
+    """
+    tx, absent = jadam.adam(1.0, eps=0.0, eps_root=eps_root, kernel=kernel), 40
+    rows = jadam.rows.lazy(tx, catch_up="sum")
     gradients = np.array([1e-16, -2e-16, 3e-15, 1e-17])
     table = jnp.zeros((2, 4))
     state, scatter = rows.init(table), jax.jit(rows.scatter)
