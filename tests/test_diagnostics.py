@@ -123,6 +123,24 @@ def test_each_bin_of_ratios_ends_at_its_edge():
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("second", "options"),
+    [
+        ([0.24, 0.25, 0.26], {}),
+        ([0.12, 0.125, 0.13], {"eps_root": 0.125}),
+        ([0.99, 1.0, 1.01], {"adamax": True}),  # u = |g| + eps: twice eps
+    ],
+)
+def test_eps_rules_where_it_is_more_than_half(second, options):
+    """Of the denominator √v̂ + eps. Where it is just half it does not rule."""
+    nu = jnp.asarray(second, jnp.float32)
+    state = jadam.AdamState(jnp.int32(10**6), nu, nu)  # bias corrections of 1
+    report = diagnose(state, nu, nu, eps=0.5, **options)["whole"]
+    assert report["eps_share"] == pytest.approx(1 / 3)
+    assert report["zero_share"] == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_is_made_of_its_leaves():
     """Mean squares and shares are weighted by the leaves' sizes, an empty leaf by none."""
     params = tree_of_parameters()
@@ -365,6 +383,7 @@ STATE = jadam.init({"w": jnp.ones((2, 3))})
         (((STATE, STATE), {}, {}), {}, r"two for \['w'\]"),
         ((STATE, {}, {}), {}, r"updates\['w'\] is missing: state.mu\['w'\] exists"),
         ((STATE, STATE.mu, {"w": jnp.ones(3)}), {}, r"params\['w'\]: expected shape \(2, 3\)"),
+        ((STATE, STATE.mu, {"w": jnp.ones((2, 2))}), {}, r"params\['w'\]: expected shape \(2, 3\)"),
         ((STATE, STATE.mu, STATE.mu, {"v": 1}), {}, r"grads\['w'\] is missing"),
         ((STATE, {"w": "text"}, STATE.mu), {}, r"updates\['w'\]: expected an array, got str"),
         ((STATE, STATE.mu, STATE.mu), {"b2": 1.0}, "b2: expected a number >= 0 and < 1"),

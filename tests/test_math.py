@@ -297,6 +297,21 @@ def test_radam_starts_to_adapt_at_the_sixth_step(b2):
         np.testing.assert_allclose(-updates, member(g), rtol=1e-5)
 
 
+def test_radam_adapts_at_the_threshold_itself():
+    """Where ρₜ >= threshold, as Liu et al. write it: also at the very number."""
+    decay, t = _math.Decay.of(0.999, jnp.dtype(jnp.float32)), jnp.float32(8)
+    rho = float(_math.sma_length(decay, t))
+    assert rho == pytest.approx(reference.sma_length(8, 0.999), rel=1e-6)  # some ulps
+    tractable, r = _math.rectification(decay, t, rho)
+    assert tractable
+    # 1e-5: as above.
+    assert r == pytest.approx(reference.rectification(8, 0.999), rel=1e-5)
+    above = float(np.nextafter(np.float32(rho), np.float32(9)))
+    tractable, r = _math.rectification(decay, t, above)
+    assert not tractable
+    assert r == 1
+
+
 @pytest.mark.parametrize("case", **each_member)
 def test_the_family_follows_float64(case):
     """Forty float32 steps of every member against the reference in float64."""
