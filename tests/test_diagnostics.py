@@ -115,9 +115,9 @@ def test_each_bin_of_ratios_ends_at_its_edge():
     """One |m̂|/√v̂ is below each edge and one above, and one is 2 itself, which is in its bin."""
     # 1e-5: some roundings of the square of an edge.
     ratios = jnp.asarray([2.0, *np.outer(EDGES, [1 - 1e-5, 1 + 1e-5]).ravel()], jnp.float32)
-    ones = jnp.ones_like(ratios)
-    state = jadam.AdamState(jnp.int32(10**6), ratios, ones)  # bias corrections of 1
-    histogram = diagnose(state, ones, ones)["whole"]["ratio_histogram"]
+    v = jnp.full_like(ratios, 4)
+    state = jadam.AdamState(jnp.int32(10**6), 2 * ratios, v)  # bias corrections of 1
+    histogram = diagnose(state, v, v)["whole"]["ratio_histogram"]
     counts = np.array([1, 2, 2, 2, 2, 3, 1])
     np.testing.assert_allclose(histogram, counts / counts.sum(), rtol=1e-6)
 
@@ -137,6 +137,18 @@ def test_eps_rules_where_it_is_more_than_half(second, options):
     state = jadam.AdamState(jnp.int32(10**6), nu, nu)  # bias corrections of 1
     report = diagnose(state, nu, nu, eps=0.5, **options)["whole"]
     assert report["eps_share"] == pytest.approx(1 / 3)
+    assert report["zero_share"] == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(("maximum", "correction"), [("raw", 0.001), ("corrected", 1.0)])
+def test_amsgrads_maximum_counts_as_its_step_takes_it(maximum, correction):
+    """At t = 1 a raw one is divided by 1-b2, a corrected one has been."""
+    state, *_ = jadam.amsgrad(1.0, maximum=maximum).init(jnp.ones(2))
+    largest = correction * jnp.asarray([0.2, 0.3])
+    state = state._replace(count=jnp.int32(1), nu_max=largest)
+    report = diagnose(state, largest, largest, eps=0.5)["whole"]
+    assert report["eps_share"] == 0.5
     assert report["zero_share"] == 0
 
 
