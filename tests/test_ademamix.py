@@ -10,6 +10,7 @@ import pytest
 import reference
 
 import jadam
+from jadam import _math
 
 EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0}
 # float32 rounds m, v and the slow moment by an ulp or two in each step, as in test_math.
@@ -41,6 +42,25 @@ def test_the_schedules_are_the_papers(options):
     expected = np.stack([member(g) for g in gradients])
     # 100 steps of an ulp or two each, measured against the step's size; see test_math.
     np.testing.assert_allclose(found, expected, rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("b1", "b3", "warmup"),
+    [(0.9, 0.9999, 400.0), (0.9, 0.9, 10.0), (0.0, 0.99, 7.0), (0.5, 0.999, None)],
+)
+def test_the_product_of_all_slow_decays_needs_no_state(b1, b3, warmup):
+    """Within the warm-up and after it: the rate, and the sum of the logarithms of all before."""
+    float64 = jnp.dtype(jnp.float64)
+    for t in (1, 2, 7, 10, 11, 399, 400, 1000):
+        steps = range(1, t + 1)
+        rates = [reference.ademamix_warmup(s, b1=b1, b3=b3, warmup=warmup)[0] for s in steps]
+        found = _math.SlowDecay.of(b3, _math.Decay.of(b1, float64), jnp.float64(t), warmup)
+        # Roundings of float64 in differences of digamma and in sums of 1000 logarithms.
+        np.testing.assert_allclose(found.log_product, np.sum(np.log(rates)), rtol=1e-11)
+        now = rates[-1], 1 - rates[-1], np.log(rates[-1])
+        np.testing.assert_allclose(found.now, now, rtol=1e-11)
+        assert found.share == (min(t / warmup, 1) if warmup else 1)
 
 
 @pytest.mark.usefixtures("either_compilation")
@@ -177,6 +197,7 @@ def simulated(gradients, b2, rates):
     return slow / np.sqrt(v)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("warmup", [None, 400.0])
 @pytest.mark.parametrize("b3", [0.9999, 0.99])
 def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, warmup):
@@ -186,7 +207,7 @@ def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, war
     where slow averages are.
     """
     b2, cut = 0.999, []
-    for t in (1, 10, 300, 1000, 12000):
+    for t in (1, 10, 300, 4001, 12000):
         rates = [reference.ademamix_warmup(s, b3=b3, warmup=warmup)[0] for s in range(1, t + 1)]
         constant = simulated(np.ones(t), b2, rates)
         if warmup is None:
@@ -195,10 +216,15 @@ def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, war
         else:
             stopped = np.arange(t) < -(-t // 2)
             within = max(constant, simulated(stopped, b2, rates))
-        time = jadam._math.Time.of(jnp.int32(t), jnp.dtype(jnp.float32))
+        time = jadam._math.Time.of(jnp.int32(t), jnp.dtype(jnp.float64))
         options = {"b1": 0.9, "b2": b2, "b3": b3, "warmup": warmup}
         _, slow = jadam._math.ademamix_ratios(time, **options)
-        # Powers of rates in float32 over thousands of steps.
-        np.testing.assert_allclose(slow.limit, min(within, 4 * constant), rtol=2e-4)
+        # Sums and powers of thousands of steps, and digamma.
+        np.testing.assert_allclose(slow.limit, min(within, 4 * constant), rtol=1e-9)
+        # Noise as if b3 had always been what it is, or a mean of all gradients.
+        deviation = (1 - rates[-1]) * np.sqrt(np.sum(rates[-1] ** (2.0 * np.arange(t))))
+        deviation = max(deviation, (1 - np.prod(rates)) / np.sqrt(t))
+        noise = deviation / np.sqrt(reference.bias(b2, t))
+        np.testing.assert_allclose(slow.noise, noise, rtol=1e-9)
         cut.append(within > 4 * constant)
     assert any(cut) == (b3 == 0.9999), "both cases are met"

@@ -111,6 +111,48 @@ def test_the_numbers_are_those_of_the_definitions(case):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_each_bin_of_ratios_ends_at_its_edge():
+    """One |m̂|/√v̂ is below each edge and one above, and one is 2 itself, which is in its bin."""
+    # 1e-5: some roundings of the square of an edge.
+    ratios = jnp.asarray([2.0, *np.outer(EDGES, [1 - 1e-5, 1 + 1e-5]).ravel()], jnp.float32)
+    v = jnp.full_like(ratios, 4)
+    state = jadam.AdamState(jnp.int32(10**6), 2 * ratios, v)  # bias corrections of 1
+    histogram = diagnose(state, v, v)["whole"]["ratio_histogram"]
+    counts = np.array([1, 2, 2, 2, 2, 3, 1])
+    np.testing.assert_allclose(histogram, counts / counts.sum(), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("second", "options"),
+    [
+        ([0.24, 0.25, 0.26], {}),
+        ([0.12, 0.125, 0.13], {"eps_root": 0.125}),
+        ([0.99, 1.0, 1.01], {"adamax": True}),  # u = |g| + eps: twice eps
+    ],
+)
+def test_eps_rules_where_it_is_more_than_half(second, options):
+    """Of the denominator √v̂ + eps. Where it is just half it does not rule."""
+    nu = jnp.asarray(second, jnp.float32)
+    state = jadam.AdamState(jnp.int32(10**6), nu, nu)  # bias corrections of 1
+    report = diagnose(state, nu, nu, eps=0.5, **options)["whole"]
+    assert report["eps_share"] == pytest.approx(1 / 3)
+    assert report["zero_share"] == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(("maximum", "correction"), [("raw", 0.001), ("corrected", 1.0)])
+def test_amsgrads_maximum_counts_as_its_step_takes_it(maximum, correction):
+    """At t = 1 a raw one is divided by 1-b2, a corrected one has been."""
+    state, *_ = jadam.amsgrad(1.0, maximum=maximum).init(jnp.ones(2))
+    largest = correction * jnp.asarray([0.2, 0.3])
+    state = state._replace(count=jnp.int32(1), nu_max=largest)
+    report = diagnose(state, largest, largest, eps=0.5)["whole"]
+    assert report["eps_share"] == 0.5
+    assert report["zero_share"] == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_whole_is_made_of_its_leaves():
     """Mean squares and shares are weighted by the leaves' sizes, an empty leaf by none."""
     params = tree_of_parameters()
@@ -371,6 +413,7 @@ STATE = jadam.init({"w": jnp.ones((2, 3))})
         (((STATE, STATE), {}, {}), {}, r"two for \['w'\]"),
         ((STATE, {}, {}), {}, r"updates\['w'\] is missing: state.mu\['w'\] exists"),
         ((STATE, STATE.mu, {"w": jnp.ones(3)}), {}, r"params\['w'\]: expected shape \(2, 3\)"),
+        ((STATE, STATE.mu, {"w": jnp.ones((2, 2))}), {}, r"params\['w'\]: expected shape \(2, 3\)"),
         ((STATE, STATE.mu, STATE.mu, {"v": 1}), {}, r"grads\['w'\] is missing"),
         ((STATE, {"w": "text"}, STATE.mu), {}, r"updates\['w'\]: expected an array, got str"),
         ((STATE, STATE.mu, STATE.mu), {"b2": 1.0}, "b2: expected a number >= 0 and < 1"),

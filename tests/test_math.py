@@ -1,6 +1,7 @@
 """The numerical contract of one step: exact against NumPy float64 written from the papers."""
 
 import decimal
+import fractions
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -70,6 +71,42 @@ def test_bias_correction_is_exact_to_five_ulps(b):
     )
     # 4 ulps are those of XLA's expm1 on jax 0.10's CPU, 1 the rounding of t·log b.
     assert ulps(value, [reference.bias(b, x) for x in t]).max() <= 5
+
+
+def test_the_dither_of_a_step_is_within_half_a_unit():
+    """24 bits of Weyl's multiples of 2³²/φ: the midpoints of 2²⁴ parts of (-½, ½), exactly."""
+    golden = 0x9E3779B9
+    # The steps with the least and the largest multiples, mod 2³².
+    ends = np.arange(-256, 256) * pow(golden, -1, 2**32) % 2**32
+    counts = np.array([*range(20), 2**31 - 1, *ends[ends < 2**31]])
+    parts = counts * golden % 2**32 // 256
+    time = _math.Time.of(jnp.asarray(counts, jnp.int32), jnp.dtype(jnp.float32))
+    np.testing.assert_array_equal(np.float64(time.dither), (parts + 0.5) / 2**24 - 0.5)
+    assert {0, 2**24 - 1} <= set(parts)
+    np.testing.assert_array_equal(time.made, np.maximum(counts - 1, 0))
+    for b2, complement in ((0.75, 0.25), (0.5, 0.5), (0.25, np.inf)):
+        found = _math.dither_of_v(_math.Decay.of(b2, jnp.dtype(jnp.float32)), time)
+        np.testing.assert_array_equal(found, np.float64(time.dither) / complement)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_decay_rate_is_taken_as_it_is_given(dtype):
+    """1 - b, log b and powers of a Python number from float64, of an array from its own value."""
+    for b in (0.0, 0.25, 0.9, 0.999):
+        given = b if dtype is None else jnp.asarray(b, dtype)
+        exact = float(given)
+        decay = _math.Decay.of(given, jnp.dtype(jnp.float32))
+        assert decay.rate == exact
+        # Half an ulp of a float32 near 1 for an array, and none for a number.
+        assert decay.complement == pytest.approx(1 - exact, rel=1e-15 if dtype is None else 1e-7)
+        if exact:
+            assert decay.log == pytest.approx(np.log(exact), rel=1e-15 if dtype is None else 1e-6)
+        steps = np.arange(5.0)
+        # Some ulps of exp; 0 has a finite logarithm, from which powers are 1e-7 at most.
+        close = {"rtol": 1e-6, "atol": 2e-7 if b == 0 else 0}
+        np.testing.assert_allclose(
+            decay.power(jnp.asarray(steps, "float32")), exact**steps, **close
+        )
 
 
 @pytest.mark.parametrize("b2", B2)
@@ -151,6 +188,44 @@ def test_the_bound_is_attained_by_the_extremal_sequence(t):
     assert -run(gradients)[-1] == pytest.approx(reference.step_bound(t), rel=1e-5)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("b1", "b2"), [(0.9, 0.999), (0.0, 0.9), (0.9, 0.9), (0.99, 0.5), (0.99, 0.99**2)]
+)
+def test_how_large_first_moments_are_beside_second_ones(b1, b2):
+    """Of noise in the root mean square, and at most: sums of all weights, written out.
+
+    For Adam's v and AdaMax's u. Codes end at the bound, or at 200 times the noise.
+    """
+    steps = [0, 1, 2, 3, 100, 1000]
+    time = _math.Time.of(jnp.asarray(steps, jnp.int32), jnp.dtype(jnp.float64))
+    (by_root,), (by_norm,) = (
+        f(time, b1=b1, b2=b2) for f in (_math.moment_ratios, _math.norm_ratios)
+    )
+    for i, t in enumerate(max(t, 1) for t in steps):
+        past = np.arange(t)
+        variance = np.sum((1 - b1) ** 2 * b1 ** (2.0 * past))
+        largest = np.sum((1 - b1) ** 2 / (1 - b2) * (b1 * b1 / b2) ** past)
+        for found, noise, bound in (
+            (by_root, np.sqrt(variance / reference.bias(b2, t)), np.sqrt(largest)),
+            (by_norm, np.sqrt(variance) / 3, np.sum((1 - b1) * (b1 / b2) ** past)),
+        ):
+            assert found.noise[i] == pytest.approx(noise, rel=1e-12)
+            # A ρ of 1 is taken 1e-6 beside it; else roundings of powers up to 1e150.
+            is_one = b1 == b2 or b1 * b1 == b2
+            assert found.bound[i] == pytest.approx(bound, rel=1e-6 * t if is_one else 1e-11)
+            assert found.limit[i] == np.minimum(found.bound[i], 200 * found.noise[i])
+
+
+def test_the_bound_of_first_moments_ends_in_infinity():
+    """For b2 = 0 the second moment is the last gradient alone: never NaN, and codes have an end."""
+    time = _math.Time.of(jnp.arange(1, 5, dtype=jnp.int32), jnp.dtype(jnp.float32))
+    for ratios in (_math.moment_ratios, _math.norm_ratios):
+        (found,) = ratios(time, b1=0.5, b2=0.0)
+        np.testing.assert_array_equal(found.bound, [0.5, np.inf, np.inf, np.inf])
+        np.testing.assert_allclose(found.limit[1:], 200 * found.noise[1:], rtol=1e-6)
+
+
 @pytest.mark.parametrize("b1", [0.9, 0.99])
 @pytest.mark.parametrize("momentum_decay", [0.004, 1.0])
 def test_dozats_products_need_no_state(x64, b1, momentum_decay):
@@ -196,6 +271,20 @@ def test_the_length_of_the_moving_average_has_four_terms_of_its_series():
             assert length == pytest.approx(float(exact), abs=2e-12 + 2e-13 * t)
 
 
+def test_the_length_of_the_moving_average_has_five_terms_in_a_traced_decay():
+    """At t = 0 it is 2/d - 1 + 2/log(1-d) with d = 1-b2: Gregory's series of x/log(1+x) at -d."""
+    numbers = [fractions.Fraction(1)]
+    for n in range(1, 7):
+        numbers.append(-sum(g * (-1) ** (n - k) / (n - k + 1) for k, g in enumerate(numbers)))
+    assert numbers[2:4] == [fractions.Fraction(-1, 12), fractions.Fraction(1, 24)]
+    with jax.enable_x64(True):
+        b2 = jnp.float64(0.75)
+        found = _math.sma_length(_math.Decay.of(b2, jnp.dtype(jnp.float64)), jnp.float64(0))
+    expected = sum(2 * abs(numbers[n]) * fractions.Fraction(1, 4) ** (n - 1) for n in range(2, 7))
+    # Ten roundings.
+    assert float(found) == pytest.approx(float(expected), rel=1e-15)
+
+
 @pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999])
 def test_radam_starts_to_adapt_at_the_sixth_step(b2):
     """ρ₅ is just below 5 and ρ₆ just below 6: the first five steps are m̂, as in float64."""
@@ -206,6 +295,21 @@ def test_radam_starts_to_adapt_at_the_sixth_step(b2):
         updates, state = tx.update(g, state)
         # 1e-5: rₜ takes the root of (ρₜ-4)/(ρ∞-4), where ρₜ - 4 keeps 22 bits.
         np.testing.assert_allclose(-updates, member(g), rtol=1e-5)
+
+
+def test_radam_adapts_at_the_threshold_itself():
+    """Where ρₜ >= threshold, as Liu et al. write it: also at the very number."""
+    decay, t = _math.Decay.of(0.999, jnp.dtype(jnp.float32)), jnp.float32(8)
+    rho = float(_math.sma_length(decay, t))
+    assert rho == pytest.approx(reference.sma_length(8, 0.999), rel=1e-6)  # some ulps
+    tractable, r = _math.rectification(decay, t, rho)
+    assert tractable
+    # 1e-5: as above.
+    assert r == pytest.approx(reference.rectification(8, 0.999), rel=1e-5)
+    above = float(np.nextafter(np.float32(rho), np.float32(9)))
+    tractable, r = _math.rectification(decay, t, above)
+    assert not tractable
+    assert r == 1
 
 
 @pytest.mark.parametrize("case", **each_member)

@@ -37,6 +37,7 @@ OPTIONS = [
     ("radam", {"nesterov": True}),
     ("radam", {"threshold": 4.0}),
     ("radam", {"threshold": 9.0}),
+    ("radam", {"threshold": 4.0, "b2": 0.65}),  # ρ∞ is 4.7
     ("radam", {"eps_root": 1e-3, "eps": 1e-2}),
     ("radam", {"nesterov": True, "b2": 0.9, "b1": 0.5}),
     ("nadam", {"eps_root": 1e-3}),

@@ -291,6 +291,10 @@ def test_the_smallest_leaf_and_block_to_divide_can_be_chosen():
     assert eighths(shape_of(8, 4), P(), min_size=33).spec == P()
     assert eighths(shape_of(50257, 768), P(), block=96).spec == P(None, "data")
     assert eighths(shape_of(50257, 768), P(), block=97).spec == P()
+    # Without codes any multiple of the devices may be cut.
+    for block in (0, 1):
+        assert eighths(shape_of(50257, 8), P(), block=block).spec == P(None, "data")
+        assert eighths(shape_of(50257, 12), P(), block=block).spec == P()
 
 
 def test_tops_lie_with_their_blocks():
@@ -308,6 +312,32 @@ def test_tops_lie_with_their_blocks():
     }
     for moment in (state.mu, state.nu_max):
         assert [moment[n].spec for n in (1024, 1000, 1280)] == list(shardings.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((64, 1024), P("data", "model")),
+        ((64, 8), P("data", "model")),  # the tops: 2 for each device
+        ((64, 12), P("data")),  # longer than they need to be
+        ((64, 7), P()),
+        ((64, 1), P()),
+        ((32, 8), P()),
+        ((128, 8), P()),
+        ((128, 1024), P()),
+        ((64, 1024, 1), P()),
+        ((1, 64, 8), P()),
+        ((64,), P()),
+        ((), P()),
+    ],
+)
+def test_which_leaves_of_a_state_lie_as_their_parameter(shape, expected):
+    """What has its shape, and its blocks' tops, which may be longer. All else is whole."""
+    mesh = AbstractMesh((8, 4), ("data", "model"))
+    tx = optax.GradientTransformation(lambda _: {"w": jnp.zeros(shape)}, optax.identity().update)
+    params = {"w": shape_of(64, 1024)}
+    found = state_shardings(tx, params, P("data", "model"), mesh=mesh)
+    assert found["w"] == NamedSharding(mesh, expected)
 
 
 def test_a_leaf_of_the_state_belongs_to_the_longest_path():
@@ -834,3 +864,12 @@ def test_parameters_on_one_device_are_whole_on_a_mesh_that_is_given():
     assert zero["w"].spec == P("data")
     with pytest.raises(TypeError, match=r"params\['b'\]: .*pass shardings or a mesh"):
         jadam.sharding.divided(params, axis="data")
+
+
+def test_parameters_on_a_mesh_stay_there_when_another_is_given():
+    """Whole or divided, they have shardings of their own, and their state with them."""
+    own = mesh_of((2, 4), ("x", "y"))
+    lies = {"w": NamedSharding(own, P()), "b": NamedSharding(own, P("x"))}
+    params = {name: jax.device_put(jnp.ones((8, 8)), where) for name, where in lies.items()}
+    state, *_ = state_shardings(jadam.adam(1e-3), params, mesh=mesh_of())
+    assert state.mu == state.nu == lies

@@ -108,6 +108,18 @@ def test_huge_and_small_gradients_after_each_other():
     assert np.all(np.isfinite(state.nu))
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 2.0**63), ("float64", 2.0**511)])
+def test_gradients_are_limited_where_their_squares_would_not_be_finite(x64, dtype, largest):
+    """At 2⁶³ and 2⁵¹¹, the largest powers of two with a finite square. Infinities pass."""
+    g = jnp.asarray([0.9 * largest, largest, -largest, 2 * largest, -np.inf], dtype)
+    _, state = jadam.update(g, jadam.init(g))
+    close = functools.partial(np.testing.assert_allclose, rtol=2 * float(jnp.finfo(dtype).eps))
+    # Roundings of 1 - b and of a product.
+    close(state.mu[:4] / largest, (1 - 0.9) * np.array([0.9, 1, -1, 1]))
+    close(state.nu[1:4] / largest / largest, 1 - 0.999)
+    assert state.mu[4] == -np.inf
+
+
 # Derivatives through the update
 
 
