@@ -256,6 +256,8 @@ def gradients():
     g[5, 4, 3], g[9, 4, 5], g[9, 4, 6] = np.nan, np.inf, -np.inf
     g[40:, 4] *= 1e-9
     g[:, 5] = 10.0 ** rng.uniform(-6, 6, (60, 128))
+    g[8:10, 6] = 1
+    g[8, 6, 0], g[9, 6, 0] = 32.0, 0.0  # the block's largest maximum, beside its smallest v
     g[10:, 6] = 0
     g[:, 7] = 0
     g[30:, 7] = 1e-30  # its square is under float32's smallest number
