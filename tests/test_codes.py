@@ -317,12 +317,12 @@ def test_moments_from_elsewhere_have_the_codes_nearest_to_them(case, bits):
     for t in range(1, steps + 1):
         moments = case.moments(g[t - 1], t, *moments)
     moments = [x.astype(np.float32) for x in moments]
-    params = jnp.zeros((2, 2, 256))
+    params = jnp.zeros((2, 4, 128))
     state, like = (
         jax.eval_shape(case.transformation(**options).init, params)[0]
         for options in ({}, kind.options)
     )
-    state = type(state)(jnp.int32(steps), *(jnp.asarray(x.reshape(2, 2, 256)) for x in moments))
+    state = type(state)(jnp.int32(steps), *(jnp.asarray(x.reshape(2, 4, 128)) for x in moments))
     rates = {"b3": B3} if case.name == "ademamix" else {"adamax": case.name == "adamax"}
     codes = jadam.migrate.cast_like(state, like, b1=case.b1, b2=case.b2, **rates)
     stored = in_blocks(codes[1:])
@@ -331,6 +331,24 @@ def test_moments_from_elsewhere_have_the_codes_nearest_to_them(case, bits):
     check_tops(case, kind, stored[1], largest, shift=-0.5)
     off, of = check_codes(case, kind, stored, moments, moments[1] != 0, steps, [0.5] * 3)
     assert off <= 1e-3 * of
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_v_is_rounded_up_where_the_slow_average_needs_it():
+    """At its limit it does not yet: a hundredth more does, and the upper level holds it.
+
+    After one step with b3 = ½ and b2 = ¾ the limit is (1-b3)/√(1-b2) = 1, exactly.
+    """
+    tx, params = jadam.ademamix(1e-3, b2=0.75, b3=0.5), jnp.zeros((1, 128))
+    state = jax.eval_shape(tx.init, params)[0]
+    like = jax.eval_shape(jadam.ademamix(1e-3, **EIGHT.options).init, params)[0]
+    # A quarter of a level above 1, and a larger one, under whose level all others are.
+    v = jnp.full((1, 128), 2.0 ** (2 * 0.25 / 32)).at[0, 0].set(4.0)
+    slow = jnp.where(jnp.arange(128) < 64, 1.0, 1.01)[None]
+    state = type(state)(jnp.int32(1), mu=jnp.zeros((1, 128)), nu=v, mu_slow=slow)
+    codes = jadam.migrate.cast_like(state, like, b2=0.75, b3=0.5)
+    level = EIGHT.split(codes.mu)[0] - EIGHT.top + np.asarray(codes.nu)
+    np.testing.assert_array_equal(level[0, 1:], np.arange(1, 128) >= 64)
 
 
 @each_kind
