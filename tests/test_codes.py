@@ -207,7 +207,7 @@ def check_tops(case, kind, tops, largest, shift=0.0):
 def check_codes(case, kind, stored, moments, fed, t, dithers):
     """The codes of moments below the tops that are stored.
 
-    In 2 of 1,000 the level is so near to an integer that float32 falls to the other side: 2e-5
+    In 1 of 1,000 the level is so near to an integer that float32 falls to the other side: 2e-5
     levels by polynomials of 3e-7, and 4e-4 in the chance of an octave.
     """
     m, v, *further = moments
@@ -256,6 +256,8 @@ def gradients():
     g[5, 4, 3], g[9, 4, 5], g[9, 4, 6] = np.nan, np.inf, -np.inf
     g[40:, 4] *= 1e-9
     g[:, 5] = 10.0 ** rng.uniform(-6, 6, (60, 128))
+    g[8:10, 6] = 1
+    g[8, 6, 0], g[9, 6, 0] = 32.0, 0.0  # the block's largest maximum, beside its smallest v
     g[10:, 6] = 0
     g[:, 7] = 0
     g[30:, 7] = 1e-30  # its square is under float32's smallest number
@@ -297,7 +299,7 @@ def test_codes_are_those_of_their_definition(case, bits):
         dithers = dither(t, 0), dither(t, 1), dither(t, 2, 2**0.5 - 1)
         off, of = check_codes(case, kind, stored, moments, g != 0, t, dithers)
         wrong, total = wrong + off, total + of
-    assert wrong <= 2e-3 * total
+    assert wrong <= 1e-3 * total
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -315,12 +317,12 @@ def test_moments_from_elsewhere_have_the_codes_nearest_to_them(case, bits):
     for t in range(1, steps + 1):
         moments = case.moments(g[t - 1], t, *moments)
     moments = [x.astype(np.float32) for x in moments]
-    params = jnp.zeros((2, 2, 256))
+    params = jnp.zeros((2, 4, 128))
     state, like = (
         jax.eval_shape(case.transformation(**options).init, params)[0]
         for options in ({}, kind.options)
     )
-    state = type(state)(jnp.int32(steps), *(jnp.asarray(x.reshape(2, 2, 256)) for x in moments))
+    state = type(state)(jnp.int32(steps), *(jnp.asarray(x.reshape(2, 4, 128)) for x in moments))
     rates = {"b3": B3} if case.name == "ademamix" else {"adamax": case.name == "adamax"}
     codes = jadam.migrate.cast_like(state, like, b1=case.b1, b2=case.b2, **rates)
     stored = in_blocks(codes[1:])
@@ -328,7 +330,25 @@ def test_moments_from_elsewhere_have_the_codes_nearest_to_them(case, bits):
     largest = [np.nanmax(np.abs(x), -1) for x in moments]
     check_tops(case, kind, stored[1], largest, shift=-0.5)
     off, of = check_codes(case, kind, stored, moments, moments[1] != 0, steps, [0.5] * 3)
-    assert off <= 2e-3 * of
+    assert off <= 1e-3 * of
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_v_is_rounded_up_where_the_slow_average_needs_it():
+    """At its limit it does not yet: a hundredth more does, and the upper level holds it.
+
+    After one step with b3 = ½ and b2 = ¾ the limit is (1-b3)/√(1-b2) = 1, exactly.
+    """
+    tx, params = jadam.ademamix(1e-3, b2=0.75, b3=0.5), jnp.zeros((1, 128))
+    state = jax.eval_shape(tx.init, params)[0]
+    like = jax.eval_shape(jadam.ademamix(1e-3, **EIGHT.options).init, params)[0]
+    # A quarter of a level above 1, and a larger one, under whose level all others are.
+    v = jnp.full((1, 128), 2.0 ** (2 * 0.25 / 32)).at[0, 0].set(4.0)
+    slow = jnp.where(jnp.arange(128) < 64, 1.0, 1.01)[None]
+    state = type(state)(jnp.int32(1), mu=jnp.zeros((1, 128)), nu=v, mu_slow=slow)
+    codes = jadam.migrate.cast_like(state, like, b2=0.75, b3=0.5)
+    level = EIGHT.split(codes.mu)[0] - EIGHT.top + np.asarray(codes.nu)
+    np.testing.assert_array_equal(level[0, 1:], np.arange(1, 128) >= 64)
 
 
 @each_kind
