@@ -736,23 +736,52 @@ def test_what_is_refused(wrap):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_parameters_other_than_at_init_are_refused(dtype):
-    p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
+    p = {"N": None, "a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
     tx = compensated_weights(optax.sgd(0.1), residual_dtype=dtype)
     state = tx.init(p)
     others = [
-        ({"a": jnp.ones(3), "b": p["b"]}, TypeError, r"^params\['a'\]: expected bfloat16"),
-        ({"a": p["a"], "b": [p["a"]]}, TypeError, r"^params\['b'\]\[0\]: expected float32"),
-        ({"a": jnp.ones(4, BF16), "b": p["b"]}, ValueError, r"^params\['a'\]: expected shape"),
-        ({"a": p["a"]}, ValueError, r"^params\['b'\]\[0\] is missing"),
-        ({"a": jnp.ones(3, jnp.float16), "b": p["b"]}, TypeError, r"^params\['a'\]: .*float16"),
+        ({"a": jnp.ones(3)}, TypeError, r"^params\['a'\]: expected bfloat16 .*, got float32;"),
+        ({"a": None}, TypeError, r"^params\['a'\]: expected bfloat16 .*, got None;"),
+        ({"b": [p["a"]]}, TypeError, r"^params\['b'\]\[0\]: expected float32 .*, got bfloat16;"),
+        ({"a": jnp.ones(4, BF16)}, ValueError, r"^params\['a'\]: expected shape"),
+        ({"a": jnp.ones(2, BF16)}, ValueError, r"^params\['a'\]: expected shape"),
+        ({"b": []}, ValueError, r"^params\['b'\]\[0\] is missing"),
+        ({"a": jnp.ones(3, jnp.float16)}, TypeError, r"^params\['a'\]: .*float16"),
     ]
+    others = [(p | other, error, message) for other, error, message in others]
     for params, error, message in others:
         with pytest.raises(error, match=message):
             tx.update(params, state, params)
     with pytest.raises(ValueError, match=r"^state: expected one CompensatedWeightsState"):
         master_weights(p, optax.EmptyState())
+    with pytest.raises(ValueError, match=r"^state: expected one .* found 2 in tuple"):
+        master_weights(p, (state, state))
     with pytest.raises(ValueError, match=r"^residual_dtype: expected int8 or int16"):
         compensated_weights(optax.sgd(0.1), residual_dtype="int32")
     for bad in (True, 0.5, "0", jnp.ones(2)):
         with pytest.raises(TypeError, match=r"^key: expected"):
             stochastic_rounding(optax.sgd(0.1), bad)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_dither_counts_the_roundings():
+    """One more in each update, and after 2³² of them from 0 again."""
+    p = jnp.ones(3, BF16)
+    tx = compensated_weights(optax.sgd(0.1))
+    state = tx.init(p)
+    for made in (0, 1, 2):
+        assert state.dither == made
+        _, state = tx.update(p, state, p)
+    _, state = tx.update(p, state._replace(dither=jnp.uint32(2**32 - 1)), p)
+    assert state.dither == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_state_from_elsewhere_goes_on_without_init():
+    """As one from a checkpoint does, also with parameters in float32; NumPy's arrays are taken."""
+    p = {"narrow": np.ones(3, BF16), "wide": np.ones(3, np.float32)}
+    state = stochastic_rounding(jadam.adam(1.0)).init(p)
+    updates, _ = stochastic_rounding(jadam.adam(1.0)).update(p, state, p)
+    # The first step is one learning rate. 1e-6: float32's roundings.
+    np.testing.assert_allclose(updates["wide"], -1, rtol=1e-6)
+    np.testing.assert_allclose(updates["narrow"], -1, rtol=1e-6)
