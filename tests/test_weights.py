@@ -406,22 +406,24 @@ def test_random_bits_are_a_hash_of_the_place_and_two_words():
         with _rounding.as_layer(jnp.uint32(i)):
             found = _masters.random_bits(words, (1, 5, 7))
         np.testing.assert_array_equal(found, expected(places)[i : i + 1])
-    first = jax.jit(lambda words: _masters.random_bits(words, (4, 2**15, 2**16))[:, 0, :3])
+    first = jax.jit(lambda words: _masters.random_bits(words, (2, 2, 2**15, 2**16))[:, :, 0, :3])
     # No array of 32 GiB is made.
     assert first.lower(words).compile().memory_analysis().temp_size_in_bytes < 1000
-    rows = 2**31 * np.arange(4)[:, None] % 2**32
+    rows = 2**31 * np.arange(4).reshape(2, 2, 1) % 2**32
     np.testing.assert_array_equal(first(words), expected(rows + np.arange(3)))
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 7), ("float16", 10)])
-def test_a_random_rounding_goes_up_by_chance(dtype, digits):
+@pytest.mark.parametrize(
+    ("dtype", "digits", "smallest"), [("bfloat16", 7, 2.0**-126), ("float16", 10, 2.0**-24)]
+)
+def test_a_random_rounding_goes_up_by_chance(dtype, digits, smallest):
     """|x| = (n + f)·s goes to n + 1 where 24 random bits, a number in [0, 1), are less than f.
 
-    So what the dtype has stays, with any bits.
+    So what the dtype has stays, with any bits. Past its largest number it is a conversion.
     """
     rng = np.random.default_rng(0)
-    x = (rng.choice([-1, 1], 4000) * 2.0 ** rng.uniform(-13, 15, 4000)).astype(np.float32)
-    s = 2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - digits)
+    x = (rng.choice([-1, 1], 4000) * 2.0 ** rng.uniform(-30, 15, 4000)).astype(np.float32)
+    s = np.maximum(2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - digits), smallest)
     x[:1000] = np.round(x[:1000] / s[:1000]) * s[:1000]
     bits = rng.integers(0, 2**32, 4000).astype(np.uint32)
     bits[:500] = 0
@@ -431,6 +433,12 @@ def test_a_random_rounding_goes_up_by_chance(dtype, digits):
     expected = np.copysign((n + ((bits >> 8) / 2**24 < f)) * s, x)
     found = _masters.round_randomly(jnp.asarray(x), jnp.dtype(dtype), jnp.asarray(bits))
     np.testing.assert_array_equal(found, expected)
+    largest = float(jnp.finfo(dtype).max)
+    half = largest * 2.0 ** -(digits + 2)  # nearly, of the distance to the next number
+    past = jnp.asarray([largest, largest + 0.9 * half, largest + 1.1 * half], jnp.float32)
+    for bits in (0, 2**32 - 1):
+        found = _masters.round_randomly(past, jnp.dtype(dtype), jnp.full(3, bits, jnp.uint32))
+        np.testing.assert_array_equal(found, [largest, largest, np.inf])
 
 
 @pytest.mark.usefixtures("either_compilation")
