@@ -28,6 +28,12 @@ def bits(x):
     return np.asarray(x, np.float32).view(np.int32)
 
 
+def ordered(x):
+    """Which float32 number x is, counted from 0."""
+    found = bits(x).astype(np.int64)
+    return np.where(found < 0, -(found & 0x7FFFFFFF), found)
+
+
 def same_bits(x, y):
     np.testing.assert_array_equal(bits(x), bits(y))
 
@@ -179,15 +185,20 @@ def test_from_anywhere_to_anywhere(dtype):
     def go(master, p):
         update, r = _masters.split(master, p, jnp.dtype(dtype))
         landed = applied(p, update)
-        return update, landed, _masters.join(landed, r)
+        return update, landed, _masters.join(landed, r), r
 
-    update, landed, back = (np.asarray(x, np.float64) for x in go(masters, p))
+    update, landed, back, r = (np.asarray(x, np.float64) for x in go(masters, p))
+    # Of the number where it landed, however far off: as near to the master as a residual can.
+    counted = ordered(masters) - ordered(landed)
+    step = 1 if dtype == "int16" else 256
+    closest = np.clip(counted, -(2**15), 2**15 - 1) // step
     masters, p = masters.astype(float), np.asarray(p, np.float64)
     assert np.all(np.isfinite(update))
     assert np.all(np.isfinite(landed))
     resolution = 0 if dtype == "int16" else 2.0**-15  # the undithered int8 code rounds down
     # From one end of float32 to the other the difference overflows; then it is only finite.
     subtractable = np.abs(masters - p) < 0.999 * float(jnp.finfo(jnp.float32).max)
+    np.testing.assert_array_equal(r, closest)
     near = subtractable & (np.abs(p) < 2.0**15 * np.abs(masters))
     assert np.all(np.abs(back - masters)[near] <= resolution * np.abs(masters)[near])
     bound = resolution * np.abs(masters) + 2.0**-24 * np.abs(p) + SMALLEST
