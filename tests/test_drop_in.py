@@ -881,12 +881,12 @@ def test_what_changes_the_updates_of_16_bit_weights_is_noticed(wrap):
     """`chain(wrap(tx), scale(.5))` left every weight where it was, without a word.
 
     The stack says it while the step is traced, in whatever the chain is; what comes before or
-    inside is no matter, nor what runs the whole chain.
+    inside is no matter, nor what runs the whole chain, nor what becomes of float32 parameters.
     """
-    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    narrow = {"w": jnp.ones(3, jnp.bfloat16)}
     tx, half = wrap(jadam.adam(LR)), optax.scale(0.5)
 
-    def step(outer):
+    def step(outer, params=narrow):
         jax.eval_shape(outer.update, params, jax.eval_shape(outer.init, params), params)
 
     for outer in (
@@ -898,6 +898,7 @@ def test_what_changes_the_updates_of_16_bit_weights_is_noticed(wrap):
         optax.named_chain(("half", half), ("tx", tx)),
     ):
         step(outer)  # warnings are errors here
+    step(optax.chain(tx, half), {"w": jnp.ones(3)})
     for outer in (
         optax.chain(tx, half),
         optax.chain(half, optax.chain(tx, optax.identity()), half),

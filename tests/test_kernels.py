@@ -111,6 +111,24 @@ def test_an_option_that_the_kernel_does_not_know_keeps_it_away(monkeypatch):
     assert not has_kernel(tx.step, g, state, g)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@needs_kernel
+def test_all_leaves_are_one_call_or_one_each_where_a_program_is_taken_apart():
+    """One has its overhead once; a released step puts each leaf's where its gradient is made."""
+    params = {"a": jnp.ones((4, 256)), "b": jnp.ones((8, 256))}
+    tx = jadam.adam(1e-2, kernel="native")
+    state = tx.init(params)
+
+    def calls():
+        step = jax.jit(lambda *args: tx.step(*args))
+        return step.lower(params, state, params).as_text().count("custom_call @jadam_step(")
+
+    assert calls() == 1
+    with choice.apart():
+        assert calls() == 2
+    assert calls() == 1
+
+
 def test_the_table_is_what_kernels_prints():
     """Each feature, so that nobody has to guess which leaves are XLA's."""
     if choice.why_not() is None:

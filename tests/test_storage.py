@@ -195,6 +195,8 @@ def test_a_first_moment_in_float16_has_the_range_of_float16_gradients():
     assert state[0].mu.dtype == jnp.float16
     tolerance = 2 * (2.0**-11 + 6e-8 / np.minimum(sizes, 6e4))
     assert np.all(np.abs(updates[100:] + 1) <= tolerance)
+    m = np.minimum(sizes, 65504) * reference.bias(0.9, 200)
+    assert np.all(np.abs(state[0].mu.astype(float) - m) <= tolerance * m)
 
 
 @pytest.mark.usefixtures("either_compilation")

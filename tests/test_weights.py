@@ -28,6 +28,12 @@ def bits(x):
     return np.asarray(x, np.float32).view(np.int32)
 
 
+def ordered(x):
+    """Which float32 number x is, counted from 0."""
+    found = bits(x).astype(np.int64)
+    return np.where(found < 0, -(found & 0x7FFFFFFF), found)
+
+
 def same_bits(x, y):
     np.testing.assert_array_equal(bits(x), bits(y))
 
@@ -179,15 +185,20 @@ def test_from_anywhere_to_anywhere(dtype):
     def go(master, p):
         update, r = _masters.split(master, p, jnp.dtype(dtype))
         landed = applied(p, update)
-        return update, landed, _masters.join(landed, r)
+        return update, landed, _masters.join(landed, r), r
 
-    update, landed, back = (np.asarray(x, np.float64) for x in go(masters, p))
+    update, landed, back, r = (np.asarray(x, np.float64) for x in go(masters, p))
+    # Of the number where it landed, however far off: as near to the master as a residual can.
+    counted = ordered(masters) - ordered(landed)
+    step = 1 if dtype == "int16" else 256
+    closest = np.clip(counted, -(2**15), 2**15 - 1) // step
     masters, p = masters.astype(float), np.asarray(p, np.float64)
     assert np.all(np.isfinite(update))
     assert np.all(np.isfinite(landed))
     resolution = 0 if dtype == "int16" else 2.0**-15  # the undithered int8 code rounds down
     # From one end of float32 to the other the difference overflows; then it is only finite.
     subtractable = np.abs(masters - p) < 0.999 * float(jnp.finfo(jnp.float32).max)
+    np.testing.assert_array_equal(r, closest)
     near = subtractable & (np.abs(p) < 2.0**15 * np.abs(masters))
     assert np.all(np.abs(back - masters)[near] <= resolution * np.abs(masters)[near])
     bound = resolution * np.abs(masters) + 2.0**-24 * np.abs(p) + SMALLEST
@@ -406,22 +417,24 @@ def test_random_bits_are_a_hash_of_the_place_and_two_words():
         with _rounding.as_layer(jnp.uint32(i)):
             found = _masters.random_bits(words, (1, 5, 7))
         np.testing.assert_array_equal(found, expected(places)[i : i + 1])
-    first = jax.jit(lambda words: _masters.random_bits(words, (4, 2**15, 2**16))[:, 0, :3])
+    first = jax.jit(lambda words: _masters.random_bits(words, (2, 2, 2**15, 2**16))[:, :, 0, :3])
     # No array of 32 GiB is made.
     assert first.lower(words).compile().memory_analysis().temp_size_in_bytes < 1000
-    rows = 2**31 * np.arange(4)[:, None] % 2**32
+    rows = 2**31 * np.arange(4).reshape(2, 2, 1) % 2**32
     np.testing.assert_array_equal(first(words), expected(rows + np.arange(3)))
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 7), ("float16", 10)])
-def test_a_random_rounding_goes_up_by_chance(dtype, digits):
+@pytest.mark.parametrize(
+    ("dtype", "digits", "smallest"), [("bfloat16", 7, 2.0**-126), ("float16", 10, 2.0**-24)]
+)
+def test_a_random_rounding_goes_up_by_chance(dtype, digits, smallest):
     """|x| = (n + f)·s goes to n + 1 where 24 random bits, a number in [0, 1), are less than f.
 
-    So what the dtype has stays, with any bits.
+    So what the dtype has stays, with any bits. Past its largest number it is a conversion.
     """
     rng = np.random.default_rng(0)
-    x = (rng.choice([-1, 1], 4000) * 2.0 ** rng.uniform(-13, 15, 4000)).astype(np.float32)
-    s = 2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - digits)
+    x = (rng.choice([-1, 1], 4000) * 2.0 ** rng.uniform(-30, 15, 4000)).astype(np.float32)
+    s = np.maximum(2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - digits), smallest)
     x[:1000] = np.round(x[:1000] / s[:1000]) * s[:1000]
     bits = rng.integers(0, 2**32, 4000).astype(np.uint32)
     bits[:500] = 0
@@ -431,6 +444,12 @@ def test_a_random_rounding_goes_up_by_chance(dtype, digits):
     expected = np.copysign((n + ((bits >> 8) / 2**24 < f)) * s, x)
     found = _masters.round_randomly(jnp.asarray(x), jnp.dtype(dtype), jnp.asarray(bits))
     np.testing.assert_array_equal(found, expected)
+    largest = float(jnp.finfo(dtype).max)
+    half = largest * 2.0 ** -(digits + 2)  # nearly, of the distance to the next number
+    past = jnp.asarray([largest, largest + 0.9 * half, largest + 1.1 * half], jnp.float32)
+    for bits in (0, 2**32 - 1):
+        found = _masters.round_randomly(past, jnp.dtype(dtype), jnp.full(3, bits, jnp.uint32))
+        np.testing.assert_array_equal(found, [largest, largest, np.inf])
 
 
 @pytest.mark.usefixtures("either_compilation")
@@ -736,23 +755,52 @@ def test_what_is_refused(wrap):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_parameters_other_than_at_init_are_refused(dtype):
-    p = {"a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
+    p = {"N": None, "a": jnp.ones(3, BF16), "b": [jnp.ones(2)]}
     tx = compensated_weights(optax.sgd(0.1), residual_dtype=dtype)
     state = tx.init(p)
     others = [
-        ({"a": jnp.ones(3), "b": p["b"]}, TypeError, r"^params\['a'\]: expected bfloat16"),
-        ({"a": p["a"], "b": [p["a"]]}, TypeError, r"^params\['b'\]\[0\]: expected float32"),
-        ({"a": jnp.ones(4, BF16), "b": p["b"]}, ValueError, r"^params\['a'\]: expected shape"),
-        ({"a": p["a"]}, ValueError, r"^params\['b'\]\[0\] is missing"),
-        ({"a": jnp.ones(3, jnp.float16), "b": p["b"]}, TypeError, r"^params\['a'\]: .*float16"),
+        ({"a": jnp.ones(3)}, TypeError, r"^params\['a'\]: expected bfloat16 .*, got float32;"),
+        ({"a": None}, TypeError, r"^params\['a'\]: expected bfloat16 .*, got None;"),
+        ({"b": [p["a"]]}, TypeError, r"^params\['b'\]\[0\]: expected float32 .*, got bfloat16;"),
+        ({"a": jnp.ones(4, BF16)}, ValueError, r"^params\['a'\]: expected shape"),
+        ({"a": jnp.ones(2, BF16)}, ValueError, r"^params\['a'\]: expected shape"),
+        ({"b": []}, ValueError, r"^params\['b'\]\[0\] is missing"),
+        ({"a": jnp.ones(3, jnp.float16)}, TypeError, r"^params\['a'\]: .*float16"),
     ]
+    others = [(p | other, error, message) for other, error, message in others]
     for params, error, message in others:
         with pytest.raises(error, match=message):
             tx.update(params, state, params)
     with pytest.raises(ValueError, match=r"^state: expected one CompensatedWeightsState"):
         master_weights(p, optax.EmptyState())
+    with pytest.raises(ValueError, match=r"^state: expected one .* found 2 in tuple"):
+        master_weights(p, (state, state))
     with pytest.raises(ValueError, match=r"^residual_dtype: expected int8 or int16"):
         compensated_weights(optax.sgd(0.1), residual_dtype="int32")
     for bad in (True, 0.5, "0", jnp.ones(2)):
         with pytest.raises(TypeError, match=r"^key: expected"):
             stochastic_rounding(optax.sgd(0.1), bad)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_dither_counts_the_roundings():
+    """One more in each update, and after 2³² of them from 0 again."""
+    p = jnp.ones(3, BF16)
+    tx = compensated_weights(optax.sgd(0.1))
+    state = tx.init(p)
+    for made in (0, 1, 2):
+        assert state.dither == made
+        _, state = tx.update(p, state, p)
+    _, state = tx.update(p, state._replace(dither=jnp.uint32(2**32 - 1)), p)
+    assert state.dither == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_state_from_elsewhere_goes_on_without_init():
+    """As one from a checkpoint does, also with parameters in float32; NumPy's arrays are taken."""
+    p = {"narrow": np.ones(3, BF16), "wide": np.ones(3, np.float32)}
+    state = stochastic_rounding(jadam.adam(1.0)).init(p)
+    updates, _ = stochastic_rounding(jadam.adam(1.0)).update(p, state, p)
+    # The first step is one learning rate. 1e-6: float32's roundings.
+    np.testing.assert_allclose(updates["wide"], -1, rtol=1e-6)
+    np.testing.assert_allclose(updates["narrow"], -1, rtol=1e-6)
