@@ -47,7 +47,10 @@ def test_the_schedules_are_the_papers(options):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("b1", "b3", "warmup"),
-    [(0.9, 0.9999, 400.0), (0.9, 0.9, 10.0), (0.0, 0.99, 7.0), (0.5, 0.999, None)],
+    [
+        *((0.9, 0.9999, 400.0), (0.9, 0.9, 10.0), (0.9, 0.5, 20.0)),
+        *((0.0, 0.99, 7.0), (0.5, 0.999, None)),
+    ],
 )
 def test_the_product_of_all_slow_decays_needs_no_state(b1, b3, warmup):
     """Within the warm-up and after it: the rate, and the sum of the logarithms of all before."""
