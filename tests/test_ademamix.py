@@ -47,15 +47,22 @@ def test_the_schedules_are_the_papers(options):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("b1", "b3", "warmup"),
-    [(0.9, 0.9999, 400.0), (0.9, 0.9, 10.0), (0.0, 0.99, 7.0), (0.5, 0.999, None)],
+    [
+        *((0.9, 0.9999, 400.0), (0.9, 0.9, 10.0), (0.9, 0.5, 20.0)),
+        *((0.0, 0.99, 7.0), (0.5, 0.999, None)),
+    ],
 )
 def test_the_product_of_all_slow_decays_needs_no_state(b1, b3, warmup):
-    """Within the warm-up and after it: the rate, and the sum of the logarithms of all before."""
+    """Within the warm-up and after it: the rate, and the sum of the logarithms of all before.
+
+    No NaN comes up on the way, of which a derivative would be one too.
+    """
     float64 = jnp.dtype(jnp.float64)
     for t in (1, 2, 7, 10, 11, 399, 400, 1000):
         steps = range(1, t + 1)
         rates = [reference.ademamix_warmup(s, b1=b1, b3=b3, warmup=warmup)[0] for s in steps]
-        found = _math.SlowDecay.of(b3, _math.Decay.of(b1, float64), jnp.float64(t), warmup)
+        with jax.debug_nans(True):
+            found = _math.SlowDecay.of(b3, _math.Decay.of(b1, float64), jnp.float64(t), warmup)
         # Roundings of float64 in differences of digamma and in sums of 1000 logarithms.
         np.testing.assert_allclose(found.log_product, np.sum(np.log(rates)), rtol=1e-11)
         now = rates[-1], 1 - rates[-1], np.log(rates[-1])
@@ -198,9 +205,14 @@ def simulated(gradients, b2, rates):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("warmup", [None, 400.0])
-@pytest.mark.parametrize("b3", [0.9999, 0.99])
-def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, warmup):
+@pytest.mark.parametrize(
+    ("b3", "warmup", "is_cut"),
+    [
+        *((0.9999, None, True), (0.99, None, False)),
+        *((0.9999, 400.0, True), (0.99, 400.0, False), (0.9, 400.0, False)),
+    ],
+)
+def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, warmup, is_cut):
     """To C, or with a warm-up to a ratio that gradients give, and never beyond 4·S.
 
     S is what constant gradients give. Codes that reached C, which has no end, would be too coarse
@@ -227,4 +239,4 @@ def test_the_codes_of_the_slow_average_reach_as_far_as_gradients_take_it(b3, war
         noise = deviation / np.sqrt(reference.bias(b2, t))
         np.testing.assert_allclose(slow.noise, noise, rtol=1e-9)
         cut.append(within > 4 * constant)
-    assert any(cut) == (b3 == 0.9999), "both cases are met"
+    assert any(cut) == is_cut

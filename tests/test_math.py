@@ -87,6 +87,9 @@ def test_the_dither_of_a_step_is_within_half_a_unit():
     for b2, complement in ((0.75, 0.25), (0.5, 0.5), (0.25, np.inf)):
         found = _math.dither_of_v(_math.Decay.of(b2, jnp.dtype(jnp.float32)), time)
         np.testing.assert_array_equal(found, np.float64(time.dither) / complement)
+    with jax.enable_x64(True):
+        time = _math.Time.of(jnp.asarray(counts, jnp.int32), jnp.dtype(jnp.float64))
+    np.testing.assert_array_equal(time.dither, 0)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

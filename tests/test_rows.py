@@ -312,13 +312,20 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("b1", "rate", "decay"), [(0.9, 0.1, 0.1), (1e-3, lambda made: 0.1 / (1 + made), 0.0)]
+    ("name", "b1", "rate", "decay", "count"),
+    [
+        ("adam", 0.9, 0.1, 0.1, 500),
+        ("adam", 1e-3, lambda made: 0.1 / (1 + made), 0.0, 500),
+        ("radam", 0.9, 0.1, 0.0, 402),  # one row stands before the third step, where nothing adapts
+    ],
+    ids=["decay", "schedule", "radam"],
 )
-def test_absences_shorter_and_longer_than_a_row_moves(b1, rate, decay):
+def test_absences_shorter_and_longer_than_a_row_moves(name, b1, rate, decay, count):
     """In one table: each row moves and decays in its own steps as in float64."""
-    absences, count = np.array([0, 1, 2, 60, 150, 400]), 500
+    absences = np.array([0, 1, 2, 60, 150, 400])
     rng = np.random.default_rng(0)
-    rows = jadam.rows.lazy(jadam.adamw(rate, b1=b1, weight_decay=decay), catch_up="sum")
+    make = functools.partial(jadam.adamw, weight_decay=decay) if name == "adam" else jadam.radam
+    rows = jadam.rows.lazy(make(rate, b1=b1, kernel="xla"), catch_up="sum")
     table, m = rng.standard_normal((2, absences.size, 4)).astype(np.float32)
     v = m**2 / 2
     state = rows.init(jnp.asarray(table))
@@ -326,7 +333,7 @@ def test_absences_shorter_and_longer_than_a_row_moves(b1, rate, decay):
     state = state._replace(dense=(moments, *state.dense[1:]), last=jnp.asarray(count - absences))
     got, after = jax.jit(rows.flush)(table, state)
     for row, absence in enumerate(absences):
-        member = reference.Member(b1=b1, t=count - absence, m=np.float64(m[row]), v=v[row])
+        member = reference.Member(name, b1, t=count - absence, m=np.float64(m[row]), v=v[row])
         p = table[row].astype(np.float64)
         for made in range(count - absence, count):
             p -= (rate(made) if callable(rate) else rate) * (member(np.zeros(4)) + decay * p)
@@ -334,6 +341,24 @@ def test_absences_shorter_and_longer_than_a_row_moves(b1, rate, decay):
         np.testing.assert_allclose(got[row], p, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(after.dense[0].mu[row], member.m, rtol=1e-5, atol=1e-30)
         np.testing.assert_allclose(after.dense[0].nu[row], member.v, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_learning_rate_may_be_traced():
+    """As one that is a number: the weights of the missed steps are then made in the program."""
+    table = jnp.ones((3, 4))
+
+    def flushed(rate):
+        rows = jadam.rows.lazy(jadam.adam(rate), catch_up="sum")
+        moments, *rest = rows.init(table).dense
+        moments = moments._replace(count=jnp.int32(9), mu=table, nu=table)
+        return rows.flush(table, rows.init(table)._replace(dense=(moments, *rest)))[0]
+
+    member = reference.Member(m=np.ones(4), v=np.ones(4))
+    expected = 1 - 0.01 * sum(member(np.zeros(4)) for _ in range(9))
+    for found in (jax.jit(flushed)(jnp.float32(0.01)), jax.jit(lambda: flushed(0.01))()):
+        # 1e-5 learning rates, as the docstring says, and a rounding of p.
+        np.testing.assert_allclose(found[0], expected, rtol=1.2e-7, atol=1e-7)
 
 
 @pytest.mark.usefixtures("either_compilation")

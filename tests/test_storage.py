@@ -470,10 +470,14 @@ def test_amsgrads_maximum_never_falls_in_bfloat16():
 
 
 @pytest.mark.usefixtures("either_compilation")
-def test_radam_at_the_end_of_what_it_is_defined_for():
-    """b2 = 0.6 gives ρ∞ = 4, for which the paper has no variance: m̂ alone, and never NaN."""
+@pytest.mark.parametrize("b2", [0.6, 0.6 - 1e-9])
+def test_radam_at_the_end_of_what_it_is_defined_for(b2):
+    """b2 = 0.6 gives ρ∞ = 4, for which the paper has no variance: m̂ alone, and never NaN.
+
+    A little below ρₜ is rounded up to 4.
+    """
     gradients = np.full((120, 3), 0.5, np.float32)
-    updates, _ = directions(jadam.radam(1.0, b2=0.6, threshold=4.0), gradients)
+    updates, _ = directions(jadam.radam(1.0, b2=b2, threshold=4.0), gradients)
     np.testing.assert_allclose(updates, -0.5, rtol=1e-6)  # some ulps
 
 
