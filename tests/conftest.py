@@ -35,6 +35,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A program with requirements of its own: the extra "mutants".
+collect_ignore = ["mutants"]
+
 # The same examples in every run, so that a failure can be repeated; no clock in a test.
 hypothesis.settings.register_profile("jadam", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jadam")
