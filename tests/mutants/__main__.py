@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -127,7 +126,7 @@ def tested(
     faults: list[Fault],
     lines: Lines,
     modules: dict[str, list[str]],
-    kills: dict[str, Counter[str]],
+    results: report.Results,
     setup: dict[str, Any],
 ) -> Iterator[tuple[Fault, dict[str, Any]]]:
     """What the tests say of each fault: first of those in what runs at import."""
@@ -148,6 +147,7 @@ def tested(
             yield faults[key], {"found": False, "by": None, "ran": 0, "of": 0}
     for warm, some in jobs.items():
         command = [sys.executable, "-m", "tests.mutants.forks"]
+        kills = {module: results.kills(module) for module in modules}
         with subprocess.Popen(
             command, cwd=TREE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -158,9 +158,7 @@ def tested(
                     json.dumps(x) + "\n" for x in ({**setup, "warm": warm, "kills": kills}, *some)
                 )
             for outcome in map(json.loads, process.stdout):
-                fault = faults[outcome.pop("key")]
-                kills[fault[0]].update([outcome["by"]] if outcome.get("found") else [])
-                yield fault, outcome
+                yield faults[outcome.pop("key")], outcome
 
 
 def kernel(results: report.Results) -> None:
@@ -231,8 +229,7 @@ def main() -> None:
     # pytest would import a module for its examples in a way of its own.
     files = {x.split("::")[0] for x in lines.seconds} - late
     setup["files"] = sorted(x for x in files if not x.startswith("jadam/"))
-    kills = {module: results.kills(module) for module in modules}
-    for fault, outcome in tested(faults, lines, modules, kills, setup):
+    for fault, outcome in tested(faults, lines, modules, results, setup):
         if "error" in outcome:
             print(*fault[0::3], outcome, flush=True)
         elif options.again:

@@ -251,11 +251,7 @@ def run(
     while waiting or running:
         if waiting and len(running) < processes:
             job = waiting.pop()
-            found, (reading, writing) = kills[job.module], os.pipe()
-            # Those that found faults of this module, and then the fastest.
-            tests = sorted(
-                job.tests, key=lambda x: (-found[x] / (job.tests[x] + 0.2), job.tests[x])
-            )
+            tests, (reading, writing) = ordered(job.tests, kills[job.module]), os.pipe()
             if (process := os.fork()) == 0:
                 child(place, job, tests, budget, writing)
             os.close(writing)
