@@ -10,7 +10,7 @@ All arrays come in float32 or wider. A hyperparameter is either a Python number,
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
@@ -77,10 +77,12 @@ class Relation(NamedTuple):
     Attributes:
         ratios: of each first moment, in order.
         power: the second moment is a root to this power: 2 for v, 1 for AdaMax's u.
+        least: a first moment may be as large as beside this second moment where that is smaller.
     """
 
     ratios: tuple[Ratio, ...]
     power: int
+    least: Scalar
 
 
 class Decay(NamedTuple):
@@ -99,6 +101,18 @@ class Decay(NamedTuple):
         # Kept from -∞, which is NaN times t - 1 = 0; where it counts, b⁰ or b·bᵗ⁻¹, b is 0 itself.
         log = jnp.log1p(jnp.maximum(b - 1, jnp.finfo(b.dtype).eps - 1))
         return cls(*(x.astype(dtype) for x in (b, 1 - b, log)))
+
+    @property
+    def share(self) -> Scalar:
+        """How much of x - m a mean b·m + (1-b)·x is away from the `heavier` of both."""
+        return self.heavier(self.complement, -self.rate)
+
+    def heavier(self, m: Any, x: Any) -> Any:
+        """What weighs more in a mean b·m + (1-b)·x: m, or x for b < ½."""
+        is_m = self.complement <= 0.5
+        if isinstance(is_m, bool):
+            return m if is_m else x
+        return jnp.where(is_m, m, x)
 
     def power(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
         """b to the power of some steps; 0⁰ is 1, since 0 has a logarithm that is finite."""
@@ -139,8 +153,11 @@ def square(g: Number) -> Real:
 
 
 def average(m: Number, x: Number, b: Decay) -> Number:
-    """b·m + (1-b)·x as m + (1-b)·(x - m), which needs no rounded b."""
-    return m + _scaled(b.complement, x - m)
+    """b·m + (1-b)·x as m + (1-b)·(x - m), which needs no rounded b.
+
+    For b < ½ it is x - b·(x - m): beside a much larger m the former would lose x.
+    """
+    return b.heavier(m, x) + _scaled(b.share, x - m)
 
 
 def second_moment(v: Real, g: Number, b: Decay, time: Time) -> Real:
@@ -150,11 +167,12 @@ def second_moment(v: Real, g: Number, b: Decay, time: Time) -> Real:
     v's last place, v no longer changes. It would be off by up to 2⁻²⁴/(1-b), 0.3% at b = .99999.
     With a dither of one unit it goes on moving.
     """
-    toward = square(g) - v
+    squared = square(g)
+    toward = squared - v
     if v.dtype == jnp.float32:
         # A number times a power of two is exact, so it does not matter whether XLA fuses it.
         toward += dither_of_v(b, time) * spacing(v)
-    return v + _scaled(b.complement, toward)
+    return b.heavier(v, squared) + _scaled(b.share, toward)
 
 
 def dither_of_v(b: Decay, time: Time) -> Float[Array, "..."]:
@@ -176,13 +194,28 @@ def adaptive_direction(
     """m̂ / (√(v̂ + eps_root) + eps) with m̂ = m/c1, the direction of Algorithm 1.
 
     c1 multiplies the denominator, which takes one division and one rounding less than m/c1. The
-    root's argument is at least 2⁻¹⁰³ (float64: 2⁻⁹⁷⁰). So derivatives are finite, and so is the
-    direction at eps = 0. Gradients under 3e-16 then count as 0, since their squares are lost.
+    root's argument has a least value. So derivatives are finite, and so is the direction at
+    eps = 0. Gradients under 3e-16 then count as 0, since their squares are lost.
     """
-    info = jnp.finfo(v_hat.dtype)
     eps, eps_root = (jnp.asarray(x, v_hat.dtype) for x in (eps, eps_root))
-    root = jnp.sqrt(jnp.maximum(v_hat + eps_root, float(info.tiny / info.eps)))
+    root = jnp.sqrt(jnp.maximum(v_hat + eps_root, least_square(v_hat.dtype)))
     return divide(m, c1 * (root + eps))
+
+
+def least_square(dtype: jnp.dtype) -> float:
+    """The least that a root is taken of in a direction: 2⁻¹⁰³ in float32, 2⁻⁹⁷⁰ in float64."""
+    info = jnp.finfo(dtype)
+    return float(info.tiny / info.eps)
+
+
+def least_bounding(time: Time, b2: Scalar) -> Float[Array, "..."]:
+    """The least v beside which a rounded m is held to its bound: (1-b2ᵗ)·2⁻¹¹¹ in float32.
+
+    Smaller ones have lost squares, and do not say what m may be. And a direction divides by more
+    than 16 times their root, also in the next step, where a larger gradient may come.
+    """
+    c2 = bias_correction(Decay.of(b2, time.t.dtype), jnp.maximum(time.t, 1))
+    return jnp.maximum(c2 * least_square(c2.dtype) / 256, float(jnp.finfo(c2.dtype).tiny))
 
 
 def moment_ratios(time: Time, *, b1: Scalar, b2: Scalar) -> tuple[Ratio]:
@@ -365,7 +398,8 @@ def adamax(time: Time, *, b1: Scalar, b2: Scalar, eps: Scalar) -> Equations:
 
     def equations(g: Number, m: Number, u: Real) -> tuple[Number, tuple[Number, Real]]:
         m = average(m, g, d1)
-        u = jnp.maximum(u - d2.complement * u, jnp.abs(g) + jnp.asarray(eps, u.dtype))
+        faded = average(u, jnp.zeros_like(u), d2)
+        u = jnp.maximum(faded, jnp.abs(g) + jnp.asarray(eps, u.dtype))
         # Devices flush a product below the smallest number to 0. And the quotient is finite, also
         # where u has fallen much faster than m.
         tiny = float(jnp.finfo(u.dtype).tiny)

@@ -145,8 +145,9 @@ class Rule:
 
     def relation_at(self, time: _math.Time) -> _math.Relation:
         """The relation of the moments at one step."""
-        rates = self._values(self.member.rates, time)
-        return _math.Relation(self.member.ratios(time, **rates), self.member.power)
+        rates, power = self._values(self.member.rates, time), self.member.power
+        least = 0.0 if power == 1 else _math.least_bounding(time, rates["b2"])
+        return _math.Relation(self.member.ratios(time, **rates), power, least)
 
     def coefficients_at(self, time: _math.Time) -> Coefficients:
         """The same as numbers."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 from jadam import _math, _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
 from jadam._state import AmsgradState, CorrectedAmsgradState, RowsState
-from jadam._storage import Codes, Storage, storage_of, tops_shape
+from jadam._storage import Codes, Storage, check_dtypes, storage_of, tops_shape
 from jadam._traced import is_tracer
 from jadam._types import PyTree
 
@@ -116,10 +116,13 @@ def _found(where: str, node: State, adamax: bool) -> Found:
     for name, tree in zip(names[1:], trees[1:], strict=True):
         _validate.same_nodes(f"{where}.{name}", tree, f"{where}.{names[0]}", trees[0])
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trees[0])[0]]
-    rows = zip(*map(jax.tree.leaves, trees), strict=True)
+    rows = [_as_needed(row) for row in zip(*map(jax.tree.leaves, trees), strict=True)]
+    for path, row in zip(paths, rows, strict=True):
+        key = jax.tree_util.keystr(path)
+        check_dtypes(member.moments, row, lambda name, key=key: f"{where}.{name}{key}")
     parameters = [
         Parameter(where, path, dict(zip(names, row, strict=True)), storage_of(member.moments, row))
-        for path, row in zip(paths, map(_as_needed, rows), strict=True)
+        for path, row in zip(paths, rows, strict=True)
     ]
     for parameter in parameters:
         shapes = parameter.storage.shapes(parameter.shape)

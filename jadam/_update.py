@@ -20,7 +20,7 @@ from jadam._leaf import Options, increment, leaf_step
 from jadam._masters import Weights
 from jadam._members import ADAM, NADAM, Member, Rule
 from jadam._state import AdamState, CorrectedAmsgradState
-from jadam._storage import chooser, placed_like, storage_of
+from jadam._storage import check_dtypes, chooser, placed_like, storage_of
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -348,21 +348,22 @@ def _check(
         _validate.same_nodes("grads", grads, f"state.{moment.name}", tree)
     leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
     for (path, g), *row in zip(leaves, *map(jax.tree.leaves, stored), strict=True):
+        key = jax.tree_util.keystr(path)
+        check_dtypes(member.moments, row, lambda name, key=key: f"state.{name}{key}")
         storage = storage_of(member.moments, row)
         for name, expected in storage.unfit.items():
-            place = f"state.{name}{jax.tree_util.keystr(path)}"
+            place = f"state.{name}{key}"
             raise TypeError(f"{place}: expected {expected}; jadam.migrate.cast_like widens it")
         shapes = storage.shapes(np.shape(g))
         for moment, x, shape in zip(member.moments, row, shapes, strict=True):
-            where = jax.tree_util.keystr(path)
             if np.shape(x) != shape:
                 raise ValueError(
-                    f"grads{where}: expected shape {np.shape(x)} of state.{moment.name}{where}, "
+                    f"grads{key}: expected shape {np.shape(x)} of state.{moment.name}{key}, "
                     f"got {np.shape(g)}"
                 )
             if moment.is_first and jnp.iscomplexobj(g) and not jnp.iscomplexobj(x):
                 raise TypeError(
-                    f"grads{where}: expected a real dtype like state.{moment.name}{where}'s, "
+                    f"grads{key}: expected a real dtype like state.{moment.name}{key}'s, "
                     f"{jnp.result_type(x)}, got {jnp.result_type(g)}"
                 )
     if decays or to_params:

@@ -125,11 +125,6 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def one_of(*options: str) -> Check:
-    """The check of an option."""
-    return lambda name, value: choice(name, value, options)
-
-
 def scheduled(check: Check) -> Check:
     """The check of a hyperparameter that may be a schedule, which is checked when it is called."""
     return lambda name, value: value if callable(value) else check(name, value)

@@ -161,6 +161,8 @@ def test_codes_go_to_floats_and_back():
     jax.tree.map(np.testing.assert_array_equal, again, floats)
     with pytest.raises(TypeError, match="b3: expected a real number"):
         jadam.migrate.cast_like(state, like)
+    with pytest.raises(TypeError, match="b4: expected b1, b2, b3, warmup for ademamix, got b1, "):
+        cast(state, like, b4=0.5)
 
 
 @pytest.mark.usefixtures("either_compilation")

@@ -1,6 +1,7 @@
 """Whatever is wrong is said: the argument or the leaf's path, what was expected, what came."""
 
 import functools
+import re
 
 import equinox as eqx
 import hypothesis.strategies as st
@@ -290,6 +291,40 @@ def test_a_state_that_is_not_adams():
         TypeError, match=r"state: expected the ScaleByAdamState .* got AmsgradState$"
     ):
         tx.update(GRADS, jadam.amsgrad(1e-3).init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("coded", "plain", "message"),
+    [
+        (
+            ("nu",),
+            ("mu",),
+            "mu['w']: expected uint16 or uint8 beside the other moments, got float",
+        ),
+        (
+            ("mu",),
+            ("nu",),
+            "mu['w']: expected a floating-point dtype beside the other moments, ",
+        ),
+        (("mu", "nu"), ("nu_max",), "nu_max['w']: expected uint8 beside the other moments, got fl"),
+        (
+            ("nu_max",),
+            ("mu", "nu"),
+            "nu_max['w']: expected a floating-point dtype beside the oth",
+        ),
+    ],
+)
+def test_moments_of_two_storages(coded, plain, message):
+    """Trees of a state with codes beside those of one without: no bare StopIteration."""
+    params = {"b": jnp.ones(3), "w": jnp.ones((2, 128))}
+    txs = jadam.amsgrad(1e-3, mu_dtype="int8", nu_dtype="uint8", min_size=0), jadam.amsgrad(1e-3)
+    (codes, *rest), (floats, *_) = (tx.init(params) for tx in txs)
+    mixed = floats._replace(**{name: getattr(codes, name) for name in coded})
+    mixed = mixed._replace(**{name: getattr(floats, name) for name in plain})
+    with pytest.raises(TypeError, match=re.escape(f"state.{message}")):
+        txs[0].update(params, (mixed, *rest), params)
+    with pytest.raises(TypeError, match=re.escape(f"state.{message}")):
+        jadam.migrate.cast_like(mixed, floats)
 
 
 leaves = st.sampled_from([(), (1,), (0,), (2, 3), (0, 2)]).map(lambda s: np.ones(s, np.float32))

@@ -2,6 +2,7 @@
 
 import decimal
 import fractions
+import functools
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -330,6 +331,42 @@ def test_the_family_follows_float64(case):
         # An update is a sum of 40 rounded terms that may cancel, so it is measured against the
         # step's size: 40 terms of 1 ulp, some doubled.
         np.testing.assert_allclose(updates, expected, rtol=5e-6, atol=5e-6)
+
+
+def small_rates(make, kind, kernel, *, traced, **options):
+    """That a member follows float64 with rates under ½ where a small gradient follows a large one.
+
+    The rates are numbers of bfloat16: no rounding of them is in what is measured. Gradients are
+    positive, so that no sum cancels.
+    """
+    gradients = np.array([1, 1e-5, 1e-3, 1e3, 1e-2, 1e-12], np.float32)[:, None] * np.ones(128)
+    g = jnp.asarray(gradients, jnp.float32)
+
+    def run(b1, b2):
+        tx = make(1.0, b1=b1, b2=b2, kernel=kernel, **options)
+        return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(g[0]), g)[1]
+
+    for b1, b2 in [(0, 0), (0, 2.0**-30), (2.0**-20, 0), (0.25, 0.375), (0.4375, 0.498046875)]:
+        found = jax.jit(run)(b1, b2) if traced else jax.jit(functools.partial(run, b1, b2))()
+        expected = reference.directions(gradients, kind=kind, b1=b1, b2=b2, **options)
+        # A dozen roundings, each of half a unit.
+        np.testing.assert_allclose(-found, list(expected), rtol=12 * 2.0**-24)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    ("make", "kind", "options"),
+    [
+        (jadam.adam, "adam", {}),
+        (jadam.nadam, "nadam", {}),
+        (jadam.amsgrad, "amsgrad", {}),
+        (jadam.adamax, "adamax", {}),
+        (jadam.ademamix, "ademamix", {"b3": 0.125, "alpha": 2.0}),
+    ],
+)
+def test_small_rates_lose_no_small_gradient_after_a_large_one(make, kind, options, traced):
+    """At b1 = b2 = 0 m is g and v is g²: v + (g² - v) has lost all of g² beside a large v."""
+    small_rates(make, kind, "xla", traced=traced, **options)
 
 
 def test_the_table_covers_the_family():

@@ -655,6 +655,8 @@ def test_the_largest_ratio_is_attained():
         m, u = (1 - b1) * np.sum(b1**ages * g), 1.0
         assert _foreign.largest_ratio(b1, b2, t, 1) == pytest.approx(m / u, rel=1e-12)
     assert _foreign.largest_ratio(0.9, 0.0, 10, 2) == np.inf
+    # m is g, and v is g² or u is |g|.
+    assert [_foreign.largest_ratio(0.0, 0.0, 10, power) for power in (1, 2)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
+import test_math
 import test_storage
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -462,6 +464,30 @@ def test_no_rounding_of_16_bits_takes_the_kernel_beyond_adams_bound(storage):
         bound = bounds(len(largest))
         assert np.all(largest <= bound * test_storage.SLACK)
         assert largest[-1] >= 0.97 * bound[-1]
+
+
+@needs_kernel
+@pytest.mark.parametrize("b2", [0.999, 0.9998, 0.9999, 0.99999])
+def test_no_second_step_of_the_kernel_is_beyond_the_bound_down_to_the_least_root(b2):
+    """As test_storage says it of XLA's form."""
+    gradients = test_storage.least_gradients(b2)
+    tx = jadam.adam(1.0, b2=b2, eps=0.0, **STORAGE["bfloat16 m"], kernel="native")
+    bounds_of_both = [reference.step_bound(t, b2=b2) for t in (1, 2)]
+    for name in instruction_sets():
+        use(name)
+        largest = np.abs(test_storage.directions(tx, gradients)[0]).max(axis=1)
+        assert np.all(largest <= np.array(bounds_of_both) * test_storage.SLACK)
+        assert np.all(largest >= np.array(bounds_of_both) * 0.999)
+
+
+@needs_kernel
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(("make", "kind"), [(jadam.adam, "adam"), (jadam.nadam, "nadam")])
+def test_the_kernel_loses_no_small_gradient_after_a_large_one(make, kind, traced):
+    """As test_math says it of XLA's form."""
+    for name in instruction_sets():
+        use(name)
+        test_math.small_rates(make, kind, "native", traced=traced)
 
 
 @needs_kernel

@@ -11,15 +11,17 @@ from jadam._types import Scalar
 class Coefficients(NamedTuple):
     """One step of Adam, NAdam or RAdam as numbers.
 
-    m = m + complement1·(g - m),  v = v + complement2·(g² - v + dither·spacing(v)),
+    m = start1 + share1·(g - m),  v = start2 + share2·(g² - v + dither·spacing(v)),
     direction = m̂/(c1·(√min(v/c2 + eps_root, most) + eps)),  m̂ = m_weight·m + g_weight·g
 
     Without Nesterov's look-ahead both weights are 0, and m̂ is m. With most = 0 and eps = 1 nothing
     is divided: the root is 2⁻⁵¹ then, and is lost beside 1.
+
+    A mean starts from what was before, m or v, or from g or g² where its share is -b.
     """
 
-    complement1: Scalar
-    complement2: Scalar
+    share1: Scalar
+    share2: Scalar
     dither: Scalar
     m_weight: Scalar
     g_weight: Scalar
@@ -91,4 +93,4 @@ def _of(
     eps_root: Scalar,
 ) -> Coefficients:
     dither, c2 = _math.dither_of_v(d2, time), _math.bias_correction(d2, time.t)
-    return Coefficients(d1.complement, d2.complement, dither, *look_ahead, c1, c2, eps, eps_root)
+    return Coefficients(d1.share, d2.share, dither, *look_ahead, c1, c2, eps, eps_root)

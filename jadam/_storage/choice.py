@@ -95,6 +95,27 @@ def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
     return Floats(moments, tuple(jnp.dtype(jnp.result_type(x)) for x in stored))
 
 
+def check_dtypes(
+    moments: tuple[Moment, ...], stored: Sequence[Any], where: Callable[[str], str]
+) -> None:
+    """The arrays of a parameter are all codes or all numbers.
+
+    Args:
+        where: the place of a moment, by its name, in an error.
+
+    Raises:
+        TypeError: one is not as those beside it.
+    """
+    coded = Codes.holds(stored)
+    for moment, x, codes in zip(moments, stored, Codes.dtypes(moments), strict=True):
+        dtype = jnp.result_type(x)
+        if not (dtype in codes if coded else jnp.issubdtype(dtype, jnp.inexact)):
+            expected = " or ".join(map(str, codes)) if coded else "a floating-point dtype"
+            raise TypeError(
+                f"{where(moment.name)}: expected {expected} beside the other moments, got {dtype}"
+            )
+
+
 def chooser(
     moments: tuple[Moment, ...],
     mu_dtype: Any,

@@ -121,6 +121,14 @@ class Codes:
         """Whether these arrays are a parameter's codes: they have the blocks' tops."""
         return any(x.dtype == _TOPS for x in stored)
 
+    @staticmethod
+    def dtypes(moments: tuple[Moment, ...]) -> Sequence[tuple[np.dtype, ...]]:
+        """Which dtypes the array of each moment may have."""
+        roles = [moment.role for moment in moments]
+        found: list[tuple[np.dtype, ...]] = [(_BESIDE.get(role, _TOPS),) for role in roles]
+        found[roles.index(Role.FIRST)] = tuple(lattice.dtype for lattice in LATTICES)
+        return found
+
     @classmethod
     def of(cls, moments: tuple[Moment, ...], stored: Sequence[Any]) -> "Codes":
         """The codes that these arrays, a parameter's moments, are."""

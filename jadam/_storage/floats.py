@@ -97,7 +97,8 @@ class Floats:
         related = relation()
         roles = [moment.role for moment in self.moments]
         second = kept[roles.index(Role.SECOND)].real.astype(jnp.finfo(wide).dtype)
-        root = _root(second, related.power)
+        root = jnp.maximum(second, jnp.asarray(related.least, second.dtype))
+        root = jnp.sqrt(root) if related.power == 2 else root
         firsts = [i for i, role in enumerate(roles) if role is Role.FIRST]
         for i, ratio in zip(firsts, related.ratios, strict=True):
             kept[i] = _within(kept[i], moments[i], _most(moments[i], ratio, root, kept[i].dtype))
@@ -152,16 +153,6 @@ def _rounded(x: Number, dtype: jnp.dtype, role: Role, count: Count, salt: int) -
     if role is Role.MAXIMUM:
         return round_from_zero(x, dtype)
     return round_dithered(x, dtype, count, salt)
-
-
-def _root(second: Real, power: int) -> Real:
-    """The second moment's root, as far as a first moment is held to it.
-
-    Under 2¹⁰ times the smallest number v has lost squares, and does not say what m may be. There
-    the direction is divided by the least root that it has, which is larger.
-    """
-    smallest = 2.0**10 * float(jnp.finfo(second.dtype).tiny)
-    return second if power == 1 else jnp.sqrt(jnp.maximum(second, smallest))
 
 
 def _most(m: Number, ratio: Ratio, root: Real, dtype: jnp.dtype) -> Real:

@@ -160,8 +160,9 @@ def largest_ratio(b1: float, b2: float, t: int, power: int) -> float:
     (1-b1)·√(Σ ρᵏ/(1-b2)) with ρ = b1²/b2, or AdaMax's (1-b1)·Σ (b1/b2)ᵏ, each over k < t.
     """
     with np.errstate(divide="ignore", over="ignore"):
-        # Kept from 0, where the sum is t, and from infinity: 700 is what float64 has.
-        log_rho = power * np.log(np.float64(b1)) - np.log(np.float64(b2))
+        # Kept from 0, where the sum is t, and from infinity: 700 is what float64 has. For b1 = 0 it
+        # is the first term.
+        log_rho = power * np.log(np.float64(b1)) - np.log(np.float64(b2)) if b1 else -np.inf
         log_rho = np.clip(log_rho if abs(log_rho) > 1e-9 else 1e-9, -700, 700)
         total = np.expm1(t * log_rho) / np.expm1(log_rho)
         squared = (1 - b1) ** power * total / (1 - b2 if power == 2 else 1)

@@ -256,7 +256,7 @@ def _motion(rule: Rule, sums: Sums, v: Array) -> Array:
     """By how much the missed steps move the parameters, divided by m."""
     real = v.dtype
     eps, eps_root = (jnp.asarray(rule.hyperparameters[x], real) for x in ("eps", "eps_root"))
-    least = float(jnp.finfo(real).tiny / jnp.finfo(real).eps)  # as in `adaptive_direction`
+    least = _math.least_square(real)
     rooted = jnp.sqrt(v)
 
     def root(scale: Array) -> Array:

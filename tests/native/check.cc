@@ -162,8 +162,8 @@ Numbers step_of(const Hyper& h, bool nesterov) {
   const double dither = unit(0, uint32_t(h.t), 0) - (0.5 - 0x1p-25);
   const auto correction = [&](double b, double t) { return -std::expm1(t * std::log(b)); };
   Numbers s{};
-  s.complement1 = float(1 - h.b1);
-  s.complement2 = float(1 - h.b2);
+  s.share1 = float(h.b1 < 0.5 ? -h.b1 : 1 - h.b1);
+  s.share2 = float(h.b2 < 0.5 ? -h.b2 : 1 - h.b2);
   s.dither = float(1 - h.b2 <= 0.5 ? dither / (1 - h.b2) : 0);
   s.m_weight = float(nesterov ? h.b1 / correction(h.b1, h.t + 1) : 0);
   s.g_weight = float(nesterov ? (1 - h.b1) / correction(h.b1, h.t) : 0);
@@ -183,14 +183,19 @@ Numbers step_of(const Hyper& h, bool nesterov) {
   s.coarse_now_a = float(coarse_now.a);
   s.coarse_now_s = float(coarse_now.s);
   s.bound = 0x1p100f;  // the reference does not cut m
+  s.least_bounding = 0x1p-126f;
   return s;
+}
+
+Interval average(Interval m, Interval x, float share) {
+  return (share < 0 ? x : m) + share * (x - m);
 }
 
 // v is a point where it was stored as a float, an interval where as a code.
 Interval second_moment(Interval v, double g, const Numbers& s) {
   const auto power = [](double x) { return x > 0 ? std::ldexp(1, std::ilogb(x)) : 0; };
   const Interval dither = Interval(s.dither) * Interval(power(v.lo), power(v.hi)) * 0x1p-23;
-  return v + s.complement2 * (Interval(g) * g - v + dither);
+  return (s.share2 < 0 ? Interval(g) * g : v) + s.share2 * (Interval(g) * g - v + dither);
 }
 
 Interval direction(double g, Interval m, Interval v, bool nesterov, const Numbers& s) {
@@ -663,7 +668,7 @@ Expected expect(const Case& c, const Inputs& in) {
         m = flush(read(in.m, c.leaf.m_dtype, i));
         v = flush(read(in.v, c.leaf.v_dtype, i));
       }
-      m = m + s.complement1 * (g - m);
+      m = average(m, g, s.share1);
       v = second_moment(v, g, s);
       const double in_memory = read(in.p, c.leaf.p_dtype, i);
       const double p = flush(join(in_memory, residual_of(c, in.residual, i), c.leaf.weights));
@@ -882,6 +887,7 @@ const Hyper kHypers[] = {{"t 1", 0.9, 0.999, 1, 1e-8, 0},
                          {"t 7, b2 .99999", 0.9, 0.99999, 7, 1e-8, 1e-12},
                          {"t 1000, eps 0", 0.9, 0.999, 1000, 0, 0},
                          {"t 3, b1 .1, b2 .3", 0.1, 0.3, 3, 1e-6, 0},
+                         {"t 5, b1 .01, b2 .001", 0.01, 0.001, 5, 0, 0},
                          {"t 4, not divided", 0.9, 0.999, 4, 1, 1e-12, 0}};
 constexpr std::pair<Float, Float> kDtypes[] = {
     {Float::kF32, Float::kF32}, {Float::kBF16, Float::kF32}, {Float::kBF16, Float::kBF16}};
@@ -1172,7 +1178,7 @@ class RowsCase {
         }
         Interval m = Interval(m_[at]) * first_[first[row]];
         Interval v = Interval(v_[at]) * second_[first[row]];
-        m = m + step_.complement1 * (Interval(g) - m);
+        m = average(m, g, step_.share1);
         v = second_moment(v, g, step_);
         const Interval p = caught_up(first[row], i);
         Interval d = direction(g, m, v, nesterov_, step_);

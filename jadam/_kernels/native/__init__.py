@@ -133,6 +133,7 @@ class Numbers(NamedTuple):
     now_a: Scalar
     now_s: Scalar
     bound: Scalar
+    least_bounding: Scalar
     coarse_before_a: Scalar
     coarse_before_s: Scalar
     coarse_now_a: Scalar
@@ -152,7 +153,8 @@ def numbers_of(
 ) -> Float[Array, "numbers"]:
     """The numbers of the step after `count` updates."""
     then, now = (_math.Time.of(t, jnp.dtype(jnp.float32)) for t in (count, increment(count)))
-    (ratio_then,), (ratio,) = (rule.relation_at(t).ratios for t in (then, now))
+    related_then, related = (rule.relation_at(t) for t in (then, now))
+    (ratio_then,), (ratio,) = related_then.ratios, related.ratios
     (before, after), (coarse_before, coarse_after) = (
         [Curve.of(x, bits.dense) for x in (ratio_then, ratio)]
         for bits in (lattice.EIGHT_BITS, lattice.FOUR_BITS)
@@ -166,6 +168,7 @@ def numbers_of(
         now_a=after.a,
         now_s=after.s,
         bound=ratio.bound,
+        least_bounding=related.least,
         coarse_before_a=coarse_before.a,
         coarse_before_s=coarse_before.s,
         coarse_now_a=coarse_after.a,

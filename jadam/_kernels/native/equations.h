@@ -50,8 +50,8 @@ JADAM_INLINE F32 nearest_bf16(F32 x) {
 // A number of bfloat16 from its bits.
 JADAM_INLINE F32 widened(I32 upper) { return bits<F32>(bits<U32>(upper) << 16); }
 
-// Whether m may be beyond its bound beside v of at least 2^-116, both as they are stored. The squares
-// say by themselves where it is far from that.
+// Whether m may be beyond its bound beside v, both as they are stored. The squares say by themselves
+// where it is far from that.
 JADAM_INLINE Mask may_be_beyond(F32 m, F32 v, float bound) {
   return m * m > bound * bound * 0.999f * v;
 }
@@ -66,8 +66,8 @@ JADAM_INLINE I32 within_bound(I32 kept, F32 m, F32 v, float bound) {
 
 // The moments as they are kept: bits of bfloat16 for those that are rounded.
 template <bool kRoundsM, bool kRoundsV>
-JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float bound, I32& m_bits,
-                                I32& v_bits) {
+JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, const Numbers& s,
+                                I32& m_bits, I32& v_bits) {
   if constexpr (!kRoundsM && !kRoundsV) return;
   const bool is_careful = any_careful(kRoundsM ? m : v, kRoundsV ? v : m);
   const auto rounded_up = [&](F32 x, U32 dither) {
@@ -79,9 +79,9 @@ JADAM_INLINE void round_moments(F32 m, F32 v, U32 dither_m, U32 dither_v, float 
   }
   if constexpr (kRoundsM) {
     m_bits = rounded_up(m, dither_m);
-    const F32 second = at_least(v, all(0x1p-116f));
-    if (any(may_be_beyond(widened(m_bits), second, bound))) {
-      m_bits = within_bound(m_bits, m, second, bound);
+    const F32 second = at_least(v, all(s.least_bounding));
+    if (any(may_be_beyond(widened(m_bits), second, s.bound))) {
+      m_bits = within_bound(m_bits, m, second, s.bound);
     }
   }
 }
@@ -93,9 +93,14 @@ JADAM_INLINE F32 limit_range(F32 g) {
   return select(abs(g) == __builtin_inff(), g, limited);
 }
 
+// Which of both weighs more in a mean with this share of x - m.
+JADAM_INLINE F32 heavier(F32 m, F32 x, float share) {
+  return __builtin_expect(bits<int32_t>(share) < 0, false) ? x : m;
+}
+
 JADAM_INLINE F32 second_moment(F32 v, F32 g, const Numbers& s) {
   F32 toward = g * g - v + (s.dither * 0x1p-23f) * power(v);
-  return v + s.complement2 * toward;
+  return heavier(v, g * g, s.share2) + s.share2 * toward;
 }
 
 template <bool kNesterov>
@@ -104,7 +109,7 @@ struct Adam {
   const float inverse_c2 = 1.0f / s.c2;
 
   JADAM_INLINE F32 operator()(F32 g, F32& m, F32& v) const {
-    m = m + s.complement1 * (g - m);
+    m = heavier(m, g, s.share1) + s.share1 * (g - m);
     v = second_moment(v, g, s);
     const F32 v_hat = at_most(v * inverse_c2 + s.eps_root, all(s.most));
     const F32 root = sqrt(at_least(v_hat, all(0x1p-103f)));

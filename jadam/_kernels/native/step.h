@@ -21,10 +21,10 @@ constexpr uint32_t kStep = 0x9E3779B9u, kLane = 0xC13FA9A9u, kSalt = 0x85EBCA6Bu
 
 // One step's numbers, by native.NAMES.
 struct Numbers {
-  float complement1;  // 1 - b1
-  float complement2;  // 1 - b2
-  float dither;       // of v, over 1 - b2
-  float m_weight;     // Nesterov's weights; both 0 without
+  float share1;    // 1 - b1, or -b1 where that is smaller; of 0 it is -0
+  float share2;    // likewise of b2
+  float dither;    // of v, over 1 - b2
+  float m_weight;  // Nesterov's weights; both 0 without
   float g_weight;
   float c1;  // the bias corrections
   float c2;
@@ -38,6 +38,7 @@ struct Numbers {
   float now_a;  // and in this one
   float now_s;
   float bound;  // of |m| beside the root of v, after this step
+  float least_bounding;  // a smaller v counts as this one there
   float coarse_before_a;  // the curve of 4 bits
   float coarse_before_s;
   float coarse_now_a;

@@ -220,11 +220,11 @@ void run_codes(const Leaf& leaf, Range range, const Numbers& s, const Tables& ta
 // Both moments, rounded where their memory is narrower. One branch for both.
 template <class M, class V>
 JADAM_INLINE void store_moments(M* m_out, V* v_out, F32 m, F32 v, const Dithers& dithers,
-                                int64_t lane, float bound) {
+                                int64_t lane, const Numbers& s) {
   constexpr bool kRoundsM = std::is_same_v<M, BF16>, kRoundsV = std::is_same_v<V, BF16>;
   I32 m_bits, v_bits;
   round_moments<kRoundsM, kRoundsV>(m, v, load_vector<U32>(dithers.upper[0] + lane),
-                                    load_vector<U32>(dithers.upper[1] + lane), bound, m_bits,
+                                    load_vector<U32>(dithers.upper[1] + lane), s, m_bits,
                                     v_bits);
   if constexpr (kRoundsM) store_u16(&m_out->bits, m_bits); else store(m_out, m);
   if constexpr (kRoundsV) store_u16(&v_out->bits, v_bits); else store(v_out, v);
@@ -249,7 +249,7 @@ void run_floats(const Leaf& leaf, Range range, const Numbers& s, const Dithers& 
                             if (move.p != nullptr) prefetch_ahead(move.p + i);
                             F32 m_ = load(m + i), v_ = load(v + i);
                             move(member(limit_range(load(g + i)), m_, v_), i);
-                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i % kBlock, s.bound);
+                            store_moments(m_out + i, v_out + i, m_, v_, dithers, i % kBlock, s);
                           }
                         };
 

@@ -208,7 +208,7 @@ JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, const Weyl<kN>& w
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const U32 of_m = weyl.of[i] >> 16, of_v = (weyl.of[i] + kSalt) >> 16;
-      round_moments<true, kRoundsV>(b.m[i], b.v[i], of_m, of_v, s.bound, m[i], v[i]);
+      round_moments<true, kRoundsV>(b.m[i], b.v[i], of_m, of_v, s, m[i], v[i]);
     }
   }
 #pragma unroll
