@@ -6,7 +6,6 @@ Results go into results.json as they come, and a run goes on where the one befor
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants import forks, report
-from tests.mutants.faults import change, mutant, mutants
+from tests.mutants.faults import described, digest, mutant, mutants
 from tests.mutants.lines import Lines
 
 HERE = Path(__file__).parent
@@ -73,10 +72,6 @@ def copy_tree() -> None:
         raise SystemExit(f"the copy is not what is imported: {path}, {kernel}")
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 Fault = tuple[str, str, str, dict[str, Any]]  # module, its text, its text with the fault, record
 
 
@@ -88,11 +83,13 @@ def drawn(modules: Iterable[str], size: int, results: report.Results) -> Iterato
             codes.items(), pool.map(mutants, codes.values()), strict=True
         ):
             random.Random(f"{SEED} {module}").shuffle(found)
-            results.module(module, digest(code), len(found))
-            for rank, (operator, occurrence, mutated) in enumerate(found[:size]):
+            records = [described(code, *mutant) for mutant in found]
+            results.module(module, digest(code), records)
+            for rank, (record, (*_, mutated)) in enumerate(
+                zip(records[:size], found[:size], strict=True)
+            ):
                 if not results.has(module, rank):
-                    what = {"rank": rank, "operator": operator, "occurrence": occurrence}
-                    yield module, code, mutated, what | change(code, mutated)
+                    yield module, code, mutated, {"rank": rank} | record
 
 
 def survived(modules: Iterable[str], results: report.Results) -> Iterator[Fault]:

@@ -1,8 +1,11 @@
 """The small faults that a module can have, made by cosmic-ray."""
 
 import ast
+import functools
+import hashlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import cosmic_ray.plugins
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -80,7 +83,7 @@ def annotated(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes]
 
 
-def change(code: str, mutated: str) -> dict[str, object]:
+def change(code: str, mutated: str) -> dict[str, Any]:
     """The lines that differ."""
     before, after = code.splitlines(), mutated.splitlines()
     first = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), 0)
@@ -92,3 +95,40 @@ def change(code: str, mutated: str) -> dict[str, object]:
         "was": "\n".join(before[first : last or None]).strip(),
         "is": "\n".join(after[first : last or None]).strip(),
     }
+
+
+def described(code: str, operator: str, occurrence: int, mutated: str) -> dict[str, Any]:
+    """A mutant as it is recorded; `fault` is the same in any text that has the same function."""
+    found = change(code, mutated)
+    name, first, last = enclosing(code, found["line"])
+    before, after = code.splitlines(), mutated.splitlines()
+    texts = before[first:last], after[first : last + len(after) - len(before)]
+    fault = digest("\0".join([name, *map("\n".join, texts)]))
+    return {"operator": operator, "occurrence": occurrence, **found, "fault": fault}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def enclosing(code: str, line: int) -> tuple[str, int, int]:
+    """The function, or the statement of a class or the module, that a line is in, and its lines."""
+    left = [x for x in statements(code) if line <= x[2]]
+    around = [x for x in left if x[1] < line]
+    # A decorator that goes takes empty lines with it, which are of the next statement.
+    return max(around, key=lambda x: x[1]) if around else min(left, key=lambda x: x[1])
+
+
+@functools.lru_cache(32)
+def statements(code: str) -> list[tuple[str, int, int]]:
+    """All of them, with the names around them."""
+
+    def within(node: ast.AST, name: str) -> Iterator[tuple[str, int, int]]:
+        for child in getattr(node, "body", []):
+            inner = f"{name}.{getattr(child, 'name', '')}"
+            if isinstance(child, ast.ClassDef):
+                yield from within(child, inner)
+            decorators = [x.lineno for x in getattr(child, "decorator_list", [])]
+            yield inner, min([child.lineno, *decorators]) - 1, child.end_lineno
+
+    return list(within(ast.parse(code), ""))

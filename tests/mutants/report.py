@@ -55,11 +55,17 @@ class Results:
         text = re.sub(r'"record (\d+)"', lambda found: records[int(found[1])], text)
         write_file(PATH, text.encode() + b"\n")
 
-    def module(self, name: str, digest: str, mutants: int) -> None:
-        """Makes room for a module; records of another text of it go."""
-        found = self.data["modules"].get(name)
-        if found is None or found["digest"] != digest:
-            self.data["modules"][name] = {"digest": digest, "mutants": mutants, "tried": {}}
+    def module(self, name: str, digest: str, mutants: list[dict[str, Any]]) -> None:
+        """Makes room for a module. Where its text is new, records of unchanged functions stay."""
+        found = self.data["modules"].get(name, {"digest": None, "tried": {}})
+        if found["digest"] != digest:
+            tried = {record["fault"]: record for record in found["tried"].values()}
+            kept = {
+                str(rank): tried[mutant["fault"]] | mutant
+                for rank, mutant in enumerate(mutants)
+                if mutant["fault"] in tried
+            }
+            self.data["modules"][name] = {"digest": digest, "mutants": len(mutants), "tried": kept}
 
     def has(self, module: str, rank: int) -> bool:
         """Whether this mutant was tried."""
