@@ -454,3 +454,25 @@ def test_a_maximum_on_the_lattice_stays_and_one_above_it_goes_up(name):
     root = np.asarray(lattice.power_of_two(jnp.asarray(levels)), np.float64)
     again = np.asarray(lattice.level_above(jnp.asarray(root**2, jnp.float32), 2))
     np.testing.assert_array_equal(again, levels)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "auto"])
+@pytest.mark.parametrize("bits", KINDS)
+def test_a_block_whose_largest_v_is_on_the_lowest_level_keeps_it(bits, kernel):
+    """As where NaN takes away a block's only large v: the others are still numbers, and fade."""
+    kind = KINDS[bits]
+    tx = jadam.adam(1.0, kernel=kernel, **kind.options)
+    g = jnp.zeros((1, 128))
+    state, *rest = tx.init(g)
+    # v's code 1 and m's 0.
+    both = jnp.full_like(state.mu, 1 + (64 << 9) if kind.sizes == 63 else 11)
+    assert [int(x[0, 0]) for x in kind.split(both)] == [1, 0]
+    for top in (-200, 0, 200) if kind.per_octave > 1 else (-9, 0, 9):
+        tops = jnp.full_like(state.nu, top)
+        _, (after, *_) = tx.update(g, (state._replace(mu=both, nu=tops), *rest))
+        code, _ = kind.split(after.mu)
+        # Without a gradient a v falls by at most a level in a step, and one that has faded is 0.
+        level = code - kind.top + np.asarray(after.nu)[0, 0]
+        before = 1 - kind.top + top
+        assert np.all((code == 0) | ((level >= before - 1) & (level <= before)))
+        assert np.any(code > 0)

@@ -212,7 +212,8 @@ class Codes:
             return largest**relation.power
 
         bounds = {i: bound(moments[i], share) for i, share in shares.items()}
-        return self._encode(moments, bounds, jnp.where(v == 0, 0, 1), relation, None)
+        # None dies: what is far below the largest has the lowest level.
+        return self._encode(moments, bounds, jnp.ones_like(v, jnp.int32), relation, None)
 
     def range_ends(self, stored: Sequence[Array]) -> dict[str, Array]:
         """Which codes are the outermost ones, of those that stand for a number."""
