@@ -481,6 +481,18 @@ def test_no_second_step_of_the_kernel_is_beyond_the_bound_down_to_the_least_root
 
 
 @needs_kernel
+def test_the_kernels_m_lives_where_v_has_lost_its_squares():
+    """At 2e-18 each (1-b2)·g² is under float32's numbers: v stays 0, and bounds no m."""
+    tx = jadam.adam(1.0, **STORAGE["bfloat16 m"], kernel="native")
+    for name in instruction_sets():
+        use(name)
+        _, (state, *_) = test_storage.directions(tx, np.full((100, 128), 2e-18, np.float32))
+        np.testing.assert_array_equal(state.nu, 0)
+        # Of the last ten roundings, each of up to 2⁻⁷, most are left; in the mean of the lanes less.
+        np.testing.assert_allclose(state.mu.astype(np.float32), 2e-18, rtol=2.0**-5)
+
+
+@needs_kernel
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(("make", "kind"), [(jadam.adam, "adam"), (jadam.nadam, "nadam")])
 def test_the_kernel_loses_no_small_gradient_after_a_large_one(make, kind, traced):
