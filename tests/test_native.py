@@ -488,7 +488,7 @@ def test_the_kernels_m_lives_where_v_has_lost_its_squares():
         use(name)
         _, (state, *_) = test_storage.directions(tx, np.full((100, 128), 2e-18, np.float32))
         np.testing.assert_array_equal(state.nu, 0)
-        # Of the last ten roundings, each of up to 2⁻⁷, most are left; in the mean of the lanes less.
+        # What is left of ten roundings, each of up to 2⁻⁷, in a lane by itself.
         np.testing.assert_allclose(state.mu.astype(np.float32), 2e-18, rtol=2.0**-5)
 
 
