@@ -316,9 +316,10 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
     [
         ("adam", 0.9, 0.1, 0.1, 500),
         ("adam", 1e-3, lambda made: 0.1 / (1 + made), 0.0, 500),
+        ("adam", 0.9, 0.1, 5.0, 500),  # 160 steps, in which a row moves, divide p by more than 2^128
         ("radam", 0.9, 0.1, 0.0, 402),  # one row stands before the third step, where nothing adapts
     ],
-    ids=["decay", "schedule", "radam"],
+    ids=["decay", "schedule", "heavy decay", "radam"],
 )
 def test_absences_shorter_and_longer_than_a_row_moves(name, b1, rate, decay, count):
     """In one table: each row moves and decays in its own steps as in float64."""
