@@ -381,7 +381,7 @@ def test_an_absence_divides_by_no_root_of_zero(kernel):
     assert abs(found[0, 0] - start[0, 0]) > 1e-2
 
 
-@pytest.mark.parametrize("beyond", [0, 1, 2])
+@pytest.mark.parametrize("beyond", [0, 1, 2, 150])
 def test_an_absence_about_as_long_as_a_row_moves(beyond):
     """One by one up to where m has ended, then at once: v fades and p decays in each of them."""
     tx = jadam.adamw(0.1, b1=0.5, b2=0.9, weight_decay=0.1)
