@@ -13,6 +13,8 @@ import pytest
 import reference
 
 import jadam
+from jadam._members import ADAM
+from jadam._storage import storage_of
 
 STORAGES = {
     "float32": {},
@@ -285,6 +287,23 @@ def test_a_moment_wider_than_the_other_keeps_its_digits_at_its_bound(
     np.testing.assert_allclose(m, 0.1 * g, rtol=2.0**-23)
     rounding = 2.0**-24 if mu_dtype == "float32" else 0
     assert np.all(np.abs(m) <= 0.1 / np.sqrt(0.001) * np.sqrt(v) * (1 + rounding + 1e-12))
+
+
+def test_a_storage_is_called_by_its_dtypes():
+    """As a kernel declares which it has; whatever it has not goes to XLA, right and slower."""
+    names = {}
+    for name, options in STORAGES.items():
+        _, *stored = MEMBERS["adam"](1.0, **options).init(jnp.ones((2, 128)))[0]
+        names[name] = storage_of(ADAM.moments, stored).name
+    assert names == {
+        "float32": "float32 float32",
+        "bfloat16": "bfloat16 bfloat16",
+        "bfloat16 m": "bfloat16 float32",
+        "bfloat16 v": "float32 bfloat16",
+        "float16 m": "float16 float32",
+        "8 bits": "8-bit codes",
+        "4 bits": "4-bit codes",
+    }
 
 
 @pytest.mark.usefixtures("quick_compilation")
