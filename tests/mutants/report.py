@@ -146,7 +146,7 @@ def table(data: dict[str, Any]) -> str:
     lines += [
         "",
         f"Of {tried - alike} that are not equivalent the tests find {found}, "
-        f"{found / (tried - alike):.1%}, at least {later} of them with tests that were written for "
+        f"{found / (tried - alike):.2%}, at least {later} of them with tests that were written for "
         f"what had survived. Of {len(edits)} edits of the kernel in C++ {alike_edits} are "
         f"equivalent; its program found {found_edits}, and tests written since find "
         f"{later_edits} more. Machine: {data['machine']}.",
