@@ -70,18 +70,24 @@ def units_allowed(program: Program) -> int:
 
 
 def units_apart(
-    program: Program, x: jax.Array, y: jax.Array, of_m: jax.Array, g: jax.Array
+    program: Program,
+    x: jax.Array,
+    y: jax.Array,
+    of_m: jax.Array,
+    undecayed: jax.Array,
+    g: jax.Array,
 ) -> jax.Array:
     """The distance of two updates, as a share of what the documentation allows.
 
     3 units in the last place, and 8 from moments in codes, of a learning rate, of the update or of
-    what it is without its gradient, `of_m`, whichever is longest. One of the update's own dtype.
+    what it is of m alone or without its decay, whichever is longest. One of the update's own dtype.
     RAdam's first steps are m̂, in which gradients cancel.
     """
     eps = float(jnp.finfo(y.dtype).eps)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    x, y, of_m = x.astype(wide), y.astype(wide), of_m.astype(wide)
-    size = jnp.maximum(jnp.maximum(jnp.abs(y), jnp.abs(of_m)), program.learning_rate)
+    x, y, of_m, undecayed = (a.astype(wide) for a in (x, y, of_m, undecayed))
+    longest = functools.reduce(jnp.maximum, map(jnp.abs, (y, of_m, undecayed)))
+    size = jnp.maximum(longest, program.learning_rate)
     if program.member.startswith("radam"):
         size = jnp.maximum(size, program.learning_rate * jnp.minimum(jnp.abs(g), 2.0**63))
     unit = units_allowed(program) * 2.0**-23 + (eps if eps > 1e-3 else 0)
@@ -172,9 +178,13 @@ class Compiled:
             seen = {"largest": [jnp.max(jnp.abs(u), initial=0) for u in leaves]}
             if self.compares:
                 others, expected = self.in_xla.update(g, state, params)
+                no_g, no_p = jax.tree.map(jnp.zeros_like, (g, params))
+                of_m, _ = self.in_xla.update(no_g, state, no_p)
+                undecayed, _ = self.in_xla.update(g, state, no_p)
                 apart = functools.partial(units_apart, self.program)
-                of_m, _ = self.in_xla.update(jax.tree.map(jnp.zeros_like, g), state, params)
-                seen["updates"] = jax.tree.leaves(jax.tree.map(apart, updates, others, of_m, g))
+                seen["updates"] = jax.tree.leaves(
+                    jax.tree.map(apart, updates, others, of_m, undecayed, g)
+                )
                 shares, differ = [], 0
                 pairs = zip(*map(parameters_of, (after, expected)), strict=True)
                 for x, y in pairs:
