@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 from jadam import _math, _validate
 from jadam._members import MEMBERS, Member, State, is_state, member_of
 from jadam._state import AmsgradState, CorrectedAmsgradState, RowsState
-from jadam._storage import Codes, Storage, check_dtypes, storage_of, tops_shape
+from jadam._storage import Codes, Storage, checked_storage_of, tops_shape
 from jadam._traced import is_tracer
 from jadam._types import PyTree
 
@@ -117,13 +117,14 @@ def _found(where: str, node: State, adamax: bool) -> Found:
         _validate.same_nodes(f"{where}.{name}", tree, f"{where}.{names[0]}", trees[0])
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trees[0])[0]]
     rows = [_as_needed(row) for row in zip(*map(jax.tree.leaves, trees), strict=True)]
+    parameters = []
     for path, row in zip(paths, rows, strict=True):
         key = jax.tree_util.keystr(path)
-        check_dtypes(member.moments, row, lambda name, key=key: f"{where}.{name}{key}")
-    parameters = [
-        Parameter(where, path, dict(zip(names, row, strict=True)), storage_of(member.moments, row))
-        for path, row in zip(paths, rows, strict=True)
-    ]
+        storage = checked_storage_of(
+            member.moments, row, lambda name, key=key: f"{where}.{name}{key}"
+        )
+        moments = dict(zip(names, row, strict=True))
+        parameters.append(Parameter(where, path, moments, storage))
     for parameter in parameters:
         shapes = parameter.storage.shapes(parameter.shape)
         for (name, x), shape in zip(parameter.moments.items(), shapes, strict=True):

@@ -20,7 +20,7 @@ from jadam._leaf import Options, increment, leaf_step
 from jadam._masters import Weights
 from jadam._members import ADAM, NADAM, Member, Rule
 from jadam._state import AdamState, CorrectedAmsgradState
-from jadam._storage import check_dtypes, chooser, placed_like, storage_of
+from jadam._storage import checked_storage_of, chooser, placed_like
 from jadam._types import DType, PyTree, Scalar, ScalarOrSchedule
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -349,8 +349,9 @@ def _check(
     leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
     for (path, g), *row in zip(leaves, *map(jax.tree.leaves, stored), strict=True):
         key = jax.tree_util.keystr(path)
-        check_dtypes(member.moments, row, lambda name, key=key: f"state.{name}{key}")
-        storage = storage_of(member.moments, row)
+        storage = checked_storage_of(
+            member.moments, row, lambda name, key=key: f"state.{name}{key}"
+        )
         for name, expected in storage.unfit.items():
             place = f"state.{name}{key}"
             raise TypeError(f"{place}: expected {expected}; jadam.migrate.cast_like widens it")

@@ -14,7 +14,7 @@ from jadam._storage.blocks import uncut as uncut
 from jadam._storage.blocks import uncut_lanes as uncut_lanes
 from jadam._storage.blocks import whole_rows as whole_rows
 from jadam._storage.choice import Storage as Storage
-from jadam._storage.choice import check_dtypes as check_dtypes
+from jadam._storage.choice import checked_storage_of as checked_storage_of
 from jadam._storage.choice import chooser as chooser
 from jadam._storage.choice import storage_of as storage_of
 from jadam._storage.codes import MIN_SIZE as MIN_SIZE

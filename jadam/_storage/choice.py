@@ -95,10 +95,10 @@ def storage_of(moments: tuple[Moment, ...], stored: Sequence[Any]) -> Storage:
     return Floats(moments, tuple(jnp.dtype(jnp.result_type(x)) for x in stored))
 
 
-def check_dtypes(
+def checked_storage_of(
     moments: tuple[Moment, ...], stored: Sequence[Any], where: Callable[[str], str]
-) -> None:
-    """The arrays of a parameter are all codes or all numbers.
+) -> Storage:
+    """`storage_of` arrays that come from outside: all of them codes, or all numbers.
 
     Args:
         where: the place of a moment, by its name, in an error.
@@ -114,6 +114,7 @@ def check_dtypes(
             raise TypeError(
                 f"{where(moment.name)}: expected {expected} beside the other moments, got {dtype}"
             )
+    return storage_of(moments, stored)
 
 
 def chooser(

@@ -17,7 +17,7 @@ from jadam._kernels import choice, native
 from jadam._leaf import Options, increment, leaf_step
 from jadam._members import ADAM, Member, Rule
 from jadam._state import RowsState
-from jadam._storage import check_dtypes, storage_of
+from jadam._storage import checked_storage_of, storage_of
 from jadam._traced import is_tracer
 from jadam._transform import FusedTransformation, recipe_of
 from jadam._types import Count
@@ -258,8 +258,8 @@ class Lazy:
                     f"state.dense[0].{moment.name}: expected an array, the moments of one table, "
                     f"got {type(x).__name__}"
                 )
-        check_dtypes(member.moments, stored, lambda name: f"state.dense[0].{name}")
-        shapes = storage_of(member.moments, stored).shapes(table.shape)
+        storage = checked_storage_of(member.moments, stored, lambda name: f"state.dense[0].{name}")
+        shapes = storage.shapes(table.shape)
         for moment, x, shape in zip(member.moments, stored, shapes, strict=True):
             if x.shape != shape:
                 raise ValueError(

@@ -202,7 +202,7 @@ JADAM_INLINE void round_floats(Block<kN>& b, const Numbers& s, const Weyl<kN>& w
     const F32 stored_m = widened(m[i]), stored_v = kRoundsV ? widened(v[i]) : b.v[i];
     is_rare |= may_be_beyond(stored_m, stored_v, s.bound);
   }
-  // Small numbers are rounded otherwise, and m has no bound beside a small v.
+  // Small numbers are rounded otherwise.
   is_rare |= least < kSmallestUsual || most > int32_t(kMax);
   if (__builtin_expect(is_rare, false)) {
 #pragma unroll
