@@ -57,6 +57,7 @@ def main() -> None:
             break
         program = draw(seed)
         found = running.Found(program, range(options.sequences))
+        jax.clear_caches()  # each executable takes memory maps, of which a process has 65,530
         report["failures"] += found.failures
         done[str(seed)] = {
             "member": program.member,
