@@ -89,9 +89,9 @@ _OWN: dict[str, Callable[..., Program]] = {
     FLOAT32: adamw,
     BF16_MOMENTS: partial(adamw, **BITS_16),
     CODES: partial(adamw, **BITS_8),
+    FEWER_CODES: partial(adamw, **BITS_4),
     COMPENSATED: compensated,
     SMALLEST: partial(compensated, **BITS_8),
-    FEWER_CODES: partial(adamw, **BITS_4),
 }
 _FLASH = {FLASH: (jnp.float32, None), FLASH_BF16: (BF16, 24)}
 PROGRAMS: dict[str, Callable[[], Program]] = {

@@ -9,6 +9,7 @@ from experiments.bench.ahead.programs import (
     COMPENSATED,
     LEAVES,
     ONE_LEAF,
+    PROGRAMS,
     SMALLEST,
 )
 from experiments.common.chips import CHIPS
@@ -46,7 +47,7 @@ def _table(
     *others: Callable[[dict[str, Any]], str],
 ) -> str:
     """A row for each program, with the other cells before the chips'."""
-    names = list(dict.fromkeys(name for rows in chips.values() for name in rows))
+    names = [name for name in PROGRAMS if any(name in rows for rows in chips.values())]
     first = {name: [rows[name] for rows in chips.values() if name in rows] for name in names}
     lines = []
     for name in names:
