@@ -119,11 +119,12 @@ def update(
             is on a GPU, if it is there (`jadam.kernels`) and faster: in `step`, and for moments of
             16, 8 or 4 bits. "native" takes it for float32 moments in `update` too, and raises where
             there is none; "xla" never takes it. Moments agree to 2 ulps, and one code in a thousand
-            may be its neighbour. Updates agree to 3 units in the last place of the longest of
-            these: a learning rate, the update, the update without its decay, and what m alone makes
-            of it. Where terms cancel, an update is short, and that is more of its own units. From
-            moments of 8 or 4 bits it is 4 (5 on a GPU) for gradients as in trainings, and 8 for
-            any. Without fused products (the baseline of x86-64) it is one and a half more.
+            may be its neighbour. Updates agree to 3 units in the last place (RAdam's: 4) of the
+            longest of these: a learning rate, the update, the update without its decay, and what m
+            alone makes of it. Where terms cancel, an update is short, and that is more of its own
+            units. From moments of 8 or 4 bits it is 4 (5 on a GPU) for gradients as in trainings,
+            and 8 for any. Without fused products (the baseline of x86-64) it is one and a half
+            more.
 
     Raises:
         RuntimeError: `kernel` is "native" and there is none.

@@ -29,6 +29,12 @@ MEMBERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ademamix": (jadam.ademamix, {"eps": 0.0}),
     "ademamix, warm-up": (jadam.ademamix, {"warmup": 40, "b3": 0.999}),
 }
+LOW_RATES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "adam, low rates": (jadam.adam, {"b1": 0.1, "b2": 0.3}),
+    "nadam, low rates": (jadam.nadam, {"b1": 0.4, "b2": 0.2}),
+    "amsgrad, low rates": (jadam.amsgrad, {"b1": 0.3, "b2": 0.45}),
+    "adamax, low rates": (jadam.adamax, {"b1": 0.2, "b2": 0.4}),
+}
 OF_KERNEL = ("adam", "adamw", "nadam", "radam")  # what the members' names begin with
 STORAGES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -40,9 +46,10 @@ STORAGES: dict[str, dict[str, Any]] = {
     "8 bits": {"mu_dtype": "int8", "nu_dtype": "uint8", "min_size": 0},
     "4 bits": {"mu_dtype": "int4", "nu_dtype": "uint4", "min_size": 0},
 }
-FIRST_OF_4_BITS = 100
-"""Seeds from here on draw 4 bits. Those below draw what they drew before there were any, so that
-their results, which are kept, go on counting."""
+FIRST_OF_4_BITS, FIRST_OF_ALL = 100, 1000
+"""Seeds from the first on draw 4 bits, from the second on any storage, and rates under 1/2 too.
+Those below draw what they drew before there were any, so that their results, which are kept, go on
+counting."""
 DTYPES = [  # of parameters and of gradients
     *[("float32", "float32")] * 5,
     *[("bfloat16", "bfloat16"), ("bfloat16", "float32")] * 2,
@@ -95,7 +102,7 @@ class Program:
 
     def optimizer(self, kernel: str | None = None) -> Any:
         """The transformation, with its own kernel or another."""
-        make, options = MEMBERS[self.member]
+        make, options = (MEMBERS | LOW_RATES)[self.member]
         options = options | STORAGES[self.storage]
         tx = make(self.learning_rate, kernel=kernel or self.kernel, **options)
         return WRAPPERS[self.wrapper](tx)
@@ -118,7 +125,7 @@ class Program:
         In float64 by Cauchy and Schwarz: with direction = Σ aᵢ·gᵢ/√(Σ bᵢ·gᵢ²) it is √(Σ aᵢ²/bᵢ).
         Infinity where a member divides by no root.
         """
-        options = {"b1": 0.9, "b2": 0.999} | MEMBERS[self.member][1]
+        options = {"b1": 0.9, "b2": 0.999} | (MEMBERS | LOW_RATES)[self.member][1]
         b1, b2, kind = options["b1"], options["b2"], self.member.split(",")[0]
         if kind == "ademamix":
             taken = {k: v for k, v in options.items() if k in ("b1", "b2", "b3", "alpha", "warmup")}
@@ -209,15 +216,18 @@ def draw(seed: int) -> Program:
     if wrapper in OF_16_BITS:
         dtypes = ("bfloat16", rng.choice(["bfloat16", "float32"]))
     kernel = rng.choice(["xla", "auto", "native"])
-    of_kernel = [name for name in MEMBERS if name.startswith(OF_KERNEL)]
-    member = rng.choice(list(MEMBERS) if kernel == "xla" else of_kernel)
+    members = [*MEMBERS, *LOW_RATES] if seed >= FIRST_OF_ALL else list(MEMBERS)
+    if kernel != "xla":
+        members = [name for name in members if name.startswith(OF_KERNEL)]
+    member = rng.choice(members)
     if member.startswith("radam") and "float16" in dtypes:
         dtypes = ("float32", "float32")  # its first steps, as large as gradients, leave the range
     older = [name for name in STORAGES if name != "4 bits"]
     storage = rng.choice(older + ["8 bits"] * 3)
     shapes = tuple(rng.sample(SHAPES, rng.randint(1, 3)))
     if seed >= FIRST_OF_4_BITS:
-        storage = "4 bits"
+        storage = "4 bits" if seed < FIRST_OF_ALL else rng.choice(list(STORAGES))
+    if storage == "4 bits":
         if dtypes[0] in ("complex64", "float64"):  # never in codes
             dtypes = ("float32", "float32")
         if not any(shape and shape[-1] >= 32 for shape in shapes):  # nor these
