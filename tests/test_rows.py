@@ -316,13 +316,7 @@ def test_an_absence_moves_a_row_as_far_as_float64(b1, b2):
     [
         ("adam", 0.9, 0.1, 0.1, 500),
         ("adam", 1e-3, lambda made: 0.1 / (1 + made), 0.0, 500),
-        (
-            "adam",
-            0.9,
-            0.1,
-            5.0,
-            500,
-        ),  # within 160 steps p falls below 2^-128
+        ("adam", 0.9, 0.1, 5.0, 500),  # within 160 steps p falls below 2^-128
         ("radam", 0.9, 0.1, 0.0, 402),  # one row stands before the third step, where nothing adapts
     ],
     ids=["decay", "schedule", "heavy decay", "radam"],

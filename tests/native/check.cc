@@ -853,29 +853,31 @@ Outputs with_one_nan(const Case& c, Outputs outputs) {
   return outputs;
 }
 
-// An element of each block in which a NaN or an infinity is met instead of zeros: the bits of all
-// others stay what they are. Blocks of codes with such an element have loops of their own, and a
-// vector of weights or of moments in 16 bits another branch.
+// A NaN or an infinity in one element of each block, in place of a gradient of 0, a parameter or the
+// moments: the bits of all others stay what they are. Blocks of codes with such an element have loops
+// of their own, and a vector of weights or of moments in 16 bits another branch.
 void check_isolation(const Case& c, const Isa& isa, uint64_t seed) {
   const float bad[] = {NAN, kInfinity, -kInfinity, of_bits(0xFFFFFFFF)};
+  const Lattice& lattice = lattice_of(c.leaf);
   Random random(seed);
-  Inputs zero = make_inputs(c, false, seed), spoiled = zero;
+  Inputs zero = make_inputs(c, false, seed);
   std::vector<int64_t> places;
   for (int64_t block = 0; block < c.leaf.blocks(); ++block) {
     const Span span = elements(c.leaf, block);
     const int64_t i = span.begin + random.below(uint32_t(span.end - span.begin));
-    const float x = bad[random.below(std::size(bad))];
-    const uint32_t where = 1 + random.below(7);  // in the gradient, the parameter, the moments
     places.push_back(i);
     write(zero.g, c.leaf.g_dtype, i, 0);
-    write(spoiled.g, c.leaf.g_dtype, i, where & 1 ? x : 0);
+    if (c.leaf.is_coded()) std::memset(&zero.m[lattice.bytes * i], 0, lattice.bytes);
+  }
+  Inputs spoiled = zero;
+  for (const int64_t i : places) {
+    const float x = bad[random.below(std::size(bad))];
+    const uint32_t where = 1 + random.below(7);
+    if (where & 1) write(spoiled.g, c.leaf.g_dtype, i, x);
     if (where & 2) write(spoiled.p, c.leaf.p_dtype, i, x);
-    if (c.leaf.is_coded()) {
-      const Lattice& lattice = lattice_of(c.leaf);
+    if ((where & 4) && c.leaf.is_coded()) {
       const uint16_t nan = uint16_t(lattice.both_of(lattice.nan(), 0));
-      std::memset(&zero.m[lattice.bytes * i], 0, lattice.bytes);
-      std::memset(&spoiled.m[lattice.bytes * i], 0, lattice.bytes);
-      if (where & 4) std::memcpy(&spoiled.m[lattice.bytes * i], &nan, lattice.bytes);
+      std::memcpy(&spoiled.m[lattice.bytes * i], &nan, lattice.bytes);
     } else if (where & 4) {
       write(spoiled.m, c.leaf.m_dtype, i, x);
       write(spoiled.v, c.leaf.v_dtype, i, std::abs(x));

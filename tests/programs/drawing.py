@@ -35,6 +35,7 @@ LOW_RATES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "amsgrad, low rates": (jadam.amsgrad, {"b1": 0.3, "b2": 0.45}),
     "adamax, low rates": (jadam.adamax, {"b1": 0.2, "b2": 0.4}),
 }
+ALL = MEMBERS | LOW_RATES
 OF_KERNEL = ("adam", "adamw", "nadam", "radam")  # what the members' names begin with
 STORAGES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -102,7 +103,7 @@ class Program:
 
     def optimizer(self, kernel: str | None = None) -> Any:
         """The transformation, with its own kernel or another."""
-        make, options = (MEMBERS | LOW_RATES)[self.member]
+        make, options = ALL[self.member]
         options = options | STORAGES[self.storage]
         tx = make(self.learning_rate, kernel=kernel or self.kernel, **options)
         return WRAPPERS[self.wrapper](tx)
@@ -125,7 +126,7 @@ class Program:
         In float64 by Cauchy and Schwarz: with direction = Σ aᵢ·gᵢ/√(Σ bᵢ·gᵢ²) it is √(Σ aᵢ²/bᵢ).
         Infinity where a member divides by no root.
         """
-        options = {"b1": 0.9, "b2": 0.999} | (MEMBERS | LOW_RATES)[self.member][1]
+        options = {"b1": 0.9, "b2": 0.999} | ALL[self.member][1]
         b1, b2, kind = options["b1"], options["b2"], self.member.split(",")[0]
         if kind == "ademamix":
             taken = {k: v for k, v in options.items() if k in ("b1", "b2", "b3", "alpha", "warmup")}
@@ -216,7 +217,7 @@ def draw(seed: int) -> Program:
     if wrapper in OF_16_BITS:
         dtypes = ("bfloat16", rng.choice(["bfloat16", "float32"]))
     kernel = rng.choice(["xla", "auto", "native"])
-    members = [*MEMBERS, *LOW_RATES] if seed >= FIRST_OF_ALL else list(MEMBERS)
+    members = list(ALL if seed >= FIRST_OF_ALL else MEMBERS)
     if kernel != "xla":
         members = [name for name in members if name.startswith(OF_KERNEL)]
     member = rng.choice(members)

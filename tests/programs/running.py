@@ -133,14 +133,14 @@ def codes_apart(lattice: Lattice, x: Any, y: Any) -> tuple[jax.Array, jax.Array]
 def floats_apart(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The distance of two moments as a share of what is allowed, and how many differ by rounding.
 
-    16-bit floats may be neighbours; float32 is 2 units in the last place apart. 2⁻¹²⁶ for each
-    subnormal number that counts as 0: what goes into a mean, and the mean.
+    16-bit floats may be neighbours; float32 is 2 units in the last place apart. 2⁻¹²⁶: a subnormal
+    number counts as 0; and half of it, where one was in the lighter term of a mean.
     """
     is_rounded = jnp.finfo(x.dtype).bits < 32
     wide = jnp.promote_types(x.dtype, jnp.float32)
     unit = float(jnp.finfo(x.dtype).eps) if is_rounded else 2 * 2.0**-23
     x, y = x.astype(wide), y.astype(wide)
-    allowed = unit * jnp.maximum(jnp.abs(x), jnp.abs(y)) + 2 * 2.0**-126
+    allowed = unit * jnp.maximum(jnp.abs(x), jnp.abs(y)) + 1.5 * 2.0**-126
     share = jnp.max(jnp.abs(x - y) / allowed, initial=0.0).astype(jnp.float32)
     return share, jnp.sum(x != y) * is_rounded
 
